@@ -1,0 +1,128 @@
+//! `check`: policy, certificate and database, before a rollout. Each is checked even if another is wrong.
+
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::{DatabaseArgs, PolicyArgs, print};
+use crate::cli::serve::TlsArgs;
+use crate::core::policy::Policy;
+use crate::database::Database;
+use crate::server::health::now;
+use crate::server::tls::Certificate;
+
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    tls: TlsArgs,
+    #[command(flatten)]
+    database: DatabaseArgs,
+}
+
+/// The lines of the report, and whether anything is wrong.
+#[derive(Default)]
+struct Report {
+    text: String,
+    failed: bool,
+}
+
+impl Report {
+    fn line(&mut self, verdict: &str, what: &str, remark: &str) {
+        self.text
+            .push_str(&format!("{verdict:<5} {what:<12} {remark}\n"));
+    }
+
+    fn fail(&mut self, what: &str, error: &dyn std::error::Error) {
+        self.failed = true;
+        self.line("error", what, &crate::chain(error));
+    }
+}
+
+pub(super) async fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
+    let mut report = Report::default();
+    let policy = check_policy(&args.policy, &mut report);
+    check_certificate(&args.tls, &mut report);
+    check_database(&args.database, policy.as_ref(), &mut report).await;
+    print(&report.text)?;
+    Ok(if report.failed {
+        ExitCode::from(2)
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn check_policy(args: &PolicyArgs, report: &mut Report) -> Option<Policy> {
+    let policy = match args.load() {
+        Ok(policy) => policy.unwrap_or_default(),
+        Err(error) => {
+            report.fail("policy", error.as_ref());
+            return None;
+        }
+    };
+    match &args.policy {
+        Some(path) => report.line("ok", "policy", &path.display().to_string()),
+        None => report.line("ok", "policy", "the default one; --policy is not set"),
+    }
+    for warning in policy.warnings() {
+        report.line("warn", "policy", warning);
+    }
+    Some(policy)
+}
+
+fn check_certificate(args: &TlsArgs, report: &mut Report) {
+    const DAY: i64 = 24 * 60 * 60;
+    let files = match args.files() {
+        Ok(Some(files)) => files,
+        Ok(None) => {
+            return report.line(
+                "skip",
+                "certificate",
+                "--tls-cert and --tls-key are not set",
+            );
+        }
+        Err(error) => return report.fail("certificate", error.as_ref()),
+    };
+    match files.read().and_then(|pem| Certificate::from_pem(&pem)) {
+        Err(error) => report.fail("certificate", &error),
+        Ok(certificate) => match certificate.not_after - now() {
+            ..=0 => {
+                report.failed = true;
+                report.line("error", "certificate", "it has expired; renew it");
+            }
+            left if left < 7 * DAY => {
+                report.line("warn", "certificate", "it expires within 7 days")
+            }
+            left => report.line(
+                "ok",
+                "certificate",
+                &format!("valid for {} more days", left / DAY),
+            ),
+        },
+    }
+}
+
+async fn check_database(args: &DatabaseArgs, policy: Option<&Policy>, report: &mut Report) {
+    let url = match args.parse() {
+        Ok(Some(url)) => url,
+        Ok(None) => return report.line("skip", "database", "--database-url is not set"),
+        Err(error) => return report.fail("database", error.as_ref()),
+    };
+    let Some(policy) = policy else {
+        return report.line(
+            "skip",
+            "database",
+            "it is asked with the policy's query, which cannot be read",
+        );
+    };
+    let shown = url.to_string();
+    match Database::connect_lazily(url, &policy.lookup).check().await {
+        Ok(()) => report.line(
+            "ok",
+            "database",
+            &format!("{shown} answers the policy's query"),
+        ),
+        Err(error) => report.fail("database", &error),
+    }
+}

@@ -1,0 +1,106 @@
+//! What `serve --dev` brings itself: an SQLite file with sample workspaces, a certificate, a sample proxy,
+//! and one curl line to try it with.
+
+use std::net::SocketAddr;
+
+use anyhow::Context;
+use rcgen::{CertifiedKey, generate_simple_self_signed};
+use serde_json::json;
+use uuid::Uuid;
+
+use crate::core::mode::BillingMode;
+use crate::core::policy::Policy;
+use crate::database::{DatabaseUrl, Embedded};
+use crate::server::tls::CertificatePem;
+
+/// The file that `serve --dev` and `workspace` share unless told otherwise, in the working directory.
+pub(super) const DEV_DATABASE: &str = "sqlite://llm-billing-dev.sqlite";
+
+const DEV_POLICY: &str = "
+proxy:
+  baseUrl: https://llm-proxy.example.test/openai/v1
+  anthropicBaseUrl: https://llm-proxy.example.test/anthropic/v1
+  usageToken: {secretKeyRef: {name: molecule-llm-proxy, key: usage-token}}
+";
+
+/// The workspace that the curl line asks about.
+const SAMPLE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
+
+/// One sample workspace for each mode, and one whose mode nobody chose.
+const SAMPLES: [(Uuid, Option<BillingMode>); 4] = [
+    (SAMPLE, Some(BillingMode::PlatformManaged)),
+    (
+        Uuid::from_u128(0x22222222_2222_4222_8222_222222222222),
+        Some(BillingMode::Byok),
+    ),
+    (
+        Uuid::from_u128(0x33333333_3333_4333_8333_333333333333),
+        Some(BillingMode::Disabled),
+    ),
+    (
+        Uuid::from_u128(0x44444444_4444_4444_8444_444444444444),
+        None,
+    ),
+];
+
+/// The policy with the sample proxy.
+pub(super) fn policy() -> anyhow::Result<Policy> {
+    Policy::parse(DEV_POLICY).context("cannot use the sample policy")
+}
+
+/// Opens the file, and puts the samples into it if it has no workspace yet.
+pub(super) async fn database() -> anyhow::Result<DatabaseUrl> {
+    let url: DatabaseUrl = DEV_DATABASE.parse()?;
+    let embedded = Embedded::open(&url).await?;
+    if embedded.list().await?.is_empty() {
+        for (id, mode) in SAMPLES {
+            embedded.set(id, mode).await?;
+        }
+    }
+    embedded.close().await;
+    Ok(url)
+}
+
+/// A certificate for this machine alone, new at each start and kept in memory.
+pub(super) fn certificate() -> anyhow::Result<CertificatePem> {
+    let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
+    let CertifiedKey { cert, signing_key } =
+        generate_simple_self_signed(names).context("cannot make a certificate")?;
+    Ok(CertificatePem {
+        certificate: cert.pem().into_bytes(),
+        key: signing_key.serialize_pem().into_bytes(),
+        client_ca: None,
+    })
+}
+
+/// Says what can be tried.
+pub(super) fn greet(webhook: SocketAddr, policy: &Policy) -> anyhow::Result<()> {
+    let review = json!({
+        "apiVersion": "admission.k8s.io/v1",
+        "kind": "AdmissionReview",
+        "request": {
+            "uid": "try-it",
+            "resource": {"group": "", "version": "v1", "resource": "pods"},
+            "operation": "CREATE",
+            "namespace": "default",
+            "object": {
+                "metadata": {"name": "try-it", "labels": {
+                    policy.workspace_label.as_str(): SAMPLE.to_string(),
+                    policy.runtime_label.as_str(): "claude-code",
+                }},
+                "spec": {"containers": [{"name": "agent", "env": [
+                    {"name": "MODEL", "value": "opus"},
+                    {"name": "CLAUDE_CODE_OAUTH_TOKEN", "value": "my-own-login"},
+                ]}]},
+            },
+        },
+    });
+    super::print(&format!(
+        "The webhook is up. Ask it about a pod:\n\n\
+         curl -sk https://{webhook}/mutate -H 'Content-Type: application/json' -d '{review}'\n\n\
+         response.patch in the answer is a JSON patch in base64. The sample workspaces, and another mode for one:\n\n\
+         llm-billing-webhook workspace list\n\
+         llm-billing-webhook workspace set {SAMPLE} byok\n"
+    ))?;
+    Ok(())
+}

@@ -1,0 +1,186 @@
+//! The command line: its tree, its exit codes, and the one place where an error is printed. Each command
+//! has a file of its own.
+
+mod check;
+mod dev;
+mod policy;
+mod review;
+mod serve;
+mod workspace;
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use anyhow::Context;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::core::policy::Policy;
+use crate::database::DatabaseUrl;
+
+/// Makes every workspace pod's LLM billing env true.
+///
+/// A mutating admission webhook for Kubernetes: it looks up each workspace's billing mode when a pod is
+/// created, and patches the containers' env to say and do what that mode means.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  llm-billing-webhook serve --dev                            try it, with nothing else installed
+  llm-billing-webhook review -f pod.yaml --mode byok         what would it do with this manifest?
+  llm-billing-webhook check --policy policy.yaml             is everything right for a rollout?";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serves the webhook over HTTPS, and health and metrics over HTTP
+    Serve(serve::ServeArgs),
+    /// Shows what the webhook would do with a manifest. Exit code: 0 nothing, 1 it would change, 2 refused or error
+    Review(review::ReviewArgs),
+    /// Shows a workspace's billing mode, its source and the reason
+    Resolve(workspace::ResolveArgs),
+    /// Edits the embedded SQLite database; the platform's own is never written
+    #[command(subcommand)]
+    Workspace(workspace::WorkspaceCommand),
+    /// Checks policy, certificate and database before a rollout. Exit code: 0 all right, 2 not
+    Check(check::CheckArgs),
+    /// Prints the default policy, or the policy file's JSON schema
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
+    /// Prints shell completions
+    Completions {
+        /// The shell to complete for
+        shell: Shell,
+    },
+}
+
+/// Runs a command, prints its error if it has one, and says with which code to exit.
+pub async fn run(cli: Cli) -> ExitCode {
+    let done = match cli.command {
+        Command::Serve(args) => serve::serve(args).await,
+        Command::Review(args) => review::review(args).await,
+        Command::Resolve(args) => workspace::resolve(args).await,
+        Command::Workspace(command) => workspace::workspace(command).await,
+        Command::Check(args) => check::check(args).await,
+        Command::Policy(command) => policy::policy(&command),
+        Command::Completions { shell } => completions(shell),
+    };
+    match done {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Nothing is left to do if stderr is gone.
+            let _ = writeln!(io::stderr(), "error: {}", crate::chain(error.as_ref()));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Whether the reader of our output has seen enough.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<io::Error>());
+    io.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn completions(shell: Shell) -> anyhow::Result<ExitCode> {
+    let mut script = Vec::new();
+    clap_complete::generate(
+        shell,
+        &mut Cli::command(),
+        env!("CARGO_PKG_NAME"),
+        &mut script,
+    );
+    print(&String::from_utf8_lossy(&script))
+}
+
+/// Writes a command's whole output.
+fn print(text: &str) -> anyhow::Result<ExitCode> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a remark that is no part of a command's output.
+fn note(text: &str) -> io::Result<()> {
+    writeln!(io::stderr(), "{text}")
+}
+
+/// The policy file, for every command that needs one.
+#[derive(Debug, Args)]
+struct PolicyArgs {
+    /// Policy file; see `policy default`. Absent, the default policy applies, which has no proxy
+    #[arg(long, env = "LLM_BILLING_POLICY", value_name = "FILE")]
+    policy: Option<PathBuf>,
+}
+
+impl PolicyArgs {
+    fn load(&self) -> anyhow::Result<Option<Policy>> {
+        let Some(path) = &self.policy else {
+            return Ok(None);
+        };
+        let text = fs::read_to_string(path)
+            .with_context(|| format!("cannot read policy {}", path.display()))?;
+        let policy = Policy::parse(&text).with_context(|| {
+            format!(
+                "cannot use policy {} (see: llm-billing-webhook policy schema)",
+                path.display()
+            )
+        })?;
+        Ok(Some(policy))
+    }
+}
+
+/// The database, for every command that needs one.
+#[derive(Debug, Args)]
+struct DatabaseArgs {
+    /// `postgres://USER:PASSWORD@HOST:PORT/DATABASE` or `sqlite://FILE`
+    #[arg(
+        long,
+        env = "LLM_BILLING_DATABASE_URL",
+        value_name = "URL",
+        hide_env_values = true
+    )]
+    database_url: Option<UnparsedUrl>,
+}
+
+impl DatabaseArgs {
+    fn parse(&self) -> anyhow::Result<Option<DatabaseUrl>> {
+        let parsed = self
+            .database_url
+            .as_ref()
+            .map(|url| DatabaseUrl::from_str(&url.0));
+        parsed.transpose().context("cannot use --database-url")
+    }
+
+    fn required(&self) -> anyhow::Result<DatabaseUrl> {
+        self.parse()?
+            .context("no database is given; set --database-url or LLM_BILLING_DATABASE_URL")
+    }
+}
+
+/// A URL as it was given. Parsed only by the commands, because clap repeats a value that it cannot parse,
+/// and this one may hold a password.
+#[derive(Clone)]
+struct UnparsedUrl(String);
+
+impl std::fmt::Debug for UnparsedUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("…")
+    }
+}
+
+impl From<&str> for UnparsedUrl {
+    fn from(url: &str) -> Self {
+        Self(url.to_owned())
+    }
+}

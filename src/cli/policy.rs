@@ -1,0 +1,25 @@
+//! `policy default` and `policy schema`.
+
+use std::process::ExitCode;
+
+use clap::Subcommand;
+
+use crate::core::policy::{DEFAULT_POLICY, Policy};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum PolicyCommand {
+    /// Prints the default policy, with a remark on every field: a file to start from
+    Default,
+    /// Prints the JSON schema of the policy file, for an editor
+    Schema,
+}
+
+pub(super) fn policy(command: &PolicyCommand) -> anyhow::Result<ExitCode> {
+    match command {
+        PolicyCommand::Default => super::print(DEFAULT_POLICY),
+        PolicyCommand::Schema => super::print(&format!(
+            "{}\n",
+            serde_json::to_string_pretty(&Policy::schema())?
+        )),
+    }
+}

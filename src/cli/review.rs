@@ -1,0 +1,237 @@
+//! `review`: what the webhook would do with a manifest, as a diff, a patch, or the result.
+
+use std::fs;
+use std::io::{self, IsTerminal, Read};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, anyhow, bail};
+use clap::{Args, ColorChoice, ValueEnum};
+use json_patch::Patch;
+use serde_json::Value;
+use similar::{ChangeTag, TextDiff};
+
+use super::{DatabaseArgs, PolicyArgs, note, print, workspace};
+use crate::core::mode::{BillingMode, Resolution};
+use crate::core::patch::operations;
+use crate::core::plan::plan;
+use crate::core::workload::{Subject, subjects};
+use crate::core::workspace::{Identity, identify};
+use crate::database::Database;
+
+#[derive(Debug, Args)]
+pub(super) struct ReviewArgs {
+    /// A Pod, Deployment, StatefulSet, DaemonSet, ReplicaSet, Job, CronJob, List, AdmissionReview or several
+    /// of them, in YAML or JSON; `-` for standard input
+    #[arg(short, long, value_name = "FILE")]
+    filename: PathBuf,
+    /// What to print
+    #[arg(short, long, value_enum, default_value = "diff")]
+    output: Output,
+    /// Takes this for the workspaces' mode, and asks no database
+    #[arg(long, value_parser = workspace::mode)]
+    mode: Option<BillingMode>,
+    /// The namespace of objects that name none
+    #[arg(short, long, default_value = "default")]
+    namespace: String,
+    /// When to colour a diff
+    #[arg(long, value_enum, default_value = "auto")]
+    color: ColorChoice,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    database: DatabaseArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Output {
+    /// What changes, as a unified diff of the objects in YAML
+    Diff,
+    /// One JSON patch for each object
+    Patch,
+    /// The objects as they would be, in YAML
+    Yaml,
+    /// The objects as they would be, in JSON
+    Json,
+}
+
+pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
+    let shown = if args.filename == Path::new("-") {
+        "standard input".to_owned()
+    } else {
+        args.filename.display().to_string()
+    };
+    let text = read(&args.filename).with_context(|| format!("cannot read {shown}"))?;
+    let documents = parse(&text).with_context(|| format!("cannot read {shown}"))?;
+    let policy = args.policy.load()?.unwrap_or_default();
+    let database = args
+        .database
+        .parse()?
+        .map(|url| Database::connect_lazily(url, &policy.lookup));
+    let subjects: Vec<Subject> = documents
+        .into_iter()
+        .flat_map(|document| subjects(document, &args.namespace))
+        .collect();
+    if !subjects.iter().any(Subject::makes_pods) {
+        bail!(
+            "{shown} has no object that makes pods; expected a Pod, a workload, a List or an AdmissionReview of pods"
+        );
+    }
+
+    let colour = match args.color {
+        ColorChoice::Always => true,
+        ColorChoice::Never => false,
+        ColorChoice::Auto => io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
+    };
+    let (mut printed, mut changed, mut refused) = (String::new(), false, false);
+    for subject in &subjects {
+        let title = &subject.title;
+        if !subject.makes_pods() {
+            note(&format!("{title}: makes no pods, and stays as it is"))?;
+        }
+        let patch = match patch(subject, &policy, database.as_ref(), args.mode).await {
+            Ok(patch) => patch,
+            Err(error) => {
+                refused = true;
+                note(&format!("error: {title}: {}", crate::chain(error.as_ref())))?;
+                continue;
+            }
+        };
+        changed |= !patch.0.is_empty();
+        let mut after = subject.object.clone();
+        json_patch::patch(&mut after, &patch)
+            .with_context(|| format!("{title}: the patch does not apply"))?;
+        printed += &match args.output {
+            Output::Diff => diff(title, &yaml(&subject.object)?, &yaml(&after)?, colour),
+            Output::Patch => format!("{}\n", serde_json::to_string_pretty(&patch)?),
+            Output::Yaml => format!("---\n{}", yaml(&after)?),
+            Output::Json => format!("{}\n", serde_json::to_string_pretty(&after)?),
+        };
+    }
+    print(&printed)?;
+    Ok(match (refused, changed) {
+        (true, _) => ExitCode::from(2),
+        (false, true) => ExitCode::from(1),
+        (false, false) => ExitCode::SUCCESS,
+    })
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    if path != Path::new("-") {
+        return fs::read_to_string(path);
+    }
+    let mut text = String::new();
+    io::stdin().read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// The documents of a text that is JSON or YAML. The errors tell places and never quote the text.
+fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
+    if text.trim_start().starts_with('{') {
+        let document = serde_json::from_str(text).map_err(|error| {
+            anyhow!(
+                "line {}, column {}: this is not valid JSON",
+                error.line(),
+                error.column()
+            )
+        });
+        return Ok(vec![document?]);
+    }
+    let documents: Result<Vec<Value>, _> = serde_saphyr::from_multiple(text);
+    let documents = documents.map_err(|error| match error.without_snippet().location() {
+        Some(at) => anyhow!(
+            "line {}, column {}: this is not valid YAML",
+            at.line(),
+            at.column()
+        ),
+        None => anyhow!("this is not valid YAML"),
+    })?;
+    Ok(documents
+        .into_iter()
+        .filter(|document| !document.is_null())
+        .collect())
+}
+
+/// What the webhook would patch; empty for what it leaves alone.
+async fn patch(
+    subject: &Subject,
+    policy: &crate::core::policy::Policy,
+    database: Option<&Database>,
+    mode: Option<BillingMode>,
+) -> anyhow::Result<Patch> {
+    if !subject.makes_pods() {
+        return Ok(Patch::default());
+    }
+    let title = &subject.title;
+    let (pod, old) = (subject.pod()?, subject.old_pod()?);
+    let scope = subject.scope(old.as_ref());
+    if scope.is_empty(&pod) {
+        return Ok(Patch::default());
+    }
+    let resolution = match (mode, identify(policy, &pod, &subject.namespace)?) {
+        (Some(mode), Identity::Resolved(_) | Identity::LookUp(_)) => Some(Resolution::chosen(mode)),
+        (_, Identity::NotAWorkspace) => None,
+        (None, _) => workspace::resolution(policy, database, &pod, &subject.namespace).await?,
+    };
+    let Some(resolution) = resolution else {
+        note(&format!(
+            "{title}: has no label {}, and stays as it is",
+            policy.workspace_label.as_str()
+        ))?;
+        return Ok(Patch::default());
+    };
+    let plan = plan(policy, resolution, &pod, scope)?;
+    for warning in &plan.warnings {
+        note(&format!("warning: {title}: {warning}"))?;
+    }
+    let (source, reason) = (resolution.source.as_str(), resolution.reason.as_str());
+    note(&format!(
+        "{title}: {} ({source}, {reason})",
+        resolution.mode
+    ))?;
+    Ok(serde_json::from_value(serde_json::to_value(operations(
+        &plan,
+        subject.root(),
+    ))?)?)
+}
+
+fn yaml(object: &Value) -> anyhow::Result<String> {
+    let mut text = serde_saphyr::to_string(object)?;
+    if !text.ends_with('\n') {
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+/// Three lines of context, and in colours as git has them.
+fn diff(title: &str, before: &str, after: &str, colour: bool) -> String {
+    let diff = TextDiff::from_lines(before, after);
+    let mut unified = diff.unified_diff();
+    unified
+        .context_radius(3)
+        .header(title, &format!("{title} (reviewed)"));
+    if !colour {
+        return unified.to_string();
+    }
+    let mut text = String::new();
+    for hunk in unified.iter_hunks() {
+        text.push_str(&format!("\x1b[36m{}\x1b[0m\n", hunk.header()));
+        for change in hunk.iter_changes() {
+            let (sign, colour) = match change.tag() {
+                ChangeTag::Delete => ('-', "\x1b[31m"),
+                ChangeTag::Insert => ('+', "\x1b[32m"),
+                ChangeTag::Equal => (' ', ""),
+            };
+            let reset = if colour.is_empty() { "" } else { "\x1b[0m" };
+            text.push_str(&format!(
+                "{colour}{sign}{}{reset}\n",
+                change.value().trim_end_matches('\n')
+            ));
+        }
+    }
+    if text.is_empty() {
+        text
+    } else {
+        format!("\x1b[1m--- {title}\n+++ {title} (reviewed)\x1b[0m\n{text}")
+    }
+}

@@ -1,0 +1,160 @@
+//! `serve`: the life of the process from its arguments to the drained server.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use tracing::warn;
+
+use super::{DatabaseArgs, PolicyArgs, dev};
+use crate::database::{Database, DatabaseUrl, LookupError};
+use crate::metrics::Metrics;
+use crate::server::health::Readiness;
+use crate::server::tls::{Certificate, CertificateFiles, CertificatePem};
+use crate::server::webhook::App;
+use crate::server::{Bound, Drain};
+use crate::telemetry::{self, LogFormat};
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// Tries it with nothing else installed: an SQLite file with sample workspaces, a certificate made at
+    /// start, a sample proxy. Listens on 127.0.0.1 unless told otherwise
+    #[arg(long)]
+    dev: bool,
+    /// Where the webhook listens [default: 0.0.0.0:8443]
+    #[arg(long, env = "LLM_BILLING_LISTEN", value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// Where health and metrics listen [default: 0.0.0.0:8080]
+    #[arg(long, env = "LLM_BILLING_HEALTH_LISTEN", value_name = "ADDRESS:PORT")]
+    health_listen: Option<SocketAddr>,
+    #[command(flatten)]
+    database: DatabaseArgs,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    tls: TlsArgs,
+    /// Longest body that is read, in bytes
+    #[arg(long, env = "LLM_BILLING_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * 1024 * 1024)]
+    max_body_bytes: usize,
+    /// How long to go on accepting connections after SIGTERM, while the cluster takes the address out
+    #[arg(long, env = "LLM_BILLING_DRAIN_DELAY", value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
+    drain_delay: Duration,
+    /// How long requests may go on after that
+    #[arg(long, env = "LLM_BILLING_DRAIN_TIMEOUT", value_name = "DURATION", default_value = "20s", value_parser = humantime::parse_duration)]
+    drain_timeout: Duration,
+    /// How log lines look [default: json, with --dev: pretty]
+    #[arg(long, env = "LLM_BILLING_LOG_FORMAT", value_enum)]
+    log_format: Option<LogFormat>,
+}
+
+/// The certificate's files.
+#[derive(Debug, Args)]
+pub(super) struct TlsArgs {
+    /// Certificate chain in PEM; read again when it changes
+    #[arg(long, env = "LLM_BILLING_TLS_CERT", value_name = "FILE")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's private key in PEM; read again when it changes
+    #[arg(long, env = "LLM_BILLING_TLS_KEY", value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+    /// Authorities in PEM whose clients alone may connect (mutual TLS); read again when it changes
+    #[arg(long, env = "LLM_BILLING_CLIENT_CA", value_name = "FILE")]
+    client_ca: Option<PathBuf>,
+}
+
+impl TlsArgs {
+    /// The files, if they are given.
+    pub(super) fn files(&self) -> anyhow::Result<Option<CertificateFiles>> {
+        match (&self.tls_cert, &self.tls_key) {
+            (Some(certificate), Some(key)) => Ok(Some(CertificateFiles {
+                certificate: certificate.clone(),
+                key: key.clone(),
+                client_ca: self.client_ca.clone(),
+            })),
+            (None, None) if self.client_ca.is_none() => Ok(None),
+            _ => bail!("--tls-cert and --tls-key belong together; set both"),
+        }
+    }
+}
+
+pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    let format = args.log_format.unwrap_or(if args.dev {
+        LogFormat::Pretty
+    } else {
+        LogFormat::Json
+    });
+    telemetry::start(format);
+    let policy = match args.policy.load()? {
+        None if args.dev => dev::policy()?,
+        policy => policy.unwrap_or_default(),
+    };
+    let (certificate, files) = certificate(&args)?;
+    let url = database_url(&args).await?;
+    let database = Database::connect_lazily(url, &policy.lookup);
+    refuse_wrong_query(&database).await?;
+    let host = if args.dev {
+        Ipv4Addr::LOCALHOST
+    } else {
+        Ipv4Addr::UNSPECIFIED
+    };
+    let bound = Bound::bind(
+        args.listen.unwrap_or((host, 8443).into()),
+        args.health_listen.unwrap_or((host, 8080).into()),
+    )?;
+    for warning in policy.warnings() {
+        warn!(warning, "policy");
+    }
+    if args.dev {
+        dev::greet(bound.webhook_address, &policy)?;
+    }
+    let app = App {
+        policy,
+        database,
+        metrics: Metrics::default(),
+        readiness: Readiness::default(),
+        largest_body: args.max_body_bytes,
+    };
+    let drain = Drain {
+        delay: args.drain_delay,
+        timeout: args.drain_timeout,
+    };
+    bound
+        .serve(Arc::new(app), certificate, files, drain)
+        .await
+        .context("cannot serve")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+type WatchedFiles = Option<(CertificateFiles, CertificatePem)>;
+
+fn certificate(args: &ServeArgs) -> anyhow::Result<(Certificate, WatchedFiles)> {
+    let (files, pem) = match args.tls.files()? {
+        Some(files) => {
+            let pem = files.read().context("cannot load the certificate")?;
+            (Some(files), pem)
+        }
+        None if args.dev => (None, dev::certificate()?),
+        None => bail!("no certificate is given; set --tls-cert and --tls-key"),
+    };
+    let certificate = Certificate::from_pem(&pem).context("cannot load the certificate")?;
+    Ok((certificate, files.map(|files| (files, pem))))
+}
+
+async fn database_url(args: &ServeArgs) -> anyhow::Result<DatabaseUrl> {
+    match args.database.parse()? {
+        None if args.dev => dev::database().await,
+        _ => args.database.required(),
+    }
+}
+
+/// A database that cannot be reached may come up later, and readiness waits for it; one that refuses the
+/// query as such will not.
+async fn refuse_wrong_query(database: &Database) -> anyhow::Result<()> {
+    match database.check().await {
+        Err(error @ LookupError::Refused(_)) => Err(error).context("cannot start"),
+        Ok(()) | Err(LookupError::Timeout | LookupError::Unavailable(_)) => Ok(()),
+    }
+}

@@ -1,0 +1,172 @@
+//! `resolve`, and `workspace list|set|clear` on the embedded database.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Args, Subcommand, ValueEnum};
+use serde::Deserialize;
+use serde_json::json;
+use uuid::Uuid;
+
+use super::dev::DEV_DATABASE;
+use super::{DatabaseArgs, PolicyArgs, note, print};
+use crate::core::mode::{BillingMode, Resolution};
+use crate::core::pod::Pod;
+use crate::core::policy::Policy;
+use crate::core::workspace::{Identity, identify};
+use crate::database::{Database, DatabaseUrl, Embedded};
+
+#[derive(Debug, Args)]
+pub(super) struct ResolveArgs {
+    /// The workspace's id: the value of its pods' workspace label
+    workspace: String,
+    /// The namespace of its pods, for policies whose query asks for it
+    #[arg(short, long, default_value = "default")]
+    namespace: String,
+    /// Further labels of its pods, for policies whose query asks for them
+    #[arg(short, long, value_name = "KEY=VALUE")]
+    label: Vec<String>,
+    /// How to print the answer
+    #[arg(short, long, value_enum, default_value = "text")]
+    output: Output,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    database: DatabaseArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Output {
+    /// A line a field
+    Text,
+    /// One JSON object
+    Json,
+}
+
+pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
+    let policy = args.policy.load()?.unwrap_or_default();
+    let mut labels = BTreeMap::from([(policy.workspace_label.as_str(), args.workspace.as_str())]);
+    for label in &args.label {
+        let (key, value) = label.split_once('=').context("--label takes KEY=VALUE")?;
+        labels.insert(key, value);
+    }
+    let pod = json!({"metadata": {"labels": labels}});
+    let pod = Pod::deserialize(&pod)?;
+    let database = Database::connect_lazily(args.database.required()?, &policy.lookup);
+    let Some(resolution) = resolution(&policy, Some(&database), &pod, &args.namespace).await?
+    else {
+        bail!("no workspace is named");
+    };
+    match args.output {
+        Output::Json => print(&format!("{}\n", serde_json::to_string(&resolution)?)),
+        Output::Text => print(&format!(
+            "mode:   {}\nsource: {}\nreason: {}\n",
+            resolution.mode,
+            resolution.source.as_str(),
+            resolution.reason.as_str()
+        )),
+    }
+}
+
+/// The mode of a pod, for commands: here a failed lookup is an error, whatever the policy makes of it when
+/// a pod waits. `None` for a pod that is no workspace's.
+pub(super) async fn resolution(
+    policy: &Policy,
+    database: Option<&Database>,
+    pod: &Pod<'_>,
+    namespace: &str,
+) -> anyhow::Result<Option<Resolution>> {
+    match identify(policy, pod, namespace)? {
+        Identity::NotAWorkspace => Ok(None),
+        Identity::Resolved(resolution) => Ok(Some(resolution)),
+        Identity::LookUp(parameters) => {
+            let database = database
+                .context("no database is given; set --database-url, or --mode to do without")?;
+            Ok(Some(Resolution::from_stored(
+                &database.lookup(&parameters, None).await?,
+            )))
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum WorkspaceCommand {
+    /// Prints all workspaces with their modes; `-` where nobody chose one
+    List(EmbeddedArgs),
+    /// Sets a workspace's mode, and adds the workspace if it is new
+    Set {
+        /// The workspace's id
+        id: Uuid,
+        /// `platform_managed`, `byok` or `disabled`
+        #[arg(value_parser = mode)]
+        mode: BillingMode,
+        #[command(flatten)]
+        embedded: EmbeddedArgs,
+    },
+    /// Leaves a workspace's mode to the platform's default, which is `platform_managed`
+    Clear {
+        /// The workspace's id
+        id: Uuid,
+        #[command(flatten)]
+        embedded: EmbeddedArgs,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct EmbeddedArgs {
+    #[command(flatten)]
+    database: DatabaseArgs,
+}
+
+impl EmbeddedArgs {
+    async fn open(&self) -> anyhow::Result<Embedded> {
+        let url = match self.database.parse()? {
+            Some(url) => url,
+            None => DEV_DATABASE.parse::<DatabaseUrl>()?,
+        };
+        Ok(Embedded::open(&url).await?)
+    }
+}
+
+/// A mode by its one spelling.
+pub(super) fn mode(text: &str) -> Result<BillingMode, String> {
+    BillingMode::from_column(text).ok_or_else(|| {
+        let modes = BillingMode::ALL.map(BillingMode::as_str).join(", ");
+        format!("expected one of {modes}")
+    })
+}
+
+pub(super) async fn workspace(command: WorkspaceCommand) -> anyhow::Result<ExitCode> {
+    let say = |id: Uuid, mode: Option<BillingMode>| {
+        let mode = mode.map_or("the platform's default", BillingMode::as_str);
+        note(&format!(
+            "workspace {id} is set to {mode}; it applies to the pods that are created from now on"
+        ))
+    };
+    match command {
+        WorkspaceCommand::List(embedded) => {
+            let embedded = embedded.open().await?;
+            let workspaces = embedded.list().await?;
+            embedded.close().await;
+            let line = |(id, mode): (String, Option<String>)| {
+                format!("{id}  {}\n", mode.as_deref().unwrap_or("-"))
+            };
+            print(&workspaces.into_iter().map(line).collect::<String>())
+        }
+        WorkspaceCommand::Set { id, mode, embedded } => {
+            let embedded = embedded.open().await?;
+            embedded.set(id, Some(mode)).await?;
+            embedded.close().await;
+            say(id, Some(mode))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        WorkspaceCommand::Clear { id, embedded } => {
+            let embedded = embedded.open().await?;
+            embedded.set(id, None).await?;
+            embedded.close().await;
+            say(id, None)?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

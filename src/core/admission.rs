@@ -1,0 +1,332 @@
+//! The admission review: its decoding, which pod and containers it is about, and the response.
+//! HTTP around it is server/webhook.rs's business.
+
+use std::collections::BTreeMap;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::mode::Resolution;
+use super::patch::Operation;
+use super::plan::Scope;
+use super::pod::{Pod, Text};
+use super::refusal::Refusal;
+
+/// The one version of the API that is spoken; the API server has sent it since Kubernetes 1.16.
+pub const API_VERSION: &str = "admission.k8s.io/v1";
+const KIND: &str = "AdmissionReview";
+
+/// Why a body gets no admission response.
+#[derive(Debug, PartialEq, Eq, Error)]
+pub enum BodyError {
+    /// The body is no JSON.
+    #[error("the body is not JSON (line {line}, column {column}); send an AdmissionReview as JSON")]
+    NotJson {
+        /// From 1.
+        line: usize,
+        /// From 1.
+        column: usize,
+    },
+    /// The body is JSON, but no admission review.
+    #[error(
+        "the body is not an AdmissionReview; send kind AdmissionReview of apiVersion {API_VERSION}"
+    )]
+    NotAdmissionReview,
+    /// The body is an admission review of another version.
+    #[error(
+        "this version of AdmissionReview is not supported; set admissionReviewVersions: [v1] in the webhook configuration"
+    )]
+    OtherVersion,
+    /// Without a uid there is nothing to answer to.
+    #[error("the AdmissionReview has no request with a uid; send one that the API server made")]
+    NoUid,
+}
+
+/// The request in an admission review, borrowed from the body.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Request<'a> {
+    /// Echoed in the response.
+    #[serde(borrow, default)]
+    pub uid: Text<'a>,
+    /// What is created or updated.
+    #[serde(borrow)]
+    pub resource: Option<Resource<'a>>,
+    /// Such as `ephemeralcontainers`; absent or empty for the pod itself.
+    #[serde(borrow)]
+    pub sub_resource: Option<Text<'a>>,
+    /// Such as `CREATE`.
+    #[serde(borrow, default)]
+    pub operation: Text<'a>,
+    /// The pod's name; absent under `generateName`.
+    #[serde(borrow)]
+    pub name: Option<Text<'a>>,
+    /// The pod's namespace.
+    #[serde(borrow)]
+    pub namespace: Option<Text<'a>>,
+    /// Whether nothing will be stored. The answer is the same.
+    pub dry_run: Option<bool>,
+    /// The pod as it is to be stored.
+    #[serde(borrow)]
+    pub object: Option<Pod<'a>>,
+    /// The pod as it is stored, on updates.
+    #[serde(borrow)]
+    pub old_object: Option<Pod<'a>>,
+}
+
+/// A resource by its API group and plural name.
+#[derive(Debug, Deserialize)]
+pub struct Resource<'a> {
+    /// Empty for the core API.
+    #[serde(borrow, default)]
+    pub group: Text<'a>,
+    /// Such as `pods`.
+    #[serde(borrow, default)]
+    pub resource: Text<'a>,
+}
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug)]
+pub enum Task<'r> {
+    /// A pod is to be planned.
+    Plan(&'r Pod<'r>, Scope<'r>),
+    /// Nothing that the webhook acts on: another resource, or an update that cannot change env.
+    Untouched,
+}
+
+impl<'a> Request<'a> {
+    /// What the request asks for.
+    ///
+    /// # Errors
+    /// [`Refusal::NoObject`] if there is something to plan and the pod is not there.
+    pub fn task(&self) -> Result<Task<'_>, Refusal> {
+        let resource = self
+            .resource
+            .as_ref()
+            .map(|resource| (resource.group.as_str(), resource.resource.as_str()));
+        let sub_resource = self.sub_resource.as_ref().map_or("", Text::as_str);
+        let object = || self.object.as_ref().ok_or(Refusal::NoObject);
+        match (resource, sub_resource, self.operation.as_str()) {
+            (Some(("", "pods")), "", "CREATE") => Ok(Task::Plan(object()?, Scope::Pod)),
+            (Some(("", "pods")), "ephemeralcontainers", "UPDATE") => {
+                let (pod, scope) = (
+                    object()?,
+                    Scope::NewEphemeralContainers(self.old_object.as_ref()),
+                );
+                Ok(if scope.is_empty(pod) {
+                    Task::Untouched
+                } else {
+                    Task::Plan(pod, scope)
+                })
+            }
+            _ => Ok(Task::Untouched),
+        }
+    }
+
+    /// The pod's namespace.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        self.namespace.as_ref().map_or("", Text::as_str)
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Envelope<'a, R> {
+    #[serde(borrow)]
+    api_version: Option<Text<'a>>,
+    #[serde(borrow)]
+    kind: Option<Text<'a>>,
+    request: Option<R>,
+}
+
+/// As much of a request as an answer needs, for requests whose other parts have the wrong shape.
+#[derive(Deserialize)]
+struct Identifier<'a> {
+    #[serde(borrow, default)]
+    uid: Text<'a>,
+}
+
+impl<R> Envelope<'_, R> {
+    fn checked(self, uid: impl Fn(&R) -> &str) -> Result<R, BodyError> {
+        let text = |text: &Option<Text<'_>>, expected| {
+            text.as_ref().is_some_and(|text| text.as_str() == expected)
+        };
+        let group = self
+            .api_version
+            .as_ref()
+            .is_some_and(|version| version.as_str().starts_with("admission.k8s.io/"));
+        if !text(&self.kind, KIND) || !group {
+            return Err(BodyError::NotAdmissionReview);
+        }
+        if !text(&self.api_version, API_VERSION) {
+            return Err(BodyError::OtherVersion);
+        }
+        self.request
+            .filter(|request| !uid(request).is_empty())
+            .ok_or(BodyError::NoUid)
+    }
+}
+
+/// A request that can be answered.
+#[derive(Debug)]
+pub enum Decoded<'a> {
+    /// It can be read.
+    Request(Box<Request<'a>>),
+    /// A part has the wrong shape: the answer is a refusal.
+    Unreadable {
+        /// Echoed in the response.
+        uid: String,
+        /// What to answer.
+        refusal: Refusal,
+    },
+}
+
+/// Decodes a body. Its errors tell places and never values: serde's own texts quote what they found.
+///
+/// # Errors
+/// [`BodyError`] if no admission response is possible.
+pub fn decode(body: &[u8]) -> Result<Decoded<'_>, BodyError> {
+    let error = match serde_json::from_slice::<Envelope<'_, Request<'_>>>(body) {
+        Ok(envelope) => {
+            return envelope
+                .checked(|request| request.uid.as_str())
+                .map(|request| Decoded::Request(Box::new(request)));
+        }
+        Err(error) => error,
+    };
+    if error.is_syntax() || error.is_eof() {
+        return Err(BodyError::NotJson {
+            line: error.line(),
+            column: error.column(),
+        });
+    }
+    let envelope: Envelope<'_, Identifier<'_>> =
+        serde_json::from_slice(body).map_err(|_| BodyError::NotAdmissionReview)?;
+    let uid = envelope
+        .checked(|request| request.uid.as_str())?
+        .uid
+        .as_str()
+        .to_owned();
+    let place =
+        misfit::<Envelope<'_, Request<'_>>>(&mut serde_json::Deserializer::from_slice(body));
+    Ok(Decoded::Unreadable {
+        uid,
+        refusal: Refusal::Unreadable { place },
+    })
+}
+
+/// The place where a value does not fit `T`, such as `spec.containers[0].env[2].value`.
+pub fn misfit<'de, T: Deserialize<'de>>(deserializer: impl serde::Deserializer<'de>) -> String {
+    let error = serde_path_to_error::deserialize::<_, T>(deserializer).err();
+    let place = error
+        .map(|error| error.path().to_string())
+        .filter(|place| place != ".");
+    place.unwrap_or_else(|| "the object".to_owned())
+}
+
+/// An admission review as it is sent back.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Answer<'a> {
+    api_version: &'static str,
+    kind: &'static str,
+    response: Response<'a>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Response<'a> {
+    uid: &'a str,
+    allowed: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<Status>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    patch_type: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    patch: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    audit_annotations: BTreeMap<&'static str, String>,
+}
+
+#[derive(Serialize)]
+struct Status {
+    code: u16,
+    reason: &'static str,
+    message: String,
+}
+
+impl<'a> Answer<'a> {
+    /// Allows the request as it is.
+    #[must_use]
+    pub fn allowed(uid: &'a str) -> Self {
+        Self {
+            api_version: API_VERSION,
+            kind: KIND,
+            response: Response {
+                uid,
+                allowed: true,
+                status: None,
+                patch_type: None,
+                patch: None,
+                warnings: Vec::new(),
+                audit_annotations: BTreeMap::new(),
+            },
+        }
+    }
+
+    /// Refuses the request.
+    #[must_use]
+    pub fn refused(uid: &'a str, refusal: &Refusal) -> Self {
+        let mut answer = Self::allowed(uid);
+        answer.response.allowed = false;
+        answer.response.status = Some(Status {
+            code: refusal.status(),
+            reason: refusal.status_reason(),
+            message: refusal.to_string(),
+        });
+        answer
+    }
+
+    /// Adds a patch, unless it has no operations.
+    ///
+    /// # Errors
+    /// None in practice: the operations hold nothing that JSON cannot say.
+    pub fn with_patch(mut self, operations: &[Operation<'_>]) -> Result<Self, serde_json::Error> {
+        if !operations.is_empty() {
+            self.response.patch = Some(STANDARD.encode(serde_json::to_vec(operations)?));
+            self.response.patch_type = Some("JSONPatch");
+        }
+        Ok(self)
+    }
+
+    /// Adds what the user should know.
+    #[must_use]
+    pub fn with_warnings(mut self, warnings: Vec<String>) -> Self {
+        self.response.warnings = warnings;
+        self
+    }
+
+    /// Records the resolution in the API server's audit log.
+    #[must_use]
+    pub fn with_resolution(mut self, resolution: &Resolution, workspace_id: &str) -> Self {
+        self.response.audit_annotations = BTreeMap::from([
+            ("mode", resolution.mode.to_string()),
+            ("source", resolution.source.as_str().to_owned()),
+            ("reason", resolution.reason.as_str().to_owned()),
+            ("workspace", recordable(workspace_id).to_owned()),
+        ]);
+        self
+    }
+}
+
+/// A workspace id as it may be recorded: Kubernetes allows a label 63 bytes, but what arrives has not been
+/// validated yet.
+#[must_use]
+pub fn recordable(workspace_id: &str) -> &str {
+    &workspace_id[..workspace_id.floor_char_boundary(63)]
+}

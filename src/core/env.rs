@@ -1,0 +1,288 @@
+//! One container's env list: what must change in it, which variables its envFrom could bring, and what a
+//! `$(NAME)` refers to. Which variables are required, and of which containers, is plan.rs's business.
+
+use std::borrow::Cow;
+
+use serde::ser::SerializeStruct;
+use serde::{Serialize, Serializer};
+
+use super::pod::{EnvEntry, EnvFrom};
+use super::policy::EnvSource;
+
+/// What a variable must be. No `Debug`: a literal may be a token.
+#[derive(Clone, PartialEq)]
+pub enum Value<'a> {
+    /// This text.
+    Literal(Cow<'a, str>),
+    /// What this source brings.
+    Source(&'a EnvSource),
+}
+
+/// A variable that a container must have. Serialised, it is an env entry of a pod.
+#[derive(Clone, PartialEq)]
+pub struct Variable<'a> {
+    /// The variable's name.
+    pub name: &'a str,
+    /// What it must be.
+    pub value: Value<'a>,
+}
+
+impl<'a> Variable<'a> {
+    /// A variable of this name and value.
+    #[must_use]
+    pub const fn new(name: &'a str, value: Value<'a>) -> Self {
+        Self { name, value }
+    }
+
+    /// An empty-valued entry, which hides what an envFrom source brings under the same name.
+    #[must_use]
+    pub const fn mask(name: &'a str) -> Self {
+        Self::new(name, Value::Literal(Cow::Borrowed("")))
+    }
+
+    /// Whether an entry of the same name already has the value, an absent one being empty.
+    fn is_met_by(&self, entry: &EnvEntry<'_>) -> bool {
+        let text = entry.value.as_ref().map_or("", |text| text.as_str());
+        match (&self.value, &entry.value_from) {
+            (Value::Literal(literal), None) => text == literal,
+            (Value::Source(source), Some(from)) => text.is_empty() && source.matches(from),
+            (Value::Literal(_), Some(_)) | (Value::Source(_), None) => false,
+        }
+    }
+}
+
+impl Serialize for Variable<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut entry = serializer.serialize_struct("EnvVar", 2)?;
+        entry.serialize_field("name", self.name)?;
+        match &self.value {
+            Value::Literal(text) => entry.serialize_field("value", text)?,
+            Value::Source(source) => entry.serialize_field("valueFrom", source)?,
+        }
+        entry.end()
+    }
+}
+
+/// What makes an env list settled.
+#[derive(Clone, PartialEq, Default)]
+pub struct Changes<'a> {
+    /// Indices of the entries that go, ascending.
+    pub remove: Vec<usize>,
+    /// Variables that come before all others, in this order.
+    pub add: Vec<Variable<'a>>,
+}
+
+impl Changes<'_> {
+    /// Whether the list is settled already.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.remove.is_empty() && self.add.is_empty()
+    }
+}
+
+/// Finds what makes `entries` settled: each required variable once with its value, and none that
+/// `goes`. The first right entry of a required variable stays where it is; wrong and surplus ones go.
+#[must_use]
+pub fn settle<'a>(
+    entries: &[EnvEntry<'_>],
+    required: &[Variable<'a>],
+    goes: impl Fn(&str) -> bool,
+) -> Changes<'a> {
+    let mut met = vec![false; required.len()];
+    let mut remove = Vec::new();
+    for (index, entry) in entries.iter().enumerate() {
+        let name = entry.name.as_str();
+        let stays = match required
+            .iter()
+            .zip(&mut met)
+            .find(|(variable, _)| variable.name == name)
+        {
+            Some((variable, met)) => {
+                let first_right = !*met && variable.is_met_by(entry);
+                *met |= first_right;
+                first_right
+            }
+            None => !goes(name),
+        };
+        if !stays {
+            remove.push(index);
+        }
+    }
+    let unmet = required.iter().zip(met).filter(|(_, met)| !met);
+    Changes {
+        remove,
+        add: unmet.map(|(variable, _)| variable.clone()).collect(),
+    }
+}
+
+/// Whether one of these sources could bring a variable of this name: one with a prefix brings only names
+/// that start with it.
+#[must_use]
+pub fn could_bring(sources: &[EnvFrom<'_>], name: &str) -> bool {
+    let prefix = |source: &EnvFrom<'_>| {
+        source
+            .prefix
+            .as_ref()
+            .is_none_or(|prefix| name.starts_with(prefix.as_str()))
+    };
+    sources.iter().any(prefix)
+}
+
+/// The names that a text refers to as `$(NAME)`, by Kubernetes' rules: `$$` is an escaped dollar, so
+/// `$$(NAME)` refers to nothing, and an unclosed `$(` is text.
+pub fn references(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        loop {
+            let (_, after_dollar) = rest.split_once('$')?;
+            rest = after_dollar;
+            if let Some(after_escape) = rest.strip_prefix('$') {
+                rest = after_escape;
+            } else if let Some((name, after)) = rest
+                .strip_prefix('(')
+                .and_then(|inner| inner.split_once(')'))
+            {
+                rest = after;
+                return Some(name);
+            }
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entries(json: &str) -> Vec<EnvEntry<'_>> {
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn literal<'a>(name: &'a str, value: &'a str) -> Variable<'a> {
+        Variable::new(name, Value::Literal(value.into()))
+    }
+
+    #[test]
+    fn a_list_is_settled_when_each_required_variable_is_there_once_and_right() {
+        let source: EnvSource =
+            serde_saphyr::from_str("{secretKeyRef: {name: s, key: k}}").unwrap();
+        let required = [
+            literal("A", "1"),
+            Variable::mask("B"),
+            Variable::new("C", Value::Source(&source)),
+        ];
+        let c = r#"{"name":"C","valueFrom":{"secretKeyRef":{"name":"s","key":"k"}}}"#;
+        // entries before the reference of C; indices that go; names that come
+        let table: [(&str, &[usize], &[&str]); 9] = [
+            (
+                r#"{"name":"A","value":"1"},{"name":"B","value":""}"#,
+                &[],
+                &[],
+            ),
+            (
+                r#"{"name":"B"},{"name":"X"},{"name":"A","value":"1"}"#,
+                &[],
+                &[],
+            ),
+            (r#"{"name":"A","value":"2"},{"name":"B"}"#, &[0], &["A"]),
+            (
+                r#"{"name":"A"},{"name":"B","value":"b"}"#,
+                &[0, 1],
+                &["A", "B"],
+            ),
+            (
+                r#"{"name":"A","value":"1"},{"name":"A","value":"1"},{"name":"B"}"#,
+                &[1],
+                &[],
+            ),
+            (
+                r#"{"name":"A","value":"0"},{"name":"A","value":"1"},{"name":"B"}"#,
+                &[0],
+                &[],
+            ),
+            (
+                r#"{"name":"A","value":"1","valueFrom":{}},{"name":"B"}"#,
+                &[0],
+                &["A"],
+            ),
+            (
+                r#"{"name":"GOES","value":"g"},{"name":"X"},{"name":"GOES"}"#,
+                &[0, 2],
+                &["A", "B"],
+            ),
+            (
+                r#"{"name":"","value":"g"},{"name":"a","value":"1"}"#,
+                &[],
+                &["A", "B"],
+            ),
+        ];
+        for (before, remove, add) in table {
+            let json = format!("[{before},{c}]");
+            let changes = settle(&entries(&json), &required, |name| name == "GOES");
+            assert_eq!(changes.remove, remove, "{before}");
+            assert_eq!(
+                changes
+                    .add
+                    .iter()
+                    .map(|variable| variable.name)
+                    .collect::<Vec<_>>(),
+                add,
+                "{before}"
+            );
+            assert_eq!(
+                changes.is_empty(),
+                remove.is_empty() && add.is_empty(),
+                "{before}"
+            );
+        }
+        for wrong in [
+            r#"[{"name":"C","value":"x","valueFrom":{"secretKeyRef":{"name":"s","key":"k"}}}]"#,
+            r#"[{"name":"C","value":""}]"#,
+            r#"[{"name":"C","valueFrom":{"fileKeyRef":{"path":"p"}}}]"#,
+        ] {
+            assert_eq!(
+                settle(&entries(wrong), &required, |_| false).remove,
+                [0],
+                "{wrong}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_source_brings_only_names_that_start_with_its_prefix() {
+        let table = [
+            ("[]", "OPENAI_API_KEY", false),
+            (r#"[{"secretRef":{"name":"s"}}]"#, "OPENAI_API_KEY", true),
+            (r#"[{"prefix":null}]"#, "OPENAI_API_KEY", true),
+            (r#"[{"prefix":""}]"#, "OPENAI_API_KEY", true),
+            (r#"[{"prefix":"OPENAI_"}]"#, "OPENAI_API_KEY", true),
+            (r#"[{"prefix":"OPENAI_"}]"#, "XAI_API_KEY", false),
+            (
+                r#"[{"prefix":"APP_"},{"prefix":"XAI"}]"#,
+                "XAI_API_KEY",
+                true,
+            ),
+        ];
+        for (sources, name, expected) in table {
+            let sources: Vec<EnvFrom<'_>> = serde_json::from_str(sources).unwrap();
+            assert_eq!(could_bring(&sources, name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn references_are_read_as_kubernetes_reads_them() {
+        let table: [(&str, &[&str]); 9] = [
+            ("", &[]),
+            ("plain", &[]),
+            ("a $(B) c $(D)$(E)", &["B", "D", "E"]),
+            ("$$(B) $(C)", &["C"]),
+            ("$$$(B)", &["B"]),
+            ("$B ${C} $ (D)", &[]),
+            ("$(open", &[]),
+            ("$", &[]),
+            ("$()$(A B)", &["", "A B"]),
+        ];
+        for (text, expected) in table {
+            assert_eq!(references(text).collect::<Vec<_>>(), expected, "{text}");
+        }
+    }
+}

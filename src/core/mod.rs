@@ -1,0 +1,18 @@
+//! The decisions: which workspace a pod belongs to, which mode it has, what its env must become.
+//!
+//! Nothing here does IO, waits, logs, reads a clock or knows HTTP; what must be fetched is returned as a
+//! value ([`workspace::Identity::LookUp`]) for an edge to fetch. The order of use is the order of a
+//! request: [`admission::AdmissionReview::decode`], [`workspace::identify`],
+//! [`mode::Resolution::from_stored`], [`plan::plan`], [`patch::operations`].
+
+pub mod admission;
+pub mod env;
+pub mod mode;
+pub mod patch;
+pub mod plan;
+pub mod pod;
+pub mod policy;
+pub mod proxy;
+pub mod refusal;
+pub mod workload;
+pub mod workspace;

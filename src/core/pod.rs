@@ -1,0 +1,230 @@
+//! The parts of a Pod that decide its env, borrowed from the request's bytes. Everything else (managed
+//! fields, volumes, status, fields of later API versions) is skipped, and never written back: the patch
+//! names only what changes.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::Deserialize;
+
+/// Text borrowed from the request where it has no escapes. Its `Debug` says nothing: it may be a key.
+#[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(transparent)]
+pub struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+impl Text<'_> {
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Text<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
+
+impl std::borrow::Borrow<str> for Text<'_> {
+    fn borrow(&self) -> &str {
+        &self.0
+    }
+}
+
+/// A pod, or a controller's pod template.
+#[derive(Debug, Default, Deserialize)]
+pub struct Pod<'a> {
+    /// Labels and annotations.
+    #[serde(borrow)]
+    pub metadata: Option<Metadata<'a>>,
+    /// The containers.
+    #[serde(borrow)]
+    pub spec: Option<Spec<'a>>,
+}
+
+/// What metadata says that matters here.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Metadata<'a> {
+    /// Absent under `generateName`.
+    #[serde(borrow)]
+    pub name: Option<Text<'a>>,
+    /// The name's beginning, where the API server chooses the rest.
+    #[serde(borrow)]
+    pub generate_name: Option<Text<'a>>,
+    /// Empty in a controller's pod template.
+    #[serde(borrow)]
+    pub namespace: Option<Text<'a>>,
+    /// Which workspace and runtime.
+    #[serde(borrow)]
+    pub labels: Option<BTreeMap<Text<'a>, Option<Text<'a>>>>,
+    /// Where the resolution is recorded.
+    #[serde(borrow)]
+    pub annotations: Option<BTreeMap<Text<'a>, Option<Text<'a>>>>,
+}
+
+/// The lists of containers.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Spec<'a> {
+    /// Native sidecars are among them.
+    #[serde(borrow)]
+    pub init_containers: Option<Vec<Container<'a>>>,
+    /// The pod's main containers.
+    #[serde(borrow)]
+    pub containers: Option<Vec<Container<'a>>>,
+    /// Debug containers of a running pod.
+    #[serde(borrow)]
+    pub ephemeral_containers: Option<Vec<Container<'a>>>,
+}
+
+/// One container of any of the three lists.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Container<'a> {
+    /// Unique in a valid pod; invalid pods arrive too.
+    #[serde(borrow, default)]
+    pub name: Text<'a>,
+    /// Entry point; may refer to env entries.
+    #[serde(borrow)]
+    pub command: Option<Vec<Text<'a>>>,
+    /// Arguments; may refer to env entries.
+    #[serde(borrow)]
+    pub args: Option<Vec<Text<'a>>>,
+    /// Secrets and ConfigMaps whose keys become variables.
+    #[serde(borrow)]
+    pub env_from: Option<Vec<EnvFrom<'a>>>,
+    /// The env entries; `None` where the field is absent or null.
+    #[serde(borrow)]
+    pub env: Option<Vec<EnvEntry<'a>>>,
+}
+
+/// One envFrom source, whichever kind it is.
+#[derive(Debug, Deserialize)]
+pub struct EnvFrom<'a> {
+    /// Put before each key to make the variable's name.
+    #[serde(borrow)]
+    pub prefix: Option<Text<'a>>,
+}
+
+/// One env entry as it stands in the pod.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EnvEntry<'a> {
+    /// The variable.
+    #[serde(borrow, default)]
+    pub name: Text<'a>,
+    /// Absent means empty unless `valueFrom` is there: the API server drops an empty value.
+    #[serde(borrow)]
+    pub value: Option<Text<'a>>,
+    /// Where the value comes from, if it is no literal.
+    #[serde(borrow)]
+    pub value_from: Option<ValueFrom<'a>>,
+}
+
+/// The sources that this webhook compares with its own or warns about. An entry that has another kind of
+/// source has none of these set, and so equals nothing that the policy can set.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ValueFrom<'a> {
+    /// A key of a Secret.
+    #[serde(borrow)]
+    pub secret_key_ref: Option<KeyRef<'a>>,
+    /// A key of a ConfigMap.
+    #[serde(borrow)]
+    pub config_map_key_ref: Option<KeyRef<'a>>,
+    /// A field of the pod.
+    #[serde(borrow)]
+    pub field_ref: Option<FieldRef<'a>>,
+    /// A resource of a container.
+    #[serde(borrow)]
+    pub resource_field_ref: Option<ResourceFieldRef<'a>>,
+}
+
+/// A key of a Secret or ConfigMap in the pod's namespace.
+#[derive(Debug, Deserialize)]
+pub struct KeyRef<'a> {
+    /// The object.
+    #[serde(borrow, default)]
+    pub name: Text<'a>,
+    /// The key in it.
+    #[serde(borrow, default)]
+    pub key: Text<'a>,
+    /// Whether the container starts without it.
+    pub optional: Option<bool>,
+}
+
+/// A field of the pod.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FieldRef<'a> {
+    /// `v1` where absent.
+    #[serde(borrow)]
+    pub api_version: Option<Text<'a>>,
+    /// Such as `metadata.name`.
+    #[serde(borrow, default)]
+    pub field_path: Text<'a>,
+}
+
+/// A resource of a container.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ResourceFieldRef<'a> {
+    /// The entry's own container where absent.
+    #[serde(borrow)]
+    pub container_name: Option<Text<'a>>,
+    /// Such as `limits.memory`.
+    #[serde(borrow, default)]
+    pub resource: Text<'a>,
+    /// A quantity, `"0"` where absent; manifests may also write a number.
+    pub divisor: Option<serde_json::Value>,
+}
+
+impl<'a> Pod<'a> {
+    /// The value of one label; `Some("")` for a label without text, `None` where it is absent.
+    #[must_use]
+    pub fn label(&self, key: &str) -> Option<&str> {
+        let labels = self.metadata.as_ref()?.labels.as_ref()?;
+        labels
+            .get(key)
+            .map(|value| value.as_ref().map_or("", Text::as_str))
+    }
+
+    /// One of the three lists; empty where it is absent.
+    #[must_use]
+    pub fn containers(&self, list: ContainerList) -> &[Container<'a>] {
+        let Some(spec) = &self.spec else { return &[] };
+        match list {
+            ContainerList::Init => &spec.init_containers,
+            ContainerList::Main => &spec.containers,
+            ContainerList::Ephemeral => &spec.ephemeral_containers,
+        }
+        .as_deref()
+        .unwrap_or_default()
+    }
+}
+
+/// Which list of the pod's spec a container stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ContainerList {
+    /// `initContainers`
+    Init,
+    /// `containers`
+    Main,
+    /// `ephemeralContainers`
+    Ephemeral,
+}
+
+impl ContainerList {
+    /// The list's field in the pod's spec.
+    #[must_use]
+    pub const fn field(self) -> &'static str {
+        match self {
+            Self::Init => "initContainers",
+            Self::Main => "containers",
+            Self::Ephemeral => "ephemeralContainers",
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Manifests and where their pods are: a Pod, a controller's pod template, a List, an admission review.
+//! Reading and splitting text is cli/review.rs's business.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::admission::misfit;
+use super::plan::Scope;
+use super::pod::Pod;
+use super::refusal::Refusal;
+
+/// One object of a manifest.
+pub struct Subject {
+    /// The whole object, which a patch is shown for and applied to.
+    pub object: Value,
+    /// `Kind namespace/name`, for messages.
+    pub title: String,
+    /// The namespace that its pods run in.
+    pub namespace: String,
+    /// Where its pod or pod template is; `None` for an object that makes no pods.
+    pods: Option<Pods>,
+}
+
+enum Pods {
+    /// A JSON pointer to a pod or pod template at its creation.
+    At(&'static str),
+    /// The object is a running pod that gets ephemeral containers, and this is what it was.
+    Update(Value),
+}
+
+/// Kinds that make pods, with the pointer to the pod or its template.
+const KINDS: [(&str, &str, &str); 9] = [
+    ("v1", "Pod", ""),
+    ("v1", "PodTemplate", "/template"),
+    ("v1", "ReplicationController", "/spec/template"),
+    ("apps/v1", "Deployment", "/spec/template"),
+    ("apps/v1", "StatefulSet", "/spec/template"),
+    ("apps/v1", "DaemonSet", "/spec/template"),
+    ("apps/v1", "ReplicaSet", "/spec/template"),
+    ("batch/v1", "Job", "/spec/template"),
+    ("batch/v1", "CronJob", "/spec/jobTemplate/spec/template"),
+];
+
+/// The objects of one document: the items of a List, the object of an admission review, or the document
+/// itself. Objects that name no namespace are taken to be in `namespace`.
+#[must_use]
+pub fn subjects(document: Value, namespace: &str) -> Vec<Subject> {
+    let text = |field: &str| {
+        document
+            .get(field)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    };
+    let (api_version, kind) = (text("apiVersion"), text("kind"));
+    if kind == "AdmissionReview" {
+        return vec![of_request(document, namespace)];
+    }
+    if kind.ends_with("List") && document.get("items").is_some_and(Value::is_array) {
+        let item_kind = (kind != "List").then(|| {
+            (
+                api_version.to_owned(),
+                kind.trim_end_matches("List").to_owned(),
+            )
+        });
+        let Value::Object(mut list) = document else {
+            return Vec::new();
+        };
+        let Some(Value::Array(items)) = list.remove("items") else {
+            return Vec::new();
+        };
+        return items
+            .into_iter()
+            .flat_map(|item| subjects(typed(item, item_kind.as_ref()), namespace))
+            .collect();
+    }
+    let pods = KINDS
+        .iter()
+        .find(|known| (known.0, known.1) == (api_version, kind))
+        .map(|known| Pods::At(known.2));
+    let metadata = |field: &str| {
+        document
+            .pointer(&format!("/metadata/{field}"))
+            .and_then(Value::as_str)
+    };
+    let namespace = metadata("namespace").unwrap_or(namespace).to_owned();
+    let name = metadata("name")
+        .or_else(|| metadata("generateName"))
+        .unwrap_or("(unnamed)");
+    let kind = if kind.is_empty() { "(no kind)" } else { kind };
+    let title = format!("{kind} {namespace}/{name}");
+    vec![Subject {
+        title,
+        namespace,
+        pods,
+        object: document,
+    }]
+}
+
+/// Items of a typed list, such as a PodList, may leave out their own kind.
+fn typed(mut item: Value, kind: Option<&(String, String)>) -> Value {
+    if let (Some((api_version, kind)), Some(fields)) = (kind, item.as_object_mut()) {
+        fields
+            .entry("apiVersion")
+            .or_insert_with(|| api_version.as_str().into());
+        fields.entry("kind").or_insert_with(|| kind.as_str().into());
+    }
+    item
+}
+
+fn of_request(mut review: Value, namespace: &str) -> Subject {
+    let text = |pointer: &str| {
+        review
+            .pointer(pointer)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    let operation = text("/request/operation");
+    let what = (
+        text("/request/resource/resource"),
+        text("/request/subResource"),
+    );
+    let namespace = Some(text("/request/namespace"))
+        .filter(|own| !own.is_empty())
+        .unwrap_or(namespace.to_owned());
+    let mut take = |pointer: &str| review.pointer_mut(pointer).map_or(Value::Null, Value::take);
+    let (object, old) = (take("/request/object"), take("/request/oldObject"));
+    let pods = match (what.0.as_str(), what.1.as_str(), operation.as_str()) {
+        ("pods", "", "CREATE") => Some(Pods::At("")),
+        ("pods", "ephemeralcontainers", "UPDATE") => Some(Pods::Update(old)),
+        _ => None,
+    };
+    let metadata = |field: &str| {
+        object
+            .pointer(&format!("/metadata/{field}"))
+            .and_then(Value::as_str)
+    };
+    let name = metadata("name")
+        .or_else(|| metadata("generateName"))
+        .unwrap_or("(unnamed)");
+    Subject {
+        title: format!("Pod {namespace}/{name}"),
+        namespace,
+        pods,
+        object,
+    }
+}
+
+impl Subject {
+    /// Whether the webhook would act on what the object makes.
+    #[must_use]
+    pub const fn makes_pods(&self) -> bool {
+        self.pods.is_some()
+    }
+
+    /// The JSON pointer to the pod or pod template.
+    #[must_use]
+    pub const fn root(&self) -> &'static str {
+        match self.pods {
+            Some(Pods::At(root)) => root,
+            Some(Pods::Update(_)) | None => "",
+        }
+    }
+
+    /// The pod or pod template.
+    ///
+    /// # Errors
+    /// [`Refusal::Unreadable`] with the place of a value of the wrong type, or of the missing template.
+    pub fn pod(&self) -> Result<Pod<'_>, Refusal> {
+        let missing = || Refusal::Unreadable {
+            place: self.root().trim_start_matches('/').replace('/', "."),
+        };
+        let value = self.object.pointer(self.root()).ok_or_else(missing)?;
+        read(value, self.root())
+    }
+
+    /// The pod as it was, if this is an update.
+    ///
+    /// # Errors
+    /// [`Refusal::Unreadable`] with the place of a value of the wrong type.
+    pub fn old_pod(&self) -> Result<Option<Pod<'_>>, Refusal> {
+        match &self.pods {
+            Some(Pods::Update(old)) if !old.is_null() => read(old, "/oldObject").map(Some),
+            Some(Pods::Update(_) | Pods::At(_)) | None => Ok(None),
+        }
+    }
+
+    /// Which containers are planned.
+    #[must_use]
+    pub const fn scope<'s>(&self, old: Option<&'s Pod<'s>>) -> Scope<'s> {
+        match self.pods {
+            Some(Pods::Update(_)) => Scope::NewEphemeralContainers(old),
+            Some(Pods::At(_)) | None => Scope::Pod,
+        }
+    }
+}
+
+fn read<'v>(value: &'v Value, root: &str) -> Result<Pod<'v>, Refusal> {
+    Pod::deserialize(value).map_err(|_| {
+        let root = root.trim_start_matches('/').replace('/', ".");
+        let place = misfit::<Pod<'_>>(value);
+        Refusal::Unreadable {
+            place: if root.is_empty() {
+                place
+            } else {
+                format!("{root}.{place}")
+            },
+        }
+    })
+}

@@ -1,0 +1,422 @@
+//! The lookup of a workspace's mode, on PostgreSQL and on SQLite, and the embedded SQLite database that
+//! `serve --dev` and `workspace` use. What is looked up, and what the answer means, is core's business.
+//!
+//! A production database is only ever read.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions, PgTypeKind};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePoolOptions};
+use sqlx::{AssertSqlSafe, ConnectOptions, Pool, Postgres, Row, Sqlite, TypeInfo, ValueRef};
+use thiserror::Error;
+use tokio::time::{Instant, timeout_at};
+use uuid::Uuid;
+
+use crate::core::mode::{BillingMode, Stored};
+use crate::core::policy::{Lookup, Parameter, ParameterType};
+use crate::core::workspace::ParameterValue;
+
+/// Connections at most; each is used for one short SELECT at a time.
+const MOST_CONNECTIONS: u32 = 16;
+/// The id that `check` looks up. No workspace should have it; it is no mistake if one does.
+const SAMPLE_ID: Uuid = Uuid::nil();
+
+/// Where the database is. Neither `Debug` nor `Display` shows user, password or options.
+#[derive(Clone)]
+pub enum DatabaseUrl {
+    /// `postgres://…`
+    Postgres(Box<PgConnectOptions>),
+    /// `sqlite://…`
+    Sqlite(Box<SqliteConnectOptions>),
+}
+
+/// Why a database URL cannot be used. Says nothing of the URL: it may hold a password.
+#[derive(Debug, PartialEq, Eq, Error)]
+pub enum UrlError {
+    /// The scheme is neither of the two.
+    #[error("the database URL must start with postgres:// or sqlite://")]
+    Scheme,
+    /// The rest has the wrong shape.
+    #[error(
+        "the database URL has the wrong shape; expected postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=… or sqlite://FILE"
+    )]
+    Shape,
+}
+
+impl FromStr for DatabaseUrl {
+    type Err = UrlError;
+
+    fn from_str(url: &str) -> Result<Self, UrlError> {
+        match url.split_once("://").map(|(scheme, _)| scheme) {
+            Some("postgres" | "postgresql") => {
+                let options = PgConnectOptions::from_str(url).map_err(|_| UrlError::Shape)?;
+                let options = options
+                    .application_name(env!("CARGO_PKG_NAME"))
+                    .disable_statement_logging();
+                Ok(Self::Postgres(Box::new(options)))
+            }
+            Some("sqlite") => {
+                let options = SqliteConnectOptions::from_str(url).map_err(|_| UrlError::Shape)?;
+                Ok(Self::Sqlite(Box::new(options.disable_statement_logging())))
+            }
+            _ => Err(UrlError::Scheme),
+        }
+    }
+}
+
+impl fmt::Display for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Postgres(options) => {
+                let database = options.get_database().unwrap_or_default();
+                write!(
+                    f,
+                    "postgres://{}:{}/{database}",
+                    options.get_host(),
+                    options.get_port()
+                )
+            }
+            Self::Sqlite(options) => write!(f, "sqlite://{}", options.get_filename().display()),
+        }
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Why a lookup gave no answer.
+#[derive(Debug, Error)]
+pub enum LookupError {
+    /// The deadline passed.
+    #[error("the database did not answer in time")]
+    Timeout,
+    /// No connection, or the connection broke, or the database could not do it just now.
+    #[error("the database could not be asked: {0}")]
+    Unavailable(String),
+    /// The database refuses the query as such: no passing fault. The text is the database's own.
+    #[error("the database refuses the policy's query: {0}")]
+    Refused(String),
+}
+
+impl LookupError {
+    /// The error's kind as a metric's label.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::Unavailable(_) => "unavailable",
+            Self::Refused(_) => "refused",
+        }
+    }
+}
+
+impl From<sqlx::Error> for LookupError {
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::Database(refusal) => {
+                let code = refusal.code().unwrap_or_default();
+                // PostgreSQL: class 42 (undefined table or column, no permission, types that do not fit),
+                // 3F (no such schema), 08P01 (wrong number of parameters). SQLite: 1 (undefined table or
+                // column), 25 (wrong number of parameters).
+                let of_the_schema = code.starts_with("42") || code.starts_with("3F");
+                if of_the_schema || ["08P01", "1", "25"].contains(&code.as_ref()) {
+                    Self::Refused(refusal.message().to_owned())
+                } else {
+                    Self::Unavailable(refusal.message().to_owned())
+                }
+            }
+            sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => {
+                Self::Refused("the first column that it returns is not text".to_owned())
+            }
+            sqlx::Error::Encode(_) | sqlx::Error::Protocol(_) => Self::Refused(error.to_string()),
+            _ => Self::Unavailable(error.to_string()),
+        }
+    }
+}
+
+/// The database that knows the workspaces' modes.
+#[derive(Clone, Debug)]
+pub struct Database {
+    pool: AnyPool,
+    query: String,
+    parameters: Vec<Parameter>,
+    timeout: Duration,
+}
+
+#[derive(Clone, Debug)]
+enum AnyPool {
+    Postgres(Pool<Postgres>),
+    Sqlite(Pool<Sqlite>),
+}
+
+impl Database {
+    /// Prepares connections; none is made before the first lookup, so the database may come up later.
+    #[must_use]
+    pub fn connect_lazily(url: DatabaseUrl, lookup: &Lookup) -> Self {
+        let pool = match url {
+            DatabaseUrl::Postgres(options) => AnyPool::Postgres(
+                // A connection that went stale costs one retry; a ping before each query would cost every
+                // lookup a round trip.
+                PgPoolOptions::new()
+                    .max_connections(MOST_CONNECTIONS)
+                    .test_before_acquire(false)
+                    .connect_lazy_with(*options),
+            ),
+            DatabaseUrl::Sqlite(options) => AnyPool::Sqlite(
+                SqlitePoolOptions::new()
+                    .max_connections(MOST_CONNECTIONS)
+                    .connect_lazy_with(options.read_only(true)),
+            ),
+        };
+        Self {
+            pool,
+            query: lookup.query.clone(),
+            parameters: lookup.parameters.clone(),
+            timeout: lookup.timeout,
+        }
+    }
+
+    /// Runs the policy's query, within the policy's time-out and `limit`, whichever is shorter.
+    ///
+    /// # Errors
+    /// [`LookupError`], whose text holds what the database says and no credentials.
+    pub async fn lookup(
+        &self,
+        parameters: &[ParameterValue],
+        limit: Option<Duration>,
+    ) -> Result<Stored, LookupError> {
+        let deadline = Instant::now() + limit.map_or(self.timeout, |limit| limit.min(self.timeout));
+        match self.attempt(parameters, deadline).await {
+            // The server closed this connection while it was idle: the next one is new, or as good.
+            Err(sqlx::Error::Io(_)) => self.attempt(parameters, deadline).await,
+            other => other,
+        }
+        .map_err(|error| match error {
+            sqlx::Error::PoolTimedOut => LookupError::Timeout,
+            other => other.into(),
+        })
+    }
+
+    /// Runs the policy's query as a lookup does, for an id that no workspace has.
+    ///
+    /// # Errors
+    /// As [`Self::lookup`].
+    pub async fn check(&self) -> Result<(), LookupError> {
+        let sample = |parameter: &Parameter| match parameter {
+            Parameter::Label {
+                kind: ParameterType::Uuid,
+                ..
+            } => ParameterValue::Uuid(SAMPLE_ID),
+            // Text that is a UUID too, for queries that cast it.
+            Parameter::Label {
+                kind: ParameterType::Text,
+                ..
+            } => ParameterValue::Text(SAMPLE_ID.to_string()),
+            Parameter::Namespace => ParameterValue::Text("default".to_owned()),
+        };
+        let parameters: Vec<ParameterValue> = self.parameters.iter().map(sample).collect();
+        self.lookup(&parameters, None).await.map(|_| ())
+    }
+
+    async fn attempt(
+        &self,
+        parameters: &[ParameterValue],
+        deadline: Instant,
+    ) -> Result<Stored, sqlx::Error> {
+        match &self.pool {
+            AnyPool::Postgres(pool) => {
+                let mut connection = acquire(pool, deadline).await?;
+                match timeout_at(
+                    deadline,
+                    fetch_postgres(&mut connection, &self.query, parameters),
+                )
+                .await
+                {
+                    Ok(result) => result,
+                    Err(_) => discard(connection),
+                }
+            }
+            AnyPool::Sqlite(pool) => {
+                let mut connection = acquire(pool, deadline).await?;
+                match timeout_at(
+                    deadline,
+                    fetch_sqlite(&mut connection, &self.query, parameters),
+                )
+                .await
+                {
+                    Ok(result) => result,
+                    Err(_) => discard(connection),
+                }
+            }
+        }
+    }
+
+    /// Closes all connections.
+    pub async fn close(&self) {
+        match &self.pool {
+            AnyPool::Postgres(pool) => pool.close().await,
+            AnyPool::Sqlite(pool) => pool.close().await,
+        }
+    }
+}
+
+async fn acquire<DB: sqlx::Database>(
+    pool: &Pool<DB>,
+    deadline: Instant,
+) -> Result<sqlx::pool::PoolConnection<DB>, sqlx::Error> {
+    timeout_at(deadline, pool.acquire())
+        .await
+        .unwrap_or(Err(sqlx::Error::PoolTimedOut))
+}
+
+/// A connection whose query did not end is of no use to the next lookup, which would wait for that query.
+fn discard<DB: sqlx::Database, T>(
+    connection: sqlx::pool::PoolConnection<DB>,
+) -> Result<T, sqlx::Error> {
+    drop(connection.detach());
+    Err(sqlx::Error::PoolTimedOut)
+}
+
+async fn fetch_postgres(
+    connection: &mut PgConnection,
+    query: &str,
+    parameters: &[ParameterValue],
+) -> Result<Stored, sqlx::Error> {
+    // The operator's query from the policy file; what pods bring is bound, never spliced.
+    let mut statement = sqlx::query(AssertSqlSafe(query));
+    for parameter in parameters {
+        statement = match parameter {
+            ParameterValue::Uuid(uuid) => statement.bind(uuid),
+            ParameterValue::Text(text) => statement.bind(text),
+        };
+    }
+    let Some(row) = statement.fetch_optional(connection).await? else {
+        return Ok(Stored::NoRow);
+    };
+    let is_enum = matches!(row.try_get_raw(0)?.type_info().kind(), PgTypeKind::Enum(_));
+    // An enum is sent as its label, which sqlx decodes as text only when it is told not to look at the type.
+    let mode = if is_enum {
+        row.try_get_unchecked(0)?
+    } else {
+        row.try_get(0)?
+    };
+    Ok(Stored::Row(mode))
+}
+
+async fn fetch_sqlite(
+    connection: &mut SqliteConnection,
+    query: &str,
+    parameters: &[ParameterValue],
+) -> Result<Stored, sqlx::Error> {
+    let mut statement = sqlx::query(AssertSqlSafe(query));
+    for parameter in parameters {
+        statement = match parameter {
+            // SQLite has no type for UUIDs; they are stored as their usual text.
+            ParameterValue::Uuid(uuid) => statement.bind(uuid.to_string()),
+            ParameterValue::Text(text) => statement.bind(text),
+        };
+    }
+    let Some(row) = statement.fetch_optional(connection).await? else {
+        return Ok(Stored::NoRow);
+    };
+    let value = row.try_get_raw(0)?;
+    if !value.is_null() && value.type_info().name() != "TEXT" {
+        return Err(sqlx::Error::ColumnDecode {
+            index: "0".to_owned(),
+            source: "not text".into(),
+        });
+    }
+    Ok(Stored::Row(row.try_get(0)?))
+}
+
+/// The embedded SQLite database: the standard schema, made if absent.
+#[derive(Debug)]
+pub struct Embedded {
+    pool: Pool<Sqlite>,
+}
+
+/// Why the embedded database cannot be used.
+#[derive(Debug, Error)]
+pub enum EmbeddedError {
+    /// Only the embedded database is ever written.
+    #[error(
+        "the database is not SQLite; the platform's own database is never written, change modes there by its own means"
+    )]
+    NotEmbedded,
+    /// SQLite's own words.
+    #[error("cannot use the SQLite database {path}")]
+    Sqlite {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite says.
+        source: sqlx::Error,
+    },
+}
+
+impl Embedded {
+    /// Opens the file, and makes it and its table if they are not there.
+    ///
+    /// # Errors
+    /// [`EmbeddedError`]
+    pub async fn open(url: &DatabaseUrl) -> Result<Self, EmbeddedError> {
+        let DatabaseUrl::Sqlite(options) = url else {
+            return Err(EmbeddedError::NotEmbedded);
+        };
+        let path = options.get_filename().to_path_buf();
+        let open = async {
+            let options = options.as_ref().clone().create_if_missing(true);
+            let pool = SqlitePoolOptions::new()
+                .max_connections(1)
+                .connect_with(options)
+                .await?;
+            sqlx::query(
+                "CREATE TABLE IF NOT EXISTS workspaces (
+                    id TEXT PRIMARY KEY,
+                    llm_billing_mode TEXT CHECK (llm_billing_mode IN ('platform_managed', 'byok', 'disabled'))
+                )",
+            )
+            .execute(&pool)
+            .await?;
+            Ok(Self { pool })
+        };
+        open.await
+            .map_err(|source| EmbeddedError::Sqlite { path, source })
+    }
+
+    /// All workspaces by id, with their modes; `None` where nobody chose.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub async fn list(&self) -> Result<Vec<(String, Option<String>)>, sqlx::Error> {
+        sqlx::query_as("SELECT id, llm_billing_mode FROM workspaces ORDER BY id")
+            .fetch_all(&self.pool)
+            .await
+    }
+
+    /// Sets a workspace's mode, or leaves it to the platform's default; adds the workspace if it is new.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub async fn set(&self, id: Uuid, mode: Option<BillingMode>) -> Result<(), sqlx::Error> {
+        sqlx::query(
+            "INSERT INTO workspaces (id, llm_billing_mode) VALUES ($1, $2)
+             ON CONFLICT (id) DO UPDATE SET llm_billing_mode = excluded.llm_billing_mode",
+        )
+        .bind(id.to_string())
+        .bind(mode.map(BillingMode::as_str))
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    /// Closes the file.
+    pub async fn close(self) {
+        self.pool.close().await;
+    }
+}

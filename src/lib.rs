@@ -1,0 +1,24 @@
+//! Admission webhook that makes every workspace pod's LLM billing env true.
+//!
+//! Imports point one way: `main` → [`cli`] → [`server`] → [`database`], [`metrics`] → [`core`].
+//! The core decides (identify, resolve, plan, patch) and knows no IO, no async and no HTTP; everything
+//! else fetches what the core asks for and carries out what it answers.
+//! `tests/integration/boundary.rs` holds that line.
+
+pub mod cli;
+pub mod core;
+pub mod database;
+pub mod metrics;
+pub mod server;
+pub mod telemetry;
+
+/// An error with its causes, on one line. Each error of this crate says its own step only.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

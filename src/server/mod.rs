@@ -1,0 +1,186 @@
+//! The life of the server: bind both ports, serve, drain. What is served is webhook.rs's and health.rs's
+//! business.
+
+pub mod health;
+pub mod tls;
+pub mod webhook;
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum_server::Handle;
+use axum_server::accept::NoDelayAcceptor;
+use axum_server::tls_rustls::RustlsAcceptor;
+use hyper_util::rt::TokioTimer;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{error, info, warn};
+
+use crate::database::LookupError;
+use crate::server::tls::{Certificate, CertificateFiles, CertificatePem};
+use crate::server::webhook::App;
+
+/// Longest wait for a TLS handshake, and for the head of a request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a database that has not answered yet is asked again.
+const DATABASE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How the server ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Drain {
+    /// How long new connections are still accepted after SIGTERM, while the cluster takes the address out.
+    pub delay: Duration,
+    /// How long requests may go on after that.
+    pub timeout: Duration,
+}
+
+/// Two bound ports; nothing is served yet.
+#[derive(Debug)]
+pub struct Bound {
+    webhook: TcpListener,
+    health: TcpListener,
+    /// Where the webhook will be; tells the port if 0 was asked for.
+    pub webhook_address: SocketAddr,
+    /// Where health and metrics will be.
+    pub health_address: SocketAddr,
+}
+
+impl Bound {
+    /// Binds both ports.
+    ///
+    /// # Errors
+    /// The system's, with the address that it is about.
+    pub fn bind(webhook: SocketAddr, health: SocketAddr) -> io::Result<Self> {
+        let bind = |address: SocketAddr| {
+            let listener = TcpListener::bind(address).map_err(|error| {
+                io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"))
+            })?;
+            listener.set_nonblocking(true)?;
+            Ok::<_, io::Error>((listener.local_addr()?, listener))
+        };
+        let (webhook_address, webhook) = bind(webhook)?;
+        let (health_address, health) = bind(health)?;
+        Ok(Self {
+            webhook,
+            health,
+            webhook_address,
+            health_address,
+        })
+    }
+
+    /// Serves until SIGTERM or SIGINT, then drains. A second signal ends it at once.
+    ///
+    /// # Errors
+    /// The system's, if a port cannot be served or signals cannot be had.
+    pub async fn serve(
+        self,
+        app: Arc<App>,
+        certificate: Certificate,
+        files: Option<(CertificateFiles, CertificatePem)>,
+        drain: Drain,
+    ) -> io::Result<()> {
+        let mut stop = Stop::new()?;
+        let served = certificate.served();
+        app.readiness.set_certificate_expiry(certificate.not_after);
+        app.metrics.certificate_expiry(certificate.not_after);
+
+        let (webhook_handle, health_handle) = (Handle::new(), Handle::new());
+        let acceptor = RustlsAcceptor::new(served.clone())
+            .handshake_timeout(HEAD_TIMEOUT)
+            .acceptor(NoDelayAcceptor::new());
+        let mut webhook = axum_server::from_tcp(self.webhook)?
+            .acceptor(acceptor)
+            .handle(webhook_handle.clone())
+            .http1_only();
+        webhook
+            .http_builder()
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT);
+        let mut health = axum_server::from_tcp(self.health)?
+            .handle(health_handle.clone())
+            .http1_only();
+        health
+            .http_builder()
+            .http1()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT);
+        info!(webhook = %self.webhook_address, health = %self.health_address, "listening");
+
+        let serving = async {
+            let result = webhook
+                .serve(webhook::routes(Arc::clone(&app)).into_make_service())
+                .await;
+            health_handle.shutdown();
+            result
+        };
+        let draining = async {
+            stop.received().await;
+            app.readiness.set_draining();
+            info!(delay = ?drain.delay, timeout = ?drain.timeout, "draining");
+            tokio::select! {
+                () = tokio::time::sleep(drain.delay) => webhook_handle.graceful_shutdown(Some(drain.timeout)),
+                () = stop.received() => webhook_handle.shutdown(),
+            }
+            stop.received().await;
+            webhook_handle.shutdown();
+            std::future::pending::<()>().await;
+        };
+        let health = health.serve(health::routes(Arc::clone(&app)).into_make_service());
+        let reloading = async {
+            match files {
+                Some((files, seen)) => {
+                    tls::reload(&files, seen, &served, &app.readiness, &app.metrics).await
+                }
+                None => std::future::pending().await,
+            }
+        };
+        let done = tokio::select! {
+            done = async { tokio::try_join!(serving, health) } => done.map(|_| ()),
+            () = draining => Ok(()),
+            () = wait_for_database(&app) => Ok(()),
+            () = reloading => Ok(()),
+        };
+        app.database.close().await;
+        info!("stopped");
+        done
+    }
+}
+
+/// Asks until the database has answered once, then never ends. An answer to a request counts too.
+async fn wait_for_database(app: &App) {
+    while !app.readiness.database_answered() {
+        match app.database.check().await {
+            Ok(()) => app.readiness.set_database_answered(),
+            Err(refused @ LookupError::Refused(_)) => error!(error = %refused, "not ready"),
+            Err(failed @ (LookupError::Timeout | LookupError::Unavailable(_))) => {
+                warn!(error = %failed, "not ready")
+            }
+        }
+        tokio::time::sleep(DATABASE_INTERVAL).await;
+    }
+    std::future::pending().await
+}
+
+/// The signals that end the process.
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}

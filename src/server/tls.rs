@@ -1,0 +1,189 @@
+//! The serving certificate: loading, checking, and reloading when the files' contents change. Contents are
+//! compared, not watched: a mounted Secret is replaced by a symbolic link, which file events miss.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum_server::tls_rustls::RustlsConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{RootCertStore, ServerConfig};
+use thiserror::Error;
+use tracing::{error, info};
+
+use crate::metrics::Metrics;
+use crate::server::health::Readiness;
+
+/// How often the files are read: well within the minute that a kubelet takes to update a mounted Secret.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Where the certificate is.
+#[derive(Clone, Debug)]
+pub struct CertificateFiles {
+    /// PEM, the server's own certificate first.
+    pub certificate: PathBuf,
+    /// PEM.
+    pub key: PathBuf,
+    /// PEM of the authorities whose clients may connect; absent, any client may.
+    pub client_ca: Option<PathBuf>,
+}
+
+/// PEM texts of a certificate, not yet checked. No `Debug`: the key is in it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct CertificatePem {
+    /// The server's own certificate first.
+    pub certificate: Vec<u8>,
+    /// The private key.
+    pub key: Vec<u8>,
+    /// Client authorities.
+    pub client_ca: Option<Vec<u8>>,
+}
+
+/// A certificate that can be served.
+#[derive(Clone, Debug)]
+pub struct Certificate {
+    config: Arc<ServerConfig>,
+    /// When it expires, in seconds since the epoch.
+    pub not_after: i64,
+}
+
+/// Why a certificate cannot be served.
+#[derive(Debug, Error)]
+pub enum TlsError {
+    /// A file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The certificate file has no certificate, or one that cannot be parsed.
+    #[error("the certificate file holds no readable PEM certificate")]
+    Certificate,
+    /// The key file has no key.
+    #[error("the key file holds no readable PEM private key")]
+    Key,
+    /// The client authorities cannot be used.
+    #[error("the client CA file holds no readable PEM certificate")]
+    ClientCa,
+    /// Certificate and key do not fit each other, or TLS cannot use them.
+    #[error("certificate and key cannot be used together")]
+    Pair(#[source] rustls::Error),
+}
+
+impl CertificateFiles {
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// [`TlsError::Read`]
+    pub fn read(&self) -> Result<CertificatePem, TlsError> {
+        let read = |path: &Path| {
+            fs::read(path).map_err(|source| TlsError::Read {
+                path: path.to_owned(),
+                source,
+            })
+        };
+        Ok(CertificatePem {
+            certificate: read(&self.certificate)?,
+            key: read(&self.key)?,
+            client_ca: self.client_ca.as_deref().map(read).transpose()?,
+        })
+    }
+}
+
+impl Certificate {
+    /// Checks a certificate and its key.
+    ///
+    /// # Errors
+    /// [`TlsError`]; that it has expired is none.
+    pub fn from_pem(pem: &CertificatePem) -> Result<Self, TlsError> {
+        let certificates = |pem| CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
+        let chain = certificates(&pem.certificate).map_err(|_| TlsError::Certificate)?;
+        let leaf = chain.first().ok_or(TlsError::Certificate)?;
+        let (_, parsed) =
+            x509_parser::parse_x509_certificate(leaf).map_err(|_| TlsError::Certificate)?;
+        let not_after = parsed.validity().not_after.timestamp();
+        let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|_| TlsError::Key)?;
+
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_safe_default_protocol_versions()
+            .map_err(TlsError::Pair)?;
+        let builder = match &pem.client_ca {
+            None => builder.with_no_client_auth(),
+            Some(client_ca) => {
+                let mut roots = RootCertStore::empty();
+                let (added, _) = roots.add_parsable_certificates(
+                    certificates(client_ca).map_err(|_| TlsError::ClientCa)?,
+                );
+                if added == 0 {
+                    return Err(TlsError::ClientCa);
+                }
+                let verifier =
+                    WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build();
+                builder.with_client_cert_verifier(verifier.map_err(|_| TlsError::ClientCa)?)
+            }
+        };
+        let mut config = builder
+            .with_single_cert(chain, key)
+            .map_err(TlsError::Pair)?;
+        // What the API server speaks to webhooks.
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Ok(Self {
+            config: Arc::new(config),
+            not_after,
+        })
+    }
+
+    /// The certificate in the form that the server takes, and in which it can be replaced.
+    #[must_use]
+    pub fn served(&self) -> RustlsConfig {
+        RustlsConfig::from_config(Arc::clone(&self.config))
+    }
+}
+
+/// Reads the files again and again, for ever, and serves what changed. A pair that cannot be served leaves
+/// the old one in place, and is tried again when it changes once more.
+pub async fn reload(
+    files: &CertificateFiles,
+    mut seen: CertificatePem,
+    served: &RustlsConfig,
+    readiness: &Readiness,
+    metrics: &Metrics,
+) {
+    let mut unreadable = false;
+    loop {
+        tokio::time::sleep(RELOAD_INTERVAL).await;
+        let loaded = match files.read() {
+            Ok(pem) if pem == seen => continue,
+            Ok(pem) => {
+                seen = pem;
+                Certificate::from_pem(&seen)
+            }
+            // Said once, not every two seconds.
+            Err(_) if unreadable => continue,
+            Err(error) => Err(error),
+        };
+        unreadable = matches!(loaded, Err(TlsError::Read { .. }));
+        match loaded {
+            Ok(certificate) => {
+                served.reload_from_config(Arc::clone(&certificate.config));
+                readiness.set_certificate_expiry(certificate.not_after);
+                metrics.certificate_expiry(certificate.not_after);
+                metrics.certificate_reload("ok");
+                info!(not_after = certificate.not_after, "certificate reloaded");
+            }
+            Err(error) => {
+                metrics.certificate_reload("failed");
+                error!(
+                    error = crate::chain(&error),
+                    "the changed certificate cannot be served; the old one stays"
+                );
+            }
+        }
+    }
+}

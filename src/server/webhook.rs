@@ -1,0 +1,403 @@
+//! `/mutate` and `/validate`: HTTP around the core. Decode, look up, plan, respond, record; every decision
+//! is core's.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::{Body, Bytes, to_bytes};
+use axum::extract::{Query, Request as HttpRequest, State};
+use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use tokio::time::timeout;
+use tracing::{error, info, warn};
+
+use crate::core::admission::{Answer, BodyError, Decoded, Request, Task, decode, recordable};
+use crate::core::mode::{Resolution, Stored};
+use crate::core::patch::operations;
+use crate::core::plan::{Scope, plan};
+use crate::core::pod::{Pod, Text};
+use crate::core::policy::Policy;
+use crate::core::refusal::Refusal;
+use crate::core::workspace::{Identity, ParameterValue, identify, resolve, workspace_id};
+use crate::database::{Database, LookupError};
+use crate::metrics::{Admission, Metrics};
+use crate::server::health::Readiness;
+
+/// The API server gives up after 30 s at most; a body that takes longer is nobody's.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What every request shares. No `Debug`: the policy may hold a token.
+pub struct App {
+    /// What the operator decided.
+    pub policy: Policy,
+    /// Where the modes are.
+    pub database: Database,
+    /// What is counted.
+    pub metrics: Metrics,
+    /// Whether there should be traffic.
+    pub readiness: Readiness,
+    /// Longest body that is read, in bytes.
+    pub largest_body: usize,
+}
+
+/// The two webhooks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Webhook {
+    /// Patches a pod.
+    Mutate,
+    /// Refuses a pod that is not settled.
+    Validate,
+}
+
+/// The routes.
+pub fn routes(app: Arc<App>) -> Router {
+    Router::new()
+        .route(
+            "/mutate",
+            post(async |state, request| serve(Webhook::Mutate, state, request).await),
+        )
+        .route(
+            "/validate",
+            post(async |state, request| serve(Webhook::Validate, state, request).await),
+        )
+        .method_not_allowed_fallback(async |method: Method| {
+            refuse(
+                StatusCode::METHOD_NOT_ALLOWED,
+                &format!("{method} is not supported here; use POST"),
+            )
+        })
+        .fallback(async || {
+            refuse(
+                StatusCode::NOT_FOUND,
+                "there is nothing here; use POST /mutate or POST /validate",
+            )
+        })
+        .with_state(app)
+}
+
+fn refuse(status: StatusCode, sentence: &str) -> Response {
+    (status, format!("{sentence}\n")).into_response()
+}
+
+/// What is logged and counted of one admission.
+#[derive(Debug, Default)]
+struct Record {
+    workspace: String,
+    resolution: Option<Resolution>,
+    patch_operations: usize,
+    outcome: &'static str,
+}
+
+async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpRequest) -> Response {
+    let arrived = Instant::now();
+    let (head, body) = request.into_parts();
+    let patience = Query::<Patience>::try_from_uri(&head.uri)
+        .ok()
+        .and_then(|Query(query)| query.timeout());
+    let body = match read(&head.headers, body, app.largest_body).await {
+        Ok(body) => body,
+        Err((status, sentence)) => return app.bad_request(webhook, arrived, status, &sentence),
+    };
+    let (request, uid) = match decode(&body) {
+        Ok(Decoded::Request(request)) => (Ok(request), None),
+        Ok(Decoded::Unreadable { uid, refusal }) => (Err(refusal), Some(uid)),
+        Err(error @ BodyError::NotJson { .. }) => {
+            return app.bad_request(
+                webhook,
+                arrived,
+                StatusCode::BAD_REQUEST,
+                &error.to_string(),
+            );
+        }
+        Err(error) => {
+            return app.bad_request(
+                webhook,
+                arrived,
+                StatusCode::UNPROCESSABLE_ENTITY,
+                &error.to_string(),
+            );
+        }
+    };
+    let mut record = Record::default();
+    let uid = match (&request, &uid) {
+        (Ok(request), _) => request.uid.as_str(),
+        (Err(_), uid) => uid.as_deref().unwrap_or_default(),
+    };
+    let decision = match &request {
+        Ok(request) => {
+            app.decide(
+                webhook,
+                request,
+                patience.map(|patience| left(patience, arrived)),
+                &mut record,
+            )
+            .await
+        }
+        Err(refusal) => Err(refusal.clone()),
+    };
+    let mut answer = decision.unwrap_or_else(|refusal| {
+        record.outcome = "refused";
+        Answer::refused(uid, &refusal)
+    });
+    if let Some(resolution) = &record.resolution {
+        answer = answer.with_resolution(resolution, &record.workspace);
+    }
+    app.record(
+        webhook,
+        request.as_deref().ok(),
+        uid,
+        &record,
+        arrived.elapsed(),
+    );
+    match serde_json::to_vec(&answer) {
+        Ok(json) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),
+        Err(_) => refuse(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "the answer could not be written",
+        ),
+    }
+}
+
+/// The query that the API server adds to the webhook's URL.
+#[derive(serde::Deserialize)]
+struct Patience {
+    timeout: Option<String>,
+}
+
+impl Patience {
+    fn timeout(&self) -> Option<Duration> {
+        humantime::parse_duration(self.timeout.as_deref()?).ok()
+    }
+}
+
+/// What is left for the lookup, so that the answer is back before the API server gives up.
+fn left(patience: Duration, arrived: Instant) -> Duration {
+    let reserve = (patience / 5).min(Duration::from_millis(500));
+    patience
+        .saturating_sub(reserve)
+        .saturating_sub(arrived.elapsed())
+}
+
+async fn read(
+    headers: &HeaderMap,
+    body: Body,
+    largest: usize,
+) -> Result<Bytes, (StatusCode, String)> {
+    let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let media_type = header(header::CONTENT_TYPE)
+        .and_then(|value| value.split(';').next())
+        .unwrap_or_default();
+    if !media_type.trim().eq_ignore_ascii_case("application/json") {
+        let sentence = "the content type is not supported; send application/json".to_owned();
+        return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, sentence));
+    }
+    if header(header::CONTENT_ENCODING)
+        .is_some_and(|encoding| !encoding.trim().eq_ignore_ascii_case("identity"))
+    {
+        let sentence = "compressed bodies are not supported; send the JSON as it is".to_owned();
+        return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, sentence));
+    }
+    let too_large = || {
+        (
+            StatusCode::PAYLOAD_TOO_LARGE,
+            format!("the body is larger than {largest} bytes; see --max-body-bytes"),
+        )
+    };
+    let announced = header(header::CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
+    if announced.is_some_and(|length| length > largest as u64) {
+        return Err(too_large());
+    }
+    match timeout(BODY_TIMEOUT, to_bytes(body, largest)).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
+        Ok(Err(_)) => Err((
+            StatusCode::BAD_REQUEST,
+            "the body broke off; send it again".to_owned(),
+        )),
+        Err(_) => Err((
+            StatusCode::REQUEST_TIMEOUT,
+            "the body took too long; send it again".to_owned(),
+        )),
+    }
+}
+
+fn is_length_limit(error: &axum::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        if error.is::<http_body_util::LengthLimitError>() {
+            return true;
+        }
+        source = error.source();
+    }
+    false
+}
+
+impl App {
+    async fn decide<'r>(
+        &self,
+        webhook: Webhook,
+        request: &'r Request<'r>,
+        limit: Option<Duration>,
+        record: &mut Record,
+    ) -> Result<Answer<'r>, Refusal> {
+        let uid = request.uid.as_str();
+        record.outcome = "untouched";
+        let (pod, scope): (&Pod<'_>, Scope<'_>) = match request.task()? {
+            Task::Plan(pod, scope) => (pod, scope),
+            Task::Untouched => return Ok(Answer::allowed(uid)),
+        };
+        record.workspace = recordable(workspace_id(&self.policy, pod)).to_owned();
+        let resolution = match identify(&self.policy, pod, request.namespace())? {
+            Identity::NotAWorkspace => return Ok(Answer::allowed(uid)),
+            Identity::Resolved(resolution) => resolution,
+            Identity::LookUp(parameters) => {
+                let stored = self.look_up(&parameters, limit).await;
+                record.resolution = Some(Resolution::from_stored(&stored));
+                resolve(&self.policy, &stored)?
+            }
+        };
+        record.resolution = Some(resolution);
+        let plan = plan(&self.policy, resolution, pod, scope)?;
+        record.outcome = if plan.is_empty() {
+            "unchanged"
+        } else {
+            "patched"
+        };
+        if webhook == Webhook::Validate {
+            record.outcome = "unchanged";
+            return plan.refusal().map_or(Ok(Answer::allowed(uid)), Err);
+        }
+        let operations = operations(&plan, "");
+        record.patch_operations = operations.len();
+        let answer = Answer::allowed(uid).with_patch(&operations);
+        let answer = answer.map_err(|_| Refusal::Unreadable {
+            place: "the pod".to_owned(),
+        })?;
+        Ok(answer.with_warnings(plan.warnings))
+    }
+
+    async fn look_up(&self, parameters: &[ParameterValue], limit: Option<Duration>) -> Stored {
+        let started = Instant::now();
+        let looked_up = self.database.lookup(parameters, limit).await;
+        let result = match &looked_up {
+            Ok(Stored::NoRow) => "not_found",
+            Ok(_) => "found",
+            Err(error) => error.kind(),
+        };
+        self.metrics.lookup(result, started.elapsed());
+        match looked_up {
+            Ok(stored) => {
+                self.readiness.set_database_answered();
+                stored
+            }
+            Err(refused @ LookupError::Refused(_)) => {
+                error!(error = %refused, "lookup refused; correct the policy's query, the schema or the role's permissions");
+                Stored::Failed
+            }
+            Err(failed @ (LookupError::Timeout | LookupError::Unavailable(_))) => {
+                warn!(error = %failed, "lookup failed");
+                Stored::Failed
+            }
+        }
+    }
+
+    /// One line and one count for each admission. Nothing of it is a value of an env entry.
+    fn record(
+        &self,
+        webhook: Webhook,
+        request: Option<&Request<'_>>,
+        uid: &str,
+        record: &Record,
+        took: Duration,
+    ) {
+        let text =
+            |text: Option<&Text<'_>>| text.map_or("", |text| clipped(text.as_str())).to_owned();
+        let resolution = record.resolution.as_ref();
+        let mode = resolution.map_or("none", |resolution| resolution.mode.as_str());
+        let source = resolution.map_or("none", |resolution| resolution.source.as_str());
+        let reason = resolution.map_or("none", |resolution| resolution.reason.as_str());
+        let operation = request.map_or("", |request| request.operation.as_str());
+        let sub_resource = request
+            .and_then(|request| request.sub_resource.as_ref())
+            .map_or("", Text::as_str);
+        let metadata = request.and_then(|request| request.object.as_ref()?.metadata.as_ref());
+        info!(
+            uid = clipped(uid),
+            webhook = webhook.name(),
+            operation = clipped(operation),
+            namespace = text(request.and_then(|request| request.namespace.as_ref())),
+            name = text(request.and_then(|request| request.name.as_ref())),
+            generate_name = text(metadata.and_then(|metadata| metadata.generate_name.as_ref())),
+            dry_run = request
+                .and_then(|request| request.dry_run)
+                .unwrap_or_default(),
+            workspace = record.workspace,
+            mode,
+            source,
+            reason,
+            outcome = record.outcome,
+            patch_operations = record.patch_operations,
+            duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+            "admission"
+        );
+        let operation = match (operation, sub_resource) {
+            ("CREATE", "") => "create",
+            ("UPDATE", "ephemeralcontainers") => "ephemeralcontainers",
+            _ => "other",
+        };
+        let outcome = record.outcome;
+        self.metrics.admission(
+            Admission {
+                webhook: webhook.name(),
+                operation,
+                mode,
+                source,
+                reason,
+                outcome,
+            },
+            took,
+        );
+    }
+
+    fn bad_request(
+        &self,
+        webhook: Webhook,
+        arrived: Instant,
+        status: StatusCode,
+        sentence: &str,
+    ) -> Response {
+        let took = arrived.elapsed();
+        warn!(
+            webhook = webhook.name(),
+            status = status.as_u16(),
+            error = sentence,
+            "bad request"
+        );
+        let admission = Admission {
+            webhook: webhook.name(),
+            operation: "other",
+            mode: "none",
+            source: "none",
+            reason: "none",
+            outcome: "bad_request",
+        };
+        self.metrics.admission(admission, took);
+        refuse(status, sentence)
+    }
+}
+
+impl Webhook {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Mutate => "mutate",
+            Self::Validate => "validate",
+        }
+    }
+}
+
+/// What a request brings may be of any length until the API server has validated it; names have 253 bytes.
+fn clipped(text: &str) -> &str {
+    &text[..text.floor_char_boundary(253)]
+}
