@@ -330,3 +330,256 @@ impl<'a> Answer<'a> {
 pub fn recordable(workspace_id: &str) -> &str {
     &workspace_id[..workspace_id.floor_char_boundary(63)]
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn review(request: &Value) -> Vec<u8> {
+        json!({"apiVersion": API_VERSION, "kind": KIND, "request": request})
+            .to_string()
+            .into_bytes()
+    }
+
+    #[test]
+    fn a_body_that_is_no_admission_review_is_told_from_one_of_another_version() {
+        let request = json!({"uid": "u"});
+        let other = |api_version: &str, kind: &str| {
+            json!({"apiVersion": api_version, "kind": kind, "request": request}).to_string()
+        };
+        let table = [
+            (String::new(), BodyError::NotJson { line: 1, column: 0 }),
+            (
+                "{\n\"a\": x}".to_owned(),
+                BodyError::NotJson { line: 2, column: 6 },
+            ),
+            (
+                review(&request)
+                    .iter()
+                    .map(|&byte| char::from(byte))
+                    .collect::<String>()
+                    + "x",
+                BodyError::NotJson {
+                    line: 1,
+                    column: 84,
+                },
+            ),
+            ("[]".to_owned(), BodyError::NotAdmissionReview),
+            ("{}".to_owned(), BodyError::NotAdmissionReview),
+            ("\"text\"".to_owned(), BodyError::NotAdmissionReview),
+            (r#"{"kind": 7}"#.to_owned(), BodyError::NotAdmissionReview),
+            (other(API_VERSION, "Pod"), BodyError::NotAdmissionReview),
+            (other("v1", KIND), BodyError::NotAdmissionReview),
+            (
+                other("admission.k8s.io/v1beta1", KIND),
+                BodyError::OtherVersion,
+            ),
+            (
+                json!({"apiVersion": API_VERSION, "kind": KIND}).to_string(),
+                BodyError::NoUid,
+            ),
+            (
+                String::from_utf8(review(&json!({"uid": ""}))).unwrap(),
+                BodyError::NoUid,
+            ),
+            (
+                String::from_utf8(review(&json!({}))).unwrap(),
+                BodyError::NoUid,
+            ),
+        ];
+        for (body, expected) in table {
+            assert_eq!(decode(body.as_bytes()).err(), Some(expected), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_the_wrong_type_is_refused_by_its_place_and_not_by_its_value() {
+        let with_pod = |pod: Value| json!({"uid": "u", "operation": "CREATE", "object": pod});
+        let with_env = |env: Value| with_pod(json!({"spec": {"containers": [{}, {"env": env}]}}));
+        let table = [
+            (
+                with_env(json!([{}, {"value": 77}])),
+                "request.object.spec.containers[1].env[1].value",
+            ),
+            (
+                with_env(json!("sk-secret")),
+                "request.object.spec.containers[1].env",
+            ),
+            (with_pod(json!("sk-secret")), "request.object"),
+            (
+                with_pod(json!({"metadata": {"labels": {"a": 77}}})),
+                "request.object.metadata.labels.a",
+            ),
+            (json!({"uid": "u", "dryRun": "sk-secret"}), "request.dryRun"),
+        ];
+        for (request, expected) in table {
+            let Ok(Decoded::Unreadable { uid, refusal }) = decode(&review(&request)) else {
+                panic!("read: {request}")
+            };
+            assert_eq!(uid, "u");
+            assert_eq!(
+                refusal,
+                Refusal::Unreadable {
+                    place: expected.to_owned()
+                }
+            );
+            assert_eq!(refusal.status(), 400);
+        }
+        assert_eq!(
+            decode(&review(&json!({"uid": 7}))).err(),
+            Some(BodyError::NotAdmissionReview)
+        );
+    }
+
+    #[test]
+    fn only_new_pods_and_new_ephemeral_containers_are_planned() {
+        let pods = json!({"group": "", "version": "v1", "resource": "pods"});
+        let debugged = json!({"spec": {"ephemeralContainers": [{"name": "d"}]}});
+        let task = |request: Value| {
+            let body = review(&request);
+            let Ok(Decoded::Request(request)) = decode(&body) else {
+                panic!()
+            };
+            request.task().map(|task| match task {
+                Task::Plan(_, Scope::Pod) => "pod",
+                Task::Plan(_, Scope::NewEphemeralContainers(_)) => "ephemeral",
+                Task::Untouched => "untouched",
+            })
+        };
+        let request = |resource: &Value,
+                       sub: Value,
+                       operation: &str,
+                       object: &Value,
+                       old: &Value| {
+            json!({"uid": "u", "resource": resource, "subResource": sub, "operation": operation, "object": object, "oldObject": old})
+        };
+        let (pod, none) = (json!({}), json!(null));
+        let other = json!({"group": "apps", "resource": "pods"});
+        let deployments = json!({"group": "", "resource": "deployments"});
+        let table = [
+            (
+                request(&pods, none.clone(), "CREATE", &pod, &none),
+                Ok("pod"),
+            ),
+            (request(&pods, json!(""), "CREATE", &pod, &none), Ok("pod")),
+            (
+                request(&pods, none.clone(), "CREATE", &none, &none),
+                Err(Refusal::NoObject),
+            ),
+            (
+                request(&pods, none.clone(), "UPDATE", &pod, &pod),
+                Ok("untouched"),
+            ),
+            (
+                request(&pods, none.clone(), "DELETE", &none, &pod),
+                Ok("untouched"),
+            ),
+            (
+                request(&pods, json!("exec"), "CONNECT", &none, &none),
+                Ok("untouched"),
+            ),
+            (
+                request(&pods, json!("binding"), "CREATE", &pod, &none),
+                Ok("untouched"),
+            ),
+            (
+                request(
+                    &pods,
+                    json!("ephemeralcontainers"),
+                    "UPDATE",
+                    &debugged,
+                    &pod,
+                ),
+                Ok("ephemeral"),
+            ),
+            (
+                request(
+                    &pods,
+                    json!("ephemeralcontainers"),
+                    "UPDATE",
+                    &debugged,
+                    &none,
+                ),
+                Ok("ephemeral"),
+            ),
+            (
+                request(
+                    &pods,
+                    json!("ephemeralcontainers"),
+                    "UPDATE",
+                    &debugged,
+                    &debugged,
+                ),
+                Ok("untouched"),
+            ),
+            (
+                request(&pods, json!("ephemeralcontainers"), "UPDATE", &none, &pod),
+                Err(Refusal::NoObject),
+            ),
+            (
+                request(&other, none.clone(), "CREATE", &pod, &none),
+                Ok("untouched"),
+            ),
+            (
+                request(&deployments, none.clone(), "CREATE", &pod, &none),
+                Ok("untouched"),
+            ),
+            (
+                request(&none, none.clone(), "CREATE", &pod, &none),
+                Ok("untouched"),
+            ),
+        ];
+        for (request, expected) in table {
+            assert_eq!(task(request.clone()), expected, "{request}");
+        }
+    }
+
+    #[test]
+    fn a_recorded_workspace_id_has_the_length_of_a_label_at_most() {
+        assert_eq!(recordable("short"), "short");
+        assert_eq!(recordable(&"x".repeat(64)), "x".repeat(63));
+        assert_eq!(recordable(&"é".repeat(40)), "é".repeat(31));
+    }
+
+    #[test]
+    fn a_refusal_has_status_and_reason_and_no_patch() {
+        let answer = |refusal| serde_json::to_value(Answer::refused("u", &refusal)).unwrap();
+        let status = |code: u16, reason: &str, refusal: &Refusal| {
+            json!({
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "response": {"uid": "u", "allowed": false, "status": {"code": code, "reason": reason, "message": refusal.to_string()}},
+            })
+        };
+        for (code, reason, refusal) in [
+            (403, "Forbidden", Refusal::MissingPlatformProxy),
+            (
+                403,
+                "Forbidden",
+                Refusal::EnvFromVendorKey {
+                    container: "c".into(),
+                    keys: "k".into(),
+                },
+            ),
+            (
+                403,
+                "Forbidden",
+                Refusal::MissingWorkspaceLabel { label: "l".into() },
+            ),
+            (
+                403,
+                "Forbidden",
+                Refusal::NotSettled {
+                    findings: "f".into(),
+                },
+            ),
+            (503, "ServiceUnavailable", Refusal::LookupFailed),
+            (400, "BadRequest", Refusal::NoObject),
+            (400, "BadRequest", Refusal::Unreadable { place: "p".into() }),
+        ] {
+            assert_eq!(answer(refusal.clone()), status(code, reason, &refusal));
+        }
+    }
+}

@@ -431,3 +431,339 @@ fn limit(mut warnings: Vec<String>) -> Vec<String> {
     }
     warnings
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::core::patch::operations;
+
+    const PROXY: &str = "proxy: {baseUrl: u, anthropicBaseUrl: a, usageToken: {value: t}";
+
+    fn policy(fields: &str, proxy_fields: &str) -> Policy {
+        Policy::parse(&format!("{fields}\n{PROXY}{proxy_fields}}}")).unwrap()
+    }
+
+    fn with_container(container: &Value) -> String {
+        json!({"metadata": {"annotations": {}}, "spec": {"containers": [container]}}).to_string()
+    }
+
+    /// The warnings of a platform_managed pod with this container.
+    fn warnings(policy: &Policy, container: &Value) -> Vec<String> {
+        let pod = with_container(container);
+        let pod = serde_json::from_str(&pod).unwrap();
+        plan(
+            policy,
+            Resolution::chosen(BillingMode::PlatformManaged),
+            &pod,
+            Scope::Pod,
+        )
+        .unwrap()
+        .warnings
+    }
+
+    /// The container's env as names with values, after the plan is carried out.
+    fn env_after(policy: &Policy, container: &Value) -> Result<Vec<String>, Refusal> {
+        let text = with_container(container);
+        let pod = serde_json::from_str(&text).unwrap();
+        let plan = plan(
+            policy,
+            Resolution::chosen(BillingMode::PlatformManaged),
+            &pod,
+            Scope::Pod,
+        )?;
+        let patch = serde_json::to_value(operations(&plan, "")).unwrap();
+        let mut after: Value = serde_json::from_str(&text).unwrap();
+        json_patch::patch(
+            &mut after,
+            &serde_json::from_value::<json_patch::Patch>(patch).unwrap(),
+        )
+        .unwrap();
+        let entries = after["spec"]["containers"][0]["env"]
+            .as_array()
+            .unwrap()
+            .clone();
+        let shown = |entry: &Value| {
+            format!(
+                "{}={}",
+                entry["name"].as_str().unwrap(),
+                entry["value"].as_str().unwrap_or_default()
+            )
+        };
+        Ok(entries
+            .iter()
+            .map(shown)
+            .filter(|entry| !entry.starts_with("MOLECULE_LLM_"))
+            .collect())
+    }
+
+    #[test]
+    fn env_from_is_masked_refused_or_left_as_the_policy_says() {
+        let policy = |rule: &str| {
+            policy(
+                &format!("envFrom: {rule}\nvendorKeys: [OPENAI_API_KEY, XAI_API_KEY, XAI_TOKEN]"),
+                "",
+            )
+        };
+        let xai =
+            json!({"name": "c", "envFrom": [{"prefix": "XAI_A", "secretRef": {"name": "s"}}]});
+        let all = json!({"name": "c", "envFrom": [{"secretRef": {"name": "s"}}], "env": [{"name": "XAI_TOKEN", "value": "x"}]});
+        let proxy = [
+            "OPENAI_API_KEY=t".to_owned(),
+            "OPENAI_BASE_URL=u".to_owned(),
+        ];
+        let and = |more: &[&str]| {
+            proxy
+                .iter()
+                .cloned()
+                .chain(more.iter().map(|&one| one.to_owned()))
+                .collect()
+        };
+        assert_eq!(env_after(&policy("mask"), &xai), Ok(and(&["XAI_API_KEY="])));
+        assert_eq!(
+            env_after(&policy("mask"), &all),
+            Ok(and(&["XAI_API_KEY=", "XAI_TOKEN="]))
+        );
+        assert_eq!(env_after(&policy("ignore"), &xai), Ok(and(&[])));
+        assert_eq!(env_after(&policy("ignore"), &all), Ok(and(&[])));
+        let refused = |keys: &str| {
+            Err(Refusal::EnvFromVendorKey {
+                container: "c".into(),
+                keys: keys.into(),
+            })
+        };
+        assert_eq!(env_after(&policy("deny"), &xai), refused("XAI_API_KEY"));
+        assert_eq!(
+            env_after(&policy("deny"), &all),
+            refused("XAI_API_KEY, XAI_TOKEN")
+        );
+        // What the proxy sets hides what comes under the same name.
+        let hidden = json!({"name": "c", "envFrom": [{"prefix": "OPENAI_"}]});
+        assert_eq!(env_after(&policy("deny"), &hidden), Ok(and(&[])));
+    }
+
+    #[test]
+    fn an_excluded_container_gets_the_mode_and_loses_vendor_keys_but_gets_no_proxy() {
+        let policy = policy("", ", excludeContainers: [c]");
+        let env = json!([{"name": "OPENAI_API_KEY", "value": "x"}, {"name": "OPENAI_BASE_URL"}, {"name": "KEEP", "value": "1"}]);
+        let after = |name: &str| env_after(&policy, &json!({"name": name, "env": env})).unwrap();
+        assert_eq!(after("c"), ["KEEP=1"]);
+        assert_eq!(
+            after("d"),
+            ["OPENAI_API_KEY=t", "OPENAI_BASE_URL=u", "KEEP=1"]
+        );
+    }
+
+    #[test]
+    fn every_use_of_a_key_that_goes_is_warned_of_with_container_place_and_key() {
+        let container = json!({
+            "name": "c",
+            "command": ["sh", "$(XAI_API_KEY) $(XAI_API_KEY) $(ZAI_API_KEY)"],
+            "args": ["$(OPENAI_API_KEY) $$(XAI_API_KEY) $(KEEP)", "$(GLM_API_KEY)"],
+            "envFrom": [{"prefix": "GLM_"}],
+            "env": [
+                {"name": "XAI_API_KEY", "value": "x"},
+                {"name": "OPENAI_API_KEY", "value": "o"},
+                {"name": "A", "value": "Bearer $(XAI_API_KEY)"},
+                {"name": "B", "value": "$(HF_TOKEN)"},
+                {"name": "HF_TOKEN", "valueFrom": {"fieldRef": {"fieldPath": "x"}}},
+                {"name": "MOLECULE_LLM_BASE_URL", "value": "$(XAI_API_KEY)"},
+                {"name": "KIMI_API_KEY", "value": "$(XAI_API_KEY)"},
+            ],
+        });
+        let place = |place: &str, key: &str| {
+            format!(
+                "container \"c\": {place} refers to $({key}), which platform_managed takes away"
+            )
+        };
+        // ZAI_API_KEY was never there; OPENAI_API_KEY comes with another value; GLM_API_KEY came by envFrom.
+        let expected = [
+            place("command[1]", "XAI_API_KEY"),
+            place("args[1]", "GLM_API_KEY"),
+            place("env A", "XAI_API_KEY"),
+            place("env B", "HF_TOKEN"),
+        ];
+        assert_eq!(warnings(&policy("", ""), &container), expected);
+    }
+
+    #[test]
+    fn what_stays_and_could_lead_past_the_meter_is_warned_of() {
+        let from = |kind: &str, key: &str| json!({kind: {"name": "s", "key": key}});
+        let container = json!({"name": "c", "env": [
+            {"name": "ALIAS", "valueFrom": from("secretKeyRef", "XAI_API_KEY")},
+            {"name": "OTHER", "valueFrom": from("configMapKeyRef", "HF_TOKEN")},
+            {"name": "FINE", "valueFrom": from("secretKeyRef", "xai")},
+            {"name": "ZAI_API_KEY", "valueFrom": from("secretKeyRef", "ZAI_API_KEY")},
+            {"name": "ANTHROPIC_BASE_URL", "value": "https://x"},
+            {"name": "XAI_API_BASE", "value": "https://x"},
+            {"name": "MY_APP_BASE_URL", "value": "https://x"},
+            {"name": "HF_BASE_URL", "value": "https://x"},
+        ]});
+        let alias = |name: &str, key: &str| {
+            format!(
+                "container \"c\": env {name} brings vendor key {key} under another name, and stays"
+            )
+        };
+        let base = |name: &str| {
+            format!(
+                "container \"c\": env {name} stays on platform_managed, and can lead calls past the meter"
+            )
+        };
+        let expected = [
+            alias("ALIAS", "XAI_API_KEY"),
+            alias("OTHER", "HF_TOKEN"),
+            base("ANTHROPIC_BASE_URL"),
+            base("XAI_API_BASE"),
+        ];
+        assert_eq!(warnings(&policy("", ""), &container), expected);
+        // Claude Code's own base URL is set by the proxy, so that none stays.
+        let pod = json!({"metadata": {"labels": {"molecule.ai/runtime": "claude-code"}}, "spec": {"containers": [
+            {"name": "c", "env": [{"name": "ANTHROPIC_BASE_URL", "value": "https://x"}]},
+        ]}})
+        .to_string();
+        let pod = serde_json::from_str(&pod).unwrap();
+        let policy = policy("", "");
+        let managed = plan(
+            &policy,
+            Resolution::chosen(BillingMode::PlatformManaged),
+            &pod,
+            Scope::Pod,
+        )
+        .unwrap();
+        assert_eq!(managed.warnings, Vec::<String>::new());
+        let byok = plan(
+            &policy,
+            Resolution::chosen(BillingMode::Byok),
+            &pod,
+            Scope::Pod,
+        )
+        .unwrap();
+        assert_eq!(byok.warnings, Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_failed_lookup_is_warned_of() {
+        let policy = policy("", "");
+        let pod = Pod::default();
+        let warnings = |reason| {
+            plan(&policy, Resolution::fallback(reason), &pod, Scope::Pod)
+                .unwrap()
+                .warnings
+        };
+        assert_eq!(
+            warnings(Reason::LookupError),
+            [
+                "the workspace's billing mode could not be looked up; the pod is treated as platform_managed"
+            ]
+        );
+        assert_eq!(warnings(Reason::NoOverride), Vec::<String>::new());
+    }
+
+    #[test]
+    fn warnings_stay_within_what_the_api_server_hands_on() {
+        let alias = |index: usize| json!({"name": format!("A{index}"), "valueFrom": {"secretKeyRef": {"name": "s", "key": "HF_TOKEN"}}});
+        let container =
+            |count| json!({"name": "c", "env": (0..count).map(alias).collect::<Vec<_>>()});
+        let policy = policy("", "");
+        assert_eq!(warnings(&policy, &container(15)).len(), 15);
+        let many = warnings(&policy, &container(16));
+        assert_eq!(many.len(), 15);
+        assert!(many[13].contains("env A13 "), "{}", many[13]);
+        assert_eq!(
+            many[14],
+            "and 2 more warnings; llm-billing-webhook review shows them all"
+        );
+
+        // 256 bytes fit, 257 do not; a cut never splits a letter.
+        let of_length = |name: &str| {
+            let container = json!({"name": name, "env": [{"name": "XAI_BASE_URL"}]});
+            warnings(&policy, &container).remove(0)
+        };
+        let rest = of_length("").len();
+        let fits = of_length(&"x".repeat(256 - rest));
+        assert_eq!((fits.len(), fits.ends_with("the meter")), (256, true));
+        let cut = of_length(&"x".repeat(257 - rest));
+        assert_eq!((cut.len(), cut.ends_with("the m…")), (256, true), "{cut}");
+        assert!(of_length(&"é".repeat(300)).len() <= 256);
+    }
+
+    #[test]
+    fn the_guard_names_containers_and_variables_and_no_values() {
+        let policy = policy("", "");
+        let env = json!([{"name": "XAI_API_KEY", "value": "sk-secret"}, {"name": "XAI_API_KEY"}]);
+        let refusal = |count: usize| {
+            let containers: Vec<Value> = (0..count)
+                .map(|index| json!({"name": format!("c{index}"), "env": env}))
+                .collect();
+            let pod = json!({"spec": {"containers": containers}}).to_string();
+            let pod = serde_json::from_str(&pod).unwrap();
+            let plan = plan(
+                &policy,
+                Resolution::chosen(BillingMode::PlatformManaged),
+                &pod,
+                Scope::Pod,
+            )
+            .unwrap();
+            plan.refusal().map(|refusal| refusal.to_string())
+        };
+        let remedy = "; remove what adds or changes these variables after the llm-billing-webhook \
+                      (another mutating webhook, perhaps), then create the pod again";
+        let finding = |container: &str| {
+            format!(
+                "container \"{container}\" has not settled MOLECULE_LLM_ANTHROPIC_BASE_URL, MOLECULE_LLM_BASE_URL, \
+                 MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_USAGE_TOKEN, \
+                 OPENAI_API_KEY, OPENAI_BASE_URL, XAI_API_KEY"
+            )
+        };
+        assert_eq!(refusal(0), None);
+        assert_eq!(
+            refusal(1).unwrap(),
+            format!("ENV_NOT_SETTLED: {}{remedy}", finding("c0"))
+        );
+        let three = [finding("c0"), finding("c1"), finding("c2")].join("; ");
+        assert_eq!(
+            refusal(3).unwrap(),
+            format!("ENV_NOT_SETTLED: {three}{remedy}")
+        );
+        assert_eq!(
+            refusal(5).unwrap(),
+            format!("ENV_NOT_SETTLED: {three}; and 2 more containers{remedy}")
+        );
+        assert_eq!(
+            listed(["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]),
+            "a, b, c, d, e, f, g, h and 2 more"
+        );
+    }
+
+    #[test]
+    fn only_new_ephemeral_containers_are_planned_and_the_metadata_is_left_alone() {
+        let pod = |names: &[&str]| {
+            let ephemeral: Vec<Value> = names.iter().map(|name| json!({"name": name})).collect();
+            json!({"metadata": {}, "spec": {"containers": [{"name": "main"}], "ephemeralContainers": ephemeral}}).to_string()
+        };
+        let (old, new) = (pod(&["a"]), pod(&["a", "b"]));
+        let (old, new): (Pod<'_>, Pod<'_>) = (
+            serde_json::from_str(&old).unwrap(),
+            serde_json::from_str(&new).unwrap(),
+        );
+        let policy = policy("", "");
+        let planned = |old| {
+            let scope = Scope::NewEphemeralContainers(old);
+            let plan = plan(&policy, Resolution::chosen(BillingMode::Byok), &new, scope).unwrap();
+            assert_eq!(plan.annotations, []);
+            assert_eq!(plan.is_empty(), scope.is_empty(&new));
+            plan.containers
+                .iter()
+                .map(|container| (container.list.field(), container.index))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(planned(Some(&old)), [("ephemeralContainers", 1)]);
+        assert_eq!(
+            planned(None),
+            [("ephemeralContainers", 0), ("ephemeralContainers", 1)]
+        );
+        assert_eq!(planned(Some(&new)), []);
+        assert!(!Scope::Pod.is_empty(&Pod::default()));
+    }
+}

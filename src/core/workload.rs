@@ -208,3 +208,170 @@ fn read<'v>(value: &'v Value, root: &str) -> Result<Pod<'v>, Refusal> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn shown(document: Value) -> Vec<(String, Option<&'static str>)> {
+        let subjects = subjects(document, "default");
+        subjects
+            .iter()
+            .map(|subject| {
+                (
+                    subject.title.clone(),
+                    subject.makes_pods().then(|| subject.root()),
+                )
+            })
+            .collect()
+    }
+
+    fn object(api_version: &str, kind: &str) -> Value {
+        json!({"apiVersion": api_version, "kind": kind, "metadata": {"name": "x"}})
+    }
+
+    #[test]
+    fn each_kind_says_where_its_pods_are() {
+        let table = [
+            ("v1", "Pod", Some("")),
+            ("v1", "PodTemplate", Some("/template")),
+            ("v1", "ReplicationController", Some("/spec/template")),
+            ("apps/v1", "Deployment", Some("/spec/template")),
+            ("apps/v1", "StatefulSet", Some("/spec/template")),
+            ("apps/v1", "DaemonSet", Some("/spec/template")),
+            ("apps/v1", "ReplicaSet", Some("/spec/template")),
+            ("batch/v1", "Job", Some("/spec/template")),
+            (
+                "batch/v1",
+                "CronJob",
+                Some("/spec/jobTemplate/spec/template"),
+            ),
+            ("batch.volcano.sh/v1alpha1", "Job", None),
+            ("v1", "Service", None),
+        ];
+        for (api_version, kind, root) in table {
+            assert_eq!(
+                shown(object(api_version, kind)),
+                [(format!("{kind} default/x"), root)]
+            );
+        }
+        assert_eq!(
+            shown(json!({"metadata": {"generateName": "g-", "namespace": "n"}})),
+            [("(no kind) n/g-".to_owned(), None)]
+        );
+        assert_eq!(
+            shown(json!("text")),
+            [("(no kind) default/(unnamed)".to_owned(), None)]
+        );
+    }
+
+    #[test]
+    fn a_list_is_the_objects_in_it() {
+        let pod = json!({"metadata": {"name": "bare"}});
+        let list = |api_version: &str, kind: &str, items: Value| json!({"apiVersion": api_version, "kind": kind, "items": items});
+        assert_eq!(
+            shown(list(
+                "v1",
+                "List",
+                json!([
+                    object("v1", "Pod"),
+                    list("v1", "List", json!([object("v1", "Service")]))
+                ])
+            )),
+            [
+                ("Pod default/x".to_owned(), Some("")),
+                ("Service default/x".to_owned(), None)
+            ]
+        );
+        assert_eq!(
+            shown(list("v1", "PodList", json!([pod]))),
+            [("Pod default/bare".to_owned(), Some(""))]
+        );
+        assert_eq!(
+            shown(list("apps/v1", "DeploymentList", json!([pod]))),
+            [("Deployment default/bare".to_owned(), Some("/spec/template"))]
+        );
+        assert_eq!(
+            shown(list("v1", "List", json!("text"))),
+            [("List default/(unnamed)".to_owned(), None)]
+        );
+        assert_eq!(
+            shown(list("v1", "Pod", json!([pod]))),
+            [("Pod default/(unnamed)".to_owned(), Some(""))]
+        );
+    }
+
+    #[test]
+    fn an_admission_review_is_the_object_of_its_request() {
+        let review = |resource: &str, sub_resource: &str, operation: &str| {
+            json!({
+                "kind": "AdmissionReview",
+                "request": {
+                    "resource": {"resource": resource},
+                    "subResource": sub_resource,
+                    "operation": operation,
+                    "namespace": "n",
+                    "object": {"metadata": {"name": "x"}, "spec": {"ephemeralContainers": [{"name": "a"}, {"name": "b"}]}},
+                    "oldObject": {"spec": {"ephemeralContainers": [{"name": "a"}]}},
+                },
+            })
+        };
+        let one = |document: Value| subjects(document, "default").remove(0);
+        for (document, acts) in [
+            (review("pods", "", "CREATE"), true),
+            (review("pods", "ephemeralcontainers", "UPDATE"), true),
+            (review("pods", "", "UPDATE"), false),
+            (review("deployments", "", "CREATE"), false),
+        ] {
+            let subject = one(document);
+            assert_eq!(
+                (subject.title.as_str(), subject.namespace.as_str()),
+                ("Pod n/x", "n")
+            );
+            assert_eq!((subject.makes_pods(), subject.root()), (acts, ""));
+        }
+        let update = one(review("pods", "ephemeralcontainers", "UPDATE"));
+        let old = update.old_pod().unwrap();
+        assert!(!update.scope(old.as_ref()).is_empty(&update.pod().unwrap()));
+        assert!(matches!(
+            update.scope(old.as_ref()),
+            Scope::NewEphemeralContainers(Some(_))
+        ));
+        let create = one(review("pods", "", "CREATE"));
+        assert!(create.old_pod().unwrap().is_none());
+        assert!(matches!(create.scope(None), Scope::Pod));
+        assert_eq!(
+            one(json!({"kind": "AdmissionReview"})).title,
+            "Pod default/(unnamed)"
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named_by_its_place() {
+        let place = |document: Value| match subjects(document, "default").remove(0).pod() {
+            Err(Refusal::Unreadable { place }) => place,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(place(object("apps/v1", "Deployment")), "spec.template");
+        assert_eq!(
+            place(json!({"apiVersion": "v1", "kind": "Pod", "spec": 7})),
+            "spec"
+        );
+        let cron_job = json!({"apiVersion": "batch/v1", "kind": "CronJob", "spec": {"jobTemplate": {"spec": {"template":
+            {"spec": {"containers": [{"env": [{"value": 7}]}]}}}}}});
+        assert_eq!(
+            place(cron_job),
+            "spec.jobTemplate.spec.template.spec.containers[0].env[0].value"
+        );
+        let old = json!({"kind": "AdmissionReview", "request": {"resource": {"resource": "pods"}, "subResource": "ephemeralcontainers",
+            "operation": "UPDATE", "object": {}, "oldObject": {"spec": 7}}});
+        assert_eq!(
+            subjects(old, "default").remove(0).old_pod().err(),
+            Some(Refusal::Unreadable {
+                place: "oldObject.spec".to_owned()
+            })
+        );
+    }
+}

@@ -1,1 +1,20 @@
-//! Placeholder of the integration tests.
+//! One test binary. `core_*` ask the library in process, so that mutants are tried in seconds; all others
+//! ask the real program. Each file's head says what belongs in it.
+
+mod boundary;
+mod check;
+mod contract;
+mod core_contract;
+mod core_properties;
+mod core_recorded;
+mod database;
+mod drain;
+mod http;
+mod readme;
+mod recorded;
+mod redaction;
+mod review;
+mod support;
+mod tls;
+mod validate;
+mod workspace;

@@ -1,0 +1,69 @@
+//! The contract's vectors, in process. Over the wire and with real databases: contract.rs.
+
+use llm_billing_webhook::core::mode::Stored;
+use llm_billing_webhook::core::policy::Policy;
+use serde_json::{Value, json};
+
+use crate::support::in_process::answer;
+use crate::support::{
+    assert_expected, defaulted, patch_of, patched, policy_of, review_of, vectors,
+};
+
+/// What a vector says that the lookup finds.
+fn stored(vector: &Value) -> Stored {
+    let stored = &vector["stored"];
+    match (stored["lookup_error"].as_bool(), stored["row"].as_bool()) {
+        (Some(true), _) => Stored::Failed,
+        (_, Some(true)) => Stored::Row(stored["mode"].as_str().map(str::to_owned)),
+        _ => Stored::NoRow,
+    }
+}
+
+#[test]
+fn every_vector_gives_the_env_that_it_expects_and_is_settled_by_it() {
+    let vectors = vectors();
+    assert_eq!(vectors.len(), 36);
+    for vector in &vectors {
+        let policy = Policy::parse(&policy_of(vector)).unwrap();
+        let review = review_of(vector);
+        let first = answer(&policy, &stored(vector), &review);
+        assert_expected(vector, &first);
+        if vector["expect"]["error"].is_null() {
+            let again = defaulted(&patched(&review, &first));
+            assert_eq!(
+                patch_of(&answer(&policy, &stored(vector), &again)),
+                json!([]),
+                "{}",
+                vector["name"]
+            );
+        }
+    }
+}
+
+#[test]
+fn the_reason_names_the_row_of_the_table_that_applied() {
+    let policy = Policy::parse("unlabelled: platform_managed").unwrap();
+    let reason = |workspace: &Value, stored: &Stored| {
+        let pod = json!({"metadata": {"labels": {"molecule.ai/workspace-id": workspace}}});
+        let answer = answer(&policy, stored, &crate::support::create(&pod));
+        answer["response"]["auditAnnotations"]["reason"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let id = json!("88888888-8888-8888-8888-888888888888");
+    let row = |mode: &str| Stored::Row(Some(mode.to_owned()));
+    let table = [
+        (&id, row("byok"), "override"),
+        (&id, Stored::Row(None), "no_override"),
+        (&id, row("x"), "unknown_mode"),
+        (&id, Stored::NoRow, "workspace_not_found"),
+        (&id, Stored::Failed, "lookup_error"),
+        (&json!("x"), row("byok"), "invalid_workspace_id"),
+        (&json!(""), row("byok"), "missing_workspace_id"),
+        (&json!(null), row("byok"), "missing_workspace_id"),
+    ];
+    for (workspace, stored, expected) in table {
+        assert_eq!(reason(workspace, &stored), expected);
+    }
+}

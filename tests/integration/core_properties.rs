@@ -1,0 +1,224 @@
+//! What must hold for every pod, whatever is in it: proptest makes the pods, in process.
+
+use std::collections::BTreeSet;
+
+use llm_billing_webhook::core::policy::Policy;
+use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
+use proptest::sample::select;
+use proptest::{collection, option};
+use serde_json::{Value, json};
+
+use crate::support::in_process::{answer, stored};
+use crate::support::{PROXY, RUNTIME_LABEL, WORKSPACE_LABEL, create, defaulted, patch_of, patched};
+
+const MODE: &str = "MOLECULE_LLM_BILLING_MODE";
+const RESOLVED: &str = "MOLECULE_LLM_BILLING_MODE_RESOLVED";
+/// What the proxy can set.
+const PROXY_VARIABLES: [&str; 8] = [
+    "MOLECULE_LLM_BASE_URL",
+    "MOLECULE_LLM_USAGE_TOKEN",
+    "MOLECULE_LLM_ANTHROPIC_BASE_URL",
+    "MOLECULE_LLM_USAGE_URL",
+    "OPENAI_API_KEY",
+    "OPENAI_BASE_URL",
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_BASE_URL",
+];
+
+fn vendor_keys() -> Vec<String> {
+    let policy = Policy::default();
+    policy
+        .vendor_keys
+        .iter()
+        .map(|key| key.as_str().to_owned())
+        .collect()
+}
+
+fn name() -> impl Strategy<Value = String> {
+    let managed = [MODE, RESOLVED]
+        .into_iter()
+        .chain(PROXY_VARIABLES)
+        .map(str::to_owned)
+        .collect::<Vec<_>>();
+    prop_oneof![
+        select(vendor_keys()),
+        select(managed),
+        "[A-E]",
+        any::<String>()
+    ]
+}
+
+fn value() -> impl Strategy<Value = Value> {
+    let modes = [
+        "platform_managed",
+        "byok",
+        "disabled",
+        "",
+        "$(OPENAI_API_KEY)",
+        "$$(X) $(",
+    ];
+    prop_oneof![
+        select(modes.to_vec()).prop_map(|value| json!({"value": value})),
+        any::<String>().prop_map(|value| json!({"value": value})),
+        select(vendor_keys())
+            .prop_map(|key| json!({"valueFrom": {"secretKeyRef": {"name": "s", "key": key}}})),
+        Just(
+            json!({"valueFrom": {"secretKeyRef": {"name": "molecule-llm-proxy", "key": "usage-token"}}})
+        ),
+        Just(json!({"valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}})),
+        Just(json!({"value": null, "valueFrom": null, "unknown": {"kept": [1.5e300, true]}})),
+        Just(json!({})),
+    ]
+}
+
+fn entry() -> impl Strategy<Value = Value> {
+    (name(), value()).prop_map(|(name, mut entry)| {
+        entry["name"] = name.into();
+        entry
+    })
+}
+
+fn container() -> impl Strategy<Value = Value> {
+    let env = prop_oneof![
+        Just(json!(null)),
+        collection::vec(entry(), 0..12).prop_map(Value::from)
+    ];
+    let prefix = option::of(select(vec!["", "OPENAI_", "APP_", "HF"]));
+    let source = prefix.prop_map(|prefix| json!({"prefix": prefix, "secretRef": {"name": "s"}}));
+    let env_from = collection::vec(source, 0..3);
+    (env, env_from, any::<bool>()).prop_map(|(env, env_from, has_env)| {
+        let mut container =
+            json!({"name": "c", "envFrom": env_from, "ports": [{"containerPort": 80}]});
+        if has_env {
+            container["env"] = env;
+        }
+        container
+    })
+}
+
+fn pod() -> impl Strategy<Value = Value> {
+    let containers = || collection::vec(container(), 0..3);
+    let runtime = select(vec!["claude-code", "codex"]);
+    let annotations = prop_oneof![
+        Just(json!(null)),
+        Just(json!({"a/b": "x~y"})),
+        Just(json!({"molecule.ai/llm-billing-mode": "byok"}))
+    ];
+    (containers(), containers(), runtime, annotations).prop_map(|(init, main, runtime, annotations)| {
+        let labels = json!({WORKSPACE_LABEL: "88888888-8888-8888-8888-888888888888", RUNTIME_LABEL: runtime});
+        json!({
+            "metadata": {"labels": labels, "annotations": annotations},
+            "spec": {"initContainers": init, "containers": main, "unknown": {"kept": [1, null]}},
+        })
+    })
+}
+
+fn entries(container: &Value) -> Vec<Value> {
+    container["env"].as_array().cloned().unwrap_or_default()
+}
+
+fn containers(review: &Value) -> Vec<Value> {
+    let spec = &review["request"]["object"]["spec"];
+    ["initContainers", "containers"]
+        .iter()
+        .flat_map(|list| spec[list].as_array().cloned().unwrap_or_default())
+        .collect()
+}
+
+/// The review without anything that the plan may change.
+fn without_env_and_annotations(review: &Value) -> Value {
+    let mut review = review.clone();
+    let object = &mut review["request"]["object"];
+    object["metadata"]
+        .as_object_mut()
+        .unwrap()
+        .remove("annotations");
+    for list in ["initContainers", "containers"] {
+        for container in object["spec"][list].as_array_mut().unwrap() {
+            container.as_object_mut().unwrap().remove("env");
+        }
+    }
+    review
+}
+
+/// The bytes of the entries with none of these names, in their order.
+fn others(container: &Value, owned: &BTreeSet<&str>) -> Vec<String> {
+    let is_other = |entry: &&Value| !owned.contains(entry["name"].as_str().unwrap());
+    entries(container)
+        .iter()
+        .filter(is_other)
+        .map(Value::to_string)
+        .collect()
+}
+
+fn count(container: &Value, name: &str) -> usize {
+    entries(container)
+        .iter()
+        .filter(|entry| entry["name"] == name)
+        .count()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_plan_settles_in_one_pass_and_touches_nothing_that_it_does_not_own(
+        pod in pod(),
+        mode in select(vec!["platform_managed", "byok", "disabled"]),
+    ) {
+        let policy = Policy::parse(PROXY).unwrap();
+        let keys = vendor_keys();
+        let review = create(&pod);
+        let first = answer(&policy, &stored(mode), &review);
+        let after = patched(&review, &first);
+
+        assert_eq!(without_env_and_annotations(&after), without_env_and_annotations(&review));
+        for again in [&after, &defaulted(&after)] {
+            assert_eq!(patch_of(&answer(&policy, &stored(mode), again)), json!([]));
+        }
+        let mut owned = BTreeSet::from([MODE, RESOLVED]);
+        if mode == "platform_managed" {
+            owned.extend(keys.iter().map(String::as_str));
+            let claude_code = pod["metadata"]["labels"][RUNTIME_LABEL] == "claude-code";
+            owned.extend(PROXY_VARIABLES.iter().filter(|name| claude_code || **name != "ANTHROPIC_BASE_URL"));
+        }
+        for (before, after) in containers(&review).iter().zip(containers(&after)) {
+            assert_eq!(others(before, &owned), others(&after, &owned));
+            for name in [MODE, RESOLVED] {
+                let right = |entry: &Value| entry["name"] == name && entry["value"] == mode;
+                assert_eq!((count(&after, name), entries(&after).iter().filter(|entry| right(entry)).count()), (1, 1));
+            }
+            if mode == "platform_managed" {
+                for entry in entries(&after) {
+                    let name = entry["name"].as_str().unwrap();
+                    if keys.iter().any(|key| key == name) {
+                        let empty = entry.get("value").is_none_or(|value| value == "" || value.is_null()) && entry["valueFrom"].is_null();
+                        assert!(empty || PROXY_VARIABLES.contains(&name), "{entry}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_patch_repeats_no_value_that_it_leaves_alone(pod in pod(), mode in select(vec!["platform_managed", "byok"])) {
+        let policy = Policy::parse(PROXY).unwrap();
+        // A value that the plan cannot make of itself.
+        let mut pod = pod;
+        for list in ["initContainers", "containers"] {
+            for container in pod["spec"][list].as_array_mut().unwrap() {
+                if let Some(env) = container["env"].as_array_mut() {
+                    env.push(json!({"name": "KEPT", "value": "left-alone"}));
+                }
+            }
+        }
+        let patch = patch_of(&answer(&policy, &stored(mode), &create(&pod)));
+        assert!(!patch.to_string().contains("left-alone"), "{patch}");
+    }
+
+    #[test]
+    fn any_json_gets_an_answer_or_an_error_and_no_panic(text in "[\\{\\}\\[\\]\",:a-z0-9 ]{0,200}") {
+        let _ = llm_billing_webhook::core::admission::decode(text.as_bytes());
+        let _ = Policy::parse(&text);
+    }
+}

@@ -1,0 +1,95 @@
+//! The recorded admission reviews under each mode, in process: the whole answer as a snapshot, and what
+//! the patched object is. Over the wire: recorded.rs.
+
+use k8s_openapi::api::core::v1::Pod;
+use llm_billing_webhook::core::policy::Policy;
+use serde_json::{Value, json};
+
+use crate::support::in_process::{answer, stored};
+use crate::support::{PROXY, defaulted, fixtures, patch_of, patched, recorded_reviews};
+
+const MODES: [&str; 3] = ["platform_managed", "byok", "disabled"];
+
+/// An answer to read: its patch decoded, an operation a line.
+fn shown(answer: &Value) -> String {
+    let mut response = answer["response"].clone();
+    let fields = response.as_object_mut().unwrap();
+    let patch = patch_of(answer);
+    fields.remove("patch");
+    let mut text = serde_json::to_string_pretty(&response).unwrap();
+    text.push_str("\npatch:\n");
+    for operation in patch.as_array().unwrap() {
+        text.push_str(&format!("{operation}\n"));
+    }
+    text
+}
+
+#[test]
+fn each_recorded_review_gets_the_whole_answer_of_its_snapshot() {
+    let policy = Policy::parse(PROXY).unwrap();
+    let reviews = recorded_reviews();
+    assert_eq!(reviews.len(), 14);
+    insta::with_settings!({snapshot_path => fixtures("snapshots"), prepend_module_to_snapshot => false, omit_expression => true}, {
+        for (name, review) in &reviews {
+            for mode in MODES {
+                let answer = answer(&policy, &stored(mode), review);
+                assert_eq!(answer["response"]["uid"], review["request"]["uid"]);
+                insta::assert_snapshot!(format!("{name}.{mode}"), shown(&answer));
+            }
+        }
+    });
+}
+
+#[test]
+fn a_patched_object_is_a_pod_and_is_settled_in_the_second_call() {
+    let policy = Policy::parse(PROXY).unwrap();
+    for (name, review) in &recorded_reviews() {
+        for mode in MODES {
+            let first = answer(&policy, &stored(mode), review);
+            let after = patched(review, &first);
+            let pod: Result<Pod, _> = serde_json::from_value(after["request"]["object"].clone());
+            pod.unwrap_or_else(|error| panic!("{name}: {error}"));
+            for again in [&after, &defaulted(&after)] {
+                assert_eq!(
+                    patch_of(&answer(&policy, &stored(mode), again)),
+                    json!([]),
+                    "{name} {mode}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn dry_run_and_the_real_call_get_the_same_answer() {
+    let policy = Policy::parse(PROXY).unwrap();
+    for (name, review) in &recorded_reviews() {
+        let mut dry_run = review.clone();
+        dry_run["request"]["dryRun"] = true.into();
+        for mode in MODES {
+            let ask = |review| answer(&policy, &stored(mode), review);
+            assert_eq!(ask(review), ask(&dry_run), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_change_of_mode_makes_a_patched_pod_true_again() {
+    let policy = Policy::parse(PROXY).unwrap();
+    let review = &recorded_reviews()["claude-code-pod"];
+    let managed = patched(
+        review,
+        &answer(&policy, &stored("platform_managed"), review),
+    );
+    let byok = patched(&managed, &answer(&policy, &stored("byok"), &managed));
+    let object = &byok["request"]["object"];
+    let env = crate::support::env_map(&object["spec"]["containers"][0]);
+    assert_eq!(env["MOLECULE_LLM_BILLING_MODE"], "byok");
+    assert_eq!(env["MOLECULE_LLM_BILLING_MODE_RESOLVED"], "byok");
+    assert_eq!(
+        object["metadata"]["annotations"]["molecule.ai/llm-billing-mode"],
+        "byok"
+    );
+    // What the proxy set is not the plan's to take on byok: the contract leaves all else alone.
+    assert!(env.contains_key("MOLECULE_LLM_BASE_URL"));
+}

@@ -1,0 +1,75 @@
+//! The recorded admission reviews through the real HTTPS endpoint: the same answers as in process.
+
+use llm_billing_webhook::core::policy::Policy;
+use serde_json::json;
+
+use crate::support::in_process::{answer, stored};
+use crate::support::postgres::Postgres;
+use crate::support::program::{Start, Webhook};
+use crate::support::{PROXY, WORKSPACE_LABEL, defaulted, patch_of, patched, recorded_reviews};
+
+/// Every workspace of the recorded reviews, with one mode.
+fn rows(mode: &str) -> String {
+    let reviews = recorded_reviews();
+    let labels = |review: &serde_json::Value| {
+        review["request"]["object"]["metadata"]["labels"][WORKSPACE_LABEL].clone()
+    };
+    let mut ids: Vec<_> = reviews
+        .values()
+        .filter_map(|review| labels(review).as_str().map(str::to_owned))
+        .collect();
+    ids.sort();
+    ids.dedup();
+    ids.retain(|id| id != "not-a-uuid");
+    ids.iter()
+        .map(|id| format!("INSERT INTO workspaces VALUES ('{id}', '{mode}');"))
+        .collect()
+}
+
+fn every_review_is_answered_as_in_process(webhook: &Webhook, mode: &str) {
+    let policy = Policy::parse(PROXY).unwrap();
+    for (name, review) in &recorded_reviews() {
+        let first = webhook.mutate(review);
+        assert_eq!(first, answer(&policy, &stored(mode), review), "{name}");
+        let again = defaulted(&patched(review, &first));
+        assert_eq!(patch_of(&webhook.mutate(&again)), json!([]), "{name}");
+        assert_eq!(
+            webhook.validate(&again)["response"]["allowed"],
+            true,
+            "{name}"
+        );
+    }
+}
+
+const SCHEMA: &str = "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);";
+
+#[test]
+fn the_program_answers_each_recorded_review_on_sqlite() {
+    for mode in ["platform_managed", "byok", "disabled"] {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("recorded.sqlite");
+        crate::support::sqlite(&file, &(SCHEMA.to_owned() + &rows(mode)));
+        let database_url = &format!("sqlite://{}", file.display());
+        let webhook = Start {
+            policy: PROXY,
+            database_url,
+            ..Start::default()
+        }
+        .start();
+        every_review_is_answered_as_in_process(&webhook, mode);
+    }
+}
+
+#[test]
+fn the_program_answers_each_recorded_review_on_postgresql() {
+    for mode in ["platform_managed", "byok", "disabled"] {
+        let postgres = Postgres::with(&(SCHEMA.to_owned() + &rows(mode)));
+        let webhook = Start {
+            policy: PROXY,
+            database_url: &postgres.url(),
+            ..Start::default()
+        }
+        .start();
+        every_review_is_answered_as_in_process(&webhook, mode);
+    }
+}

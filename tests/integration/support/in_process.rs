@@ -1,0 +1,55 @@
+//! The core asked in process, with the lookup's outcome given: what the server does, without the server.
+
+use llm_billing_webhook::core::admission::{Answer, Decoded, Task, decode};
+use llm_billing_webhook::core::mode::{Resolution, Stored};
+use llm_billing_webhook::core::patch::operations;
+use llm_billing_webhook::core::plan::plan;
+use llm_billing_webhook::core::policy::Policy;
+use llm_billing_webhook::core::refusal::Refusal;
+use llm_billing_webhook::core::workspace::{Identity, identify, resolve, workspace_id};
+use serde_json::Value;
+
+/// The answer to a review.
+pub(crate) fn answer(policy: &Policy, stored: &Stored, review: &Value) -> Value {
+    let body = serde_json::to_vec(review).unwrap();
+    let request = match decode(&body).unwrap() {
+        Decoded::Request(request) => request,
+        Decoded::Unreadable { uid, refusal } => {
+            return serde_json::to_value(Answer::refused(&uid, &refusal)).unwrap();
+        }
+    };
+    let uid = request.uid.as_str();
+    let mut known = None;
+    let mut decide = || -> Result<Answer<'_>, Refusal> {
+        let Task::Plan(pod, scope) = request.task()? else {
+            return Ok(Answer::allowed(uid));
+        };
+        let resolution = match identify(policy, pod, request.namespace())? {
+            Identity::NotAWorkspace => return Ok(Answer::allowed(uid)),
+            Identity::Resolved(resolution) => resolution,
+            Identity::LookUp(_) => resolve(policy, stored)?,
+        };
+        known = Some((resolution, workspace_id(policy, pod)));
+        let plan = plan(policy, resolution, pod, scope)?;
+        Ok(Answer::allowed(uid)
+            .with_patch(&operations(&plan, ""))
+            .unwrap()
+            .with_warnings(plan.warnings))
+    };
+    let answer = decide().unwrap_or_else(|refusal| Answer::refused(uid, &refusal));
+    let answer = match &known {
+        Some((resolution, workspace)) => answer.with_resolution(resolution, workspace),
+        None => answer,
+    };
+    serde_json::to_value(answer).unwrap()
+}
+
+/// What a lookup finds that finds this mode.
+pub(crate) fn stored(mode: &str) -> Stored {
+    Stored::Row(Some(mode.to_owned()))
+}
+
+/// A resolution as a chosen mode gives it.
+pub(crate) fn chosen(mode: &str) -> Resolution {
+    Resolution::from_stored(&stored(mode))
+}

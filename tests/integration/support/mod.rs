@@ -1,0 +1,225 @@
+//! What several test files share: fixtures, pods and reviews, and the real parts to ask.
+
+pub(crate) mod in_process;
+pub(crate) mod postgres;
+pub(crate) mod program;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+
+/// The default policy's workspace label.
+pub(crate) const WORKSPACE_LABEL: &str = "molecule.ai/workspace-id";
+/// The default policy's runtime label.
+pub(crate) const RUNTIME_LABEL: &str = "molecule.ai/runtime";
+
+/// A proxy with everything, its token in a Secret.
+pub(crate) const PROXY: &str = r#"
+proxy:
+  baseUrl: https://proxy.example.test/openai/v1
+  anthropicBaseUrl: https://proxy.example.test/anthropic/v1
+  usageUrl: https://proxy.example.test/usage
+  usageToken: {secretKeyRef: {name: molecule-llm-proxy, key: usage-token}}
+"#;
+
+pub(crate) fn fixtures(folder: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fixtures")
+        .join(folder)
+}
+
+/// The recorded reviews, by file name without ending.
+pub(crate) fn recorded_reviews() -> BTreeMap<String, Value> {
+    let entries = fs::read_dir(fixtures("admission-reviews")).unwrap();
+    let review = |path: PathBuf| {
+        let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        (
+            name,
+            serde_json::from_slice(&fs::read(path).unwrap()).unwrap(),
+        )
+    };
+    entries.map(|entry| review(entry.unwrap().path())).collect()
+}
+
+/// The contract's vectors.
+pub(crate) fn vectors() -> Vec<Value> {
+    serde_json::from_slice(&fs::read(fixtures("contract/vectors.json")).unwrap()).unwrap()
+}
+
+/// A review of the creation of a pod.
+pub(crate) fn create(pod: &Value) -> Value {
+    json!({
+        "apiVersion": "admission.k8s.io/v1",
+        "kind": "AdmissionReview",
+        "request": {
+            "uid": "00000000-0000-0000-0000-0000000000aa",
+            "resource": {"group": "", "version": "v1", "resource": "pods"},
+            "operation": "CREATE",
+            "namespace": "ws-acme",
+            "object": pod,
+        },
+    })
+}
+
+/// A pod of one container.
+pub(crate) fn pod(workspace: &str, env: &Value) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": "ws", "labels": {WORKSPACE_LABEL: workspace}},
+        "spec": {"containers": [{"name": "agent", "image": "busybox", "env": env}]},
+    })
+}
+
+/// The patch in an answer; `[]` where there is none.
+pub(crate) fn patch_of(answer: &Value) -> Value {
+    let response = &answer["response"];
+    assert_eq!(
+        response.get("patchType").is_some(),
+        response.get("patch").is_some(),
+        "{answer}"
+    );
+    let Some(patch) = response["patch"].as_str() else {
+        return json!([]);
+    };
+    assert_eq!(response["patchType"], "JSONPatch");
+    serde_json::from_slice(&STANDARD.decode(patch).unwrap()).unwrap()
+}
+
+/// A review whose object is what the answer's patch makes of it.
+pub(crate) fn patched(review: &Value, answer: &Value) -> Value {
+    let patch: json_patch::Patch = serde_json::from_value(patch_of(answer)).unwrap();
+    let mut review = review.clone();
+    json_patch::patch(&mut review["request"]["object"], &patch).unwrap();
+    review
+}
+
+/// What the API server makes of an object before it calls a webhook again: the real decoder of Kubernetes'
+/// types drops empty values and unset fields, and defaults are filled in.
+pub(crate) fn defaulted(review: &Value) -> Value {
+    let mut review = review.clone();
+    let lists = ["initContainers", "containers", "ephemeralContainers"];
+    for list in lists {
+        for container in review["request"]["object"]["spec"][list]
+            .as_array_mut()
+            .into_iter()
+            .flatten()
+        {
+            for entry in container["env"].as_array_mut().into_iter().flatten() {
+                if entry["value"] == "" {
+                    entry.as_object_mut().unwrap().remove("value");
+                }
+                if entry["valueFrom"]["fieldRef"].is_object() {
+                    entry["valueFrom"]["fieldRef"]["apiVersion"] = "v1".into();
+                }
+                if entry["valueFrom"]["resourceFieldRef"].is_object() {
+                    let divisor = &mut entry["valueFrom"]["resourceFieldRef"]["divisor"];
+                    *divisor = divisor.as_str().unwrap_or("0").into();
+                }
+            }
+        }
+    }
+    // Reading a missing list above has put null there.
+    for list in lists {
+        let spec = review["request"]["object"]["spec"].as_object_mut().unwrap();
+        if spec[list].is_null() {
+            spec.remove(list);
+        }
+    }
+    review
+}
+
+/// The env of a container as the contract sees it, which must have no name twice.
+pub(crate) fn env_map(container: &Value) -> BTreeMap<String, Value> {
+    let mut map = BTreeMap::new();
+    for entry in container["env"].as_array().into_iter().flatten() {
+        let name = entry["name"].as_str().unwrap().to_owned();
+        let value = entry
+            .get("value")
+            .or(entry.get("valueFrom"))
+            .cloned()
+            .unwrap_or_else(|| "".into());
+        assert!(map.insert(name, value).is_none(), "twice: {entry}");
+    }
+    map
+}
+
+/// A vector's proxy as a policy file, which is YAML and so may be JSON.
+pub(crate) fn policy_of(vector: &Value) -> String {
+    let proxy = &vector["proxy"];
+    if proxy.is_null() {
+        return String::new();
+    }
+    json!({"proxy": {
+        "baseUrl": proxy["base_url"],
+        "anthropicBaseUrl": proxy["anthropic_base_url"],
+        "usageUrl": proxy["usage_url"],
+        "usageToken": {"value": proxy["usage_token"]},
+    }})
+    .to_string()
+}
+
+/// The creation of a pod whose one container has a vector's env.
+pub(crate) fn review_of(vector: &Value) -> Value {
+    let env = vector["env"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(name, value)| json!({"name": name, "value": value}));
+    let mut pod = pod(vector["workspace_id"].as_str().unwrap(), &env.collect());
+    if !vector["runtime"].is_null() {
+        pod["metadata"]["labels"][RUNTIME_LABEL] = vector["runtime"].clone();
+    }
+    create(&pod)
+}
+
+/// Holds an answer against what a vector expects.
+pub(crate) fn assert_expected(vector: &Value, answer: &Value) {
+    let (name, expect, response) = (&vector["name"], &vector["expect"], &answer["response"]);
+    assert_eq!(
+        response["auditAnnotations"]["mode"], expect["mode"],
+        "{name}"
+    );
+    assert_eq!(
+        response["auditAnnotations"]["source"], expect["source"],
+        "{name}"
+    );
+    if let Some(code) = expect["error"].as_str() {
+        assert_eq!(response["allowed"], false, "{name}");
+        let message = response["status"]["message"].as_str().unwrap();
+        assert!(
+            message.starts_with(&format!("{code}: ")),
+            "{name}: {message}"
+        );
+        assert_eq!(patch_of(answer), json!([]), "{name}");
+        return;
+    }
+    assert_eq!(response["allowed"], true, "{name}");
+    let after = patched(&review_of(vector), answer);
+    let env = env_map(&after["request"]["object"]["spec"]["containers"][0]);
+    let expected: BTreeMap<String, Value> = serde_json::from_value(expect["env"].clone()).unwrap();
+    assert_eq!(env, expected, "{name}");
+}
+
+/// Runs statements on an SQLite file, and makes the file if it is not there.
+pub(crate) fn sqlite(file: &Path, statements: &str) {
+    use sqlx::ConnectOptions;
+    let options = sqlx::sqlite::SqliteConnectOptions::new()
+        .filename(file)
+        .create_if_missing(true);
+    let run = async {
+        let mut connection = options.connect().await?;
+        sqlx::raw_sql(sqlx::AssertSqlSafe(statements))
+            .execute(&mut connection)
+            .await?;
+        sqlx::Connection::close(connection).await
+    };
+    tokio::runtime::Runtime::new()
+        .unwrap()
+        .block_on(run)
+        .unwrap();
+}

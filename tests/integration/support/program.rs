@@ -1,0 +1,319 @@
+//! The real program as a child process, and a real TLS client for it. The process is ended by its id when
+//! the test ends.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use serde_json::Value;
+use tempfile::TempDir;
+use ureq::tls::{Certificate, ClientCert, PrivateKey, RootCerts, TlsConfig};
+use ureq::{Agent, Body, http};
+
+/// Longest wait for anything that a test waits for.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The program, to be run with these arguments and no setting from the environment.
+pub(crate) fn program(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_llm-billing-webhook"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("LLM_BILLING_") {
+            command.env_remove(name);
+        }
+    }
+    command.env_remove("RUST_LOG").args(arguments);
+    command
+}
+
+/// Runs a command to its end: exit code, stdout, stderr.
+pub(crate) fn run(arguments: &[&str]) -> (i32, String, String) {
+    shown(&program(arguments).stdin(Stdio::null()).output().unwrap())
+}
+
+pub(crate) fn shown(output: &Output) -> (i32, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+    (
+        output.status.code().unwrap(),
+        text(&output.stdout),
+        text(&output.stderr),
+    )
+}
+
+/// A certificate authority of the test's own.
+pub(crate) struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+impl Authority {
+    pub(crate) fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    pub(crate) fn pem(&self) -> String {
+        self.0.pem()
+    }
+
+    /// Certificate and key for `name`, in PEM.
+    pub(crate) fn issue(&self, name: &str) -> (String, String) {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new([name.to_owned()]).unwrap();
+        (
+            params.signed_by(&key, &self.0).unwrap().pem(),
+            key.serialize_pem(),
+        )
+    }
+
+    /// A client that trusts this authority alone.
+    pub(crate) fn client(&self) -> Agent {
+        self.client_with(None)
+    }
+
+    /// The same, with a certificate and key of its own.
+    pub(crate) fn client_with(&self, own: Option<&(String, String)>) -> Agent {
+        let root = Certificate::from_pem(self.pem().as_bytes()).unwrap();
+        let own = own.map(|(certificate, key)| {
+            let certificate = Certificate::from_pem(certificate.as_bytes()).unwrap();
+            ClientCert::new_with_certs(
+                &[certificate],
+                PrivateKey::from_pem(key.as_bytes()).unwrap(),
+            )
+        });
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let tls = TlsConfig::builder()
+            .root_certs(RootCerts::from(vec![root]))
+            .client_cert(own)
+            .unversioned_rustls_crypto_provider(provider)
+            .build();
+        Agent::config_builder()
+            .tls_config(tls)
+            .http_status_as_error(false)
+            .timeout_global(Some(PATIENCE))
+            .build()
+            .into()
+    }
+}
+
+/// A running `serve`.
+pub(crate) struct Webhook {
+    child: Child,
+    log: Arc<Mutex<String>>,
+    /// Where the webhook listens.
+    pub(crate) address: SocketAddr,
+    /// Where health and metrics listen.
+    pub(crate) health: SocketAddr,
+    /// What signed its certificate.
+    pub(crate) authority: Authority,
+    /// Trusts that authority.
+    pub(crate) client: Agent,
+    /// Holds policy, certificate and key.
+    pub(crate) folder: TempDir,
+}
+
+/// How a webhook is started.
+#[derive(Default)]
+pub(crate) struct Start<'a> {
+    pub(crate) policy: &'a str,
+    pub(crate) database_url: &'a str,
+    pub(crate) arguments: &'a [&'a str],
+    pub(crate) log: &'a str,
+}
+
+impl Start<'_> {
+    /// Starts the program, and waits until it listens.
+    pub(crate) fn start(&self) -> Webhook {
+        let authority = Authority::new();
+        let folder = tempfile::tempdir().unwrap();
+        let (certificate, key) = authority.issue("localhost");
+        fs::write(folder.path().join("tls.crt"), certificate).unwrap();
+        fs::write(folder.path().join("tls.key"), key).unwrap();
+        let mut child = self
+            .command(folder.path())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let mut lines = BufReader::new(child.stderr.take().unwrap());
+        let gathered = Arc::clone(&log);
+        // Ends when the child's stderr does.
+        std::thread::spawn(move || {
+            let mut line = Vec::new();
+            while lines.read_until(b'\n', &mut line).unwrap_or(0) > 0 {
+                gathered
+                    .lock()
+                    .unwrap()
+                    .push_str(&String::from_utf8_lossy(&line));
+                line.clear();
+            }
+        });
+        let listening = wait_for("the program listens", || {
+            let log = log.lock().unwrap();
+            assert!(child.try_wait().unwrap().is_none(), "ended at once:\n{log}");
+            let line = log.lines().find(|line| line.contains("\"listening\""))?;
+            serde_json::from_str::<Value>(line).ok()
+        });
+        let address = |field: &str| listening[field].as_str().unwrap().parse().unwrap();
+        let (address, health) = (address("webhook"), address("health"));
+        let client = authority.client();
+        Webhook {
+            child,
+            log,
+            address,
+            health,
+            authority,
+            client,
+            folder,
+        }
+    }
+
+    /// The command that starts the program with what lies in `folder`.
+    pub(crate) fn command(&self, folder: &Path) -> Command {
+        fs::write(folder.join("policy.yaml"), self.policy).unwrap();
+        let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+        let any_port = [
+            "--listen",
+            "127.0.0.1:0",
+            "--health-listen",
+            "127.0.0.1:0",
+            "--drain-delay",
+            "0s",
+        ];
+        let mut command = program(&["serve"]);
+        command
+            .args(any_port)
+            .args([
+                "--policy",
+                &path("policy.yaml"),
+                "--database-url",
+                self.database_url,
+            ])
+            .args([
+                "--tls-cert",
+                &path("tls.crt"),
+                "--tls-key",
+                &path("tls.key"),
+            ])
+            .args(self.arguments)
+            .env(
+                "RUST_LOG",
+                if self.log.is_empty() {
+                    "info"
+                } else {
+                    self.log
+                },
+            )
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        command
+    }
+}
+
+impl Webhook {
+    /// Posts a review to `/mutate`, and gets an admission review back.
+    pub(crate) fn mutate(&self, review: &Value) -> Value {
+        self.ask("/mutate?timeout=10s", review)
+    }
+
+    /// Posts a review to `/validate`, and gets an admission review back.
+    pub(crate) fn validate(&self, review: &Value) -> Value {
+        self.ask("/validate?timeout=10s", review)
+    }
+
+    fn ask(&self, path: &str, review: &Value) -> Value {
+        let mut response = self.post(path, "application/json", review.to_string().as_bytes());
+        let text = response.body_mut().read_to_string().unwrap();
+        assert_eq!(response.status(), 200, "{text}");
+        assert_eq!(response.headers()["content-type"], "application/json");
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// Posts anything.
+    pub(crate) fn post(&self, path: &str, content_type: &str, body: &[u8]) -> http::Response<Body> {
+        let url = format!("https://localhost:{}{path}", self.address.port());
+        self.client
+            .post(&url)
+            .header("content-type", content_type)
+            .send(body)
+            .unwrap()
+    }
+
+    /// Status and text of a page of the health port.
+    pub(crate) fn health(&self, path: &str) -> (u16, String) {
+        let mut response = self
+            .client
+            .get(format!("http://{}{path}", self.health))
+            .call()
+            .unwrap();
+        (
+            response.status().as_u16(),
+            response.body_mut().read_to_string().unwrap(),
+        )
+    }
+
+    /// Everything logged so far.
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Waits until the log has a line with this text.
+    pub(crate) fn wait_for_log(&self, text: &str) -> String {
+        wait_for(text, || {
+            self.log()
+                .lines()
+                .find(|line| line.contains(text))
+                .map(str::to_owned)
+        })
+    }
+
+    /// Sends a signal, such as `TERM`.
+    pub(crate) fn signal(&self, signal: &str) {
+        let pid = self.child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args(["-s", signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+
+    /// Waits for the end.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        wait_for("the program ends", || self.child.try_wait().unwrap())
+    }
+}
+
+impl Drop for Webhook {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("log of the program:\n{}", self.log());
+        }
+    }
+}
+
+/// Asks until there is an answer.
+pub(crate) fn wait_for<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(answer) = answer() {
+            return answer;
+        }
+        assert!(started.elapsed() < PATIENCE, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Reads all that is left.
+pub(crate) fn read_to_end(mut reader: impl Read) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // A peer that closes hard is a kind of end.
+    let _ = reader.read_to_end(&mut bytes);
+    bytes
+}
