@@ -10,7 +10,10 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions, PgTypeKind};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePoolOptions};
-use sqlx::{AssertSqlSafe, ConnectOptions, Pool, Postgres, Row, Sqlite, TypeInfo, ValueRef};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions, Either, Executor, Pool, Postgres, Row, SqlSafeStr, Sqlite,
+    Statement, TypeInfo, ValueRef,
+};
 use thiserror::Error;
 use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
@@ -221,7 +224,34 @@ impl Database {
             Parameter::Namespace => ParameterValue::Text("default".to_owned()),
         };
         let parameters: Vec<ParameterValue> = self.parameters.iter().map(sample).collect();
-        self.lookup(&parameters, None).await.map(|_| ())
+        // PostgreSQL takes surplus parameters without a word, so it is asked how many there are.
+        match self.parameters_of_query().await {
+            Some(expected) if expected != parameters.len() => Err(LookupError::Refused(format!(
+                "it takes {expected} parameters, and lookup.parameters has {}",
+                parameters.len()
+            ))),
+            _ => self.lookup(&parameters, None).await.map(|_| ()),
+        }
+    }
+
+    /// How many parameters the query takes; `None` if the database cannot say without their types.
+    async fn parameters_of_query(&self) -> Option<usize> {
+        let query = AssertSqlSafe(self.query.as_str()).into_sql_str();
+        let deadline = Instant::now() + self.timeout;
+        // Prepared without types, the statement must not stay where lookups would find it.
+        let count = async {
+            match &self.pool {
+                AnyPool::Postgres(pool) => {
+                    let mut connection = pool.acquire().await?.detach();
+                    count((&mut connection).prepare(query).await?.parameters())
+                }
+                AnyPool::Sqlite(pool) => {
+                    let mut connection = pool.acquire().await?.detach();
+                    count((&mut connection).prepare(query).await?.parameters())
+                }
+            }
+        };
+        timeout_at(deadline, count).await.ok()?.ok()?
     }
 
     async fn attempt(
@@ -264,6 +294,10 @@ impl Database {
             AnyPool::Sqlite(pool) => pool.close().await,
         }
     }
+}
+
+fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sqlx::Error> {
+    Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
 }
 
 async fn acquire<DB: sqlx::Database>(

@@ -339,7 +339,7 @@ impl App {
             reason,
             outcome = record.outcome,
             patch_operations = record.patch_operations,
-            duration_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+            duration_ms = took.as_secs_f64() * 1000.0,
             "admission"
         );
         let operation = match (operation, sub_resource) {

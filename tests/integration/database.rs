@@ -1,1 +1,409 @@
-//! Placeholder.
+//! The lookup on real databases: the same suite on PostgreSQL and on SQLite, then what only one of them
+//! has.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::postgres::Postgres;
+use crate::support::program::{Authority, Start, Webhook, run, shown, wait_for};
+use crate::support::{PROXY, create, pod};
+
+const ID: &str = "88888888-8888-8888-8888-888888888888";
+
+/// A database of either kind with this schema, and what makes a URL for it.
+enum Kind {
+    Postgres,
+    Sqlite(tempfile::TempDir),
+}
+
+impl Kind {
+    fn both() -> [Self; 2] {
+        [Self::Postgres, Self::Sqlite(tempfile::tempdir().unwrap())]
+    }
+
+    fn with(&self, schema: &str) -> String {
+        match self {
+            Self::Postgres => Postgres::with(schema).url(),
+            Self::Sqlite(folder) => {
+                let file = folder.path().join("database.sqlite");
+                if file.exists() {
+                    std::fs::remove_file(&file).unwrap();
+                }
+                crate::support::sqlite(&file, schema);
+                format!("sqlite://{}", file.display())
+            }
+        }
+    }
+
+    fn is_postgres(&self) -> bool {
+        matches!(self, Self::Postgres)
+    }
+}
+
+fn start(policy: &str, database_url: &str) -> Webhook {
+    Start {
+        policy,
+        database_url,
+        ..Start::default()
+    }
+    .start()
+}
+
+/// Exit code and stderr of a `serve` that must end by itself.
+fn start_in_vain(policy: &str, database_url: &str) -> (i32, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let (certificate, key) = Authority::new().issue("localhost");
+    std::fs::write(folder.path().join("tls.crt"), certificate).unwrap();
+    std::fs::write(folder.path().join("tls.key"), key).unwrap();
+    let mut command = Start {
+        policy,
+        database_url,
+        ..Start::default()
+    }
+    .command(folder.path());
+    let (code, _, stderr) = shown(&command.output().unwrap());
+    (code, stderr)
+}
+
+/// Exit code and stdout of `check`.
+fn check(policy: &str, database_url: &str) -> (i32, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("policy.yaml");
+    std::fs::write(&file, policy).unwrap();
+    let (code, stdout, _) = run(&[
+        "check",
+        "--policy",
+        file.to_str().unwrap(),
+        "--database-url",
+        database_url,
+    ]);
+    (code, stdout)
+}
+
+/// Mode and reason of a pod of this workspace.
+fn resolved(webhook: &Webhook, pod: &Value) -> (String, String) {
+    let annotations = webhook.mutate(&create(pod))["response"]["auditAnnotations"].clone();
+    let text = |field: &str| annotations[field].as_str().unwrap_or_default().to_owned();
+    (text("mode"), text("reason"))
+}
+
+#[test]
+fn what_is_committed_is_what_the_next_pod_gets() {
+    let postgres =
+        Postgres::with("CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text)");
+    let webhook = start(PROXY, &postgres.url());
+    let pod = pod(ID, &json!([]));
+    let is = |mode: &str, reason: &str| {
+        assert_eq!(
+            resolved(&webhook, &pod),
+            (mode.to_owned(), reason.to_owned())
+        )
+    };
+    is("platform_managed", "workspace_not_found");
+    postgres.execute(&format!("INSERT INTO workspaces VALUES ('{ID}', NULL)"));
+    is("platform_managed", "no_override");
+    for mode in ["byok", "disabled", "platform_managed", "byok"] {
+        postgres.execute(&format!(
+            "UPDATE workspaces SET llm_billing_mode = '{mode}'"
+        ));
+        is(mode, "override");
+    }
+    postgres.execute("DELETE FROM workspaces");
+    is("platform_managed", "workspace_not_found");
+}
+
+#[test]
+fn the_query_and_its_parameters_come_from_the_policy() {
+    for kind in Kind::both() {
+        let url = kind.with(&format!(
+            "CREATE TABLE spaces (tenant text, space text, id uuid, mode text);
+             INSERT INTO spaces VALUES ('acme', 'ws-acme', '{ID}', 'disabled'), ('other', 'ws-acme', '{ID}', 'byok');"
+        ));
+        let webhook = start(
+            "lookup:
+               query: SELECT mode, id FROM spaces WHERE space = $1 AND tenant = $2 AND id = $3
+               parameters: [{field: namespace}, {label: tenant, type: text}, {label: molecule.ai/workspace-id, type: uuid}]",
+            &url,
+        );
+        let mut pod = pod(&ID.to_uppercase(), &json!([]));
+        for (tenant, mode) in [("acme", "disabled"), ("other", "byok")] {
+            pod["metadata"]["labels"]["tenant"] = tenant.into();
+            assert_eq!(
+                resolved(&webhook, &pod),
+                (mode.to_owned(), "override".to_owned())
+            );
+        }
+    }
+}
+
+#[test]
+fn a_query_that_the_database_refuses_fails_check_and_start_in_the_databases_own_words() {
+    let two = "parameters: [{label: molecule.ai/workspace-id, type: uuid}, {field: namespace}]";
+    let text = "parameters: [{label: molecule.ai/workspace-id, type: text}]";
+    for kind in Kind::both() {
+        let url =
+            kind.with("CREATE TABLE workspaces (id uuid, llm_billing_mode text, price integer)");
+        let of = |postgres: &str, sqlite: &str| {
+            if kind.is_postgres() {
+                postgres.to_owned()
+            } else {
+                sqlite.to_owned()
+            }
+        };
+        let mut table = vec![
+            (
+                "query: SELECT mode FROM workspaces WHERE id = $1",
+                of("column \"mode\" does not exist", "no such column: mode"),
+            ),
+            (
+                "query: SELECT 1 FROM nowhere WHERE id = $1",
+                of(
+                    "relation \"nowhere\" does not exist",
+                    "no such table: nowhere",
+                ),
+            ),
+            (
+                "query: SELEKT $1",
+                of(
+                    "syntax error at or near \"SELEKT\"",
+                    "near \"SELEKT\": syntax error",
+                ),
+            ),
+            (
+                "query: SELECT llm_billing_mode FROM workspaces WHERE id = $1 AND price = $2",
+                "it takes 2 parameters, and lookup.parameters has 1".to_owned(),
+            ),
+        ];
+        table.push((
+            two,
+            "it takes 1 parameters, and lookup.parameters has 2".to_owned(),
+        ));
+        if kind.is_postgres() {
+            table.push((text, "operator does not exist: uuid = text".to_owned()));
+        }
+        for (lookup, words) in table {
+            let policy = format!("lookup: {{{lookup}}}");
+            let refused = format!("the database refuses the policy's query: {words}");
+            let (code, report) = check(&policy, &url);
+            assert!(
+                code == 2 && report.contains(&format!("error database     {refused}")),
+                "{code} {report}"
+            );
+            let (code, stderr) = start_in_vain(&policy, &url);
+            assert!(
+                code == 2 && stderr.contains(&format!("error: cannot start: {refused}")),
+                "{code} {stderr}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_mode_column_that_is_not_text_is_refused_rather_than_guessed_at() {
+    for kind in Kind::both() {
+        let url = kind.with(&format!(
+            "CREATE TABLE workspaces (id uuid, llm_billing_mode integer); INSERT INTO workspaces VALUES ('{ID}', 7)"
+        ));
+        let webhook = start(PROXY, &url);
+        assert_eq!(
+            resolved(&webhook, &pod(ID, &json!([]))),
+            ("platform_managed".to_owned(), "lookup_error".to_owned())
+        );
+        let line = webhook.wait_for_log("lookup refused");
+        assert!(
+            line.contains("\"ERROR\"")
+                && line.contains("the first column that it returns is not text"),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn the_schema_gone_is_loud_and_the_pod_is_platform_managed_with_a_warning() {
+    let postgres = Postgres::with("CREATE TABLE workspaces (id uuid, llm_billing_mode text)");
+    let webhook = start(PROXY, &postgres.url());
+    let review = create(&pod(ID, &json!([])));
+    webhook.mutate(&review);
+    for (fault, words) in [
+        (
+            "REVOKE SELECT ON workspaces FROM reader",
+            "permission denied for table workspaces",
+        ),
+        (
+            "ALTER TABLE workspaces DROP COLUMN llm_billing_mode",
+            "column \\\"llm_billing_mode\\\" does not exist",
+        ),
+        (
+            "DROP TABLE workspaces",
+            "relation \\\"workspaces\\\" does not exist",
+        ),
+    ] {
+        postgres.execute(fault);
+        let response = webhook.mutate(&review)["response"].clone();
+        assert_eq!(
+            response["auditAnnotations"]["reason"], "lookup_error",
+            "{fault}"
+        );
+        let warning = "the workspace's billing mode could not be looked up; the pod is treated as platform_managed";
+        assert_eq!(response["warnings"], json!([warning]));
+        let line = webhook.wait_for_log(words);
+        assert!(line.contains("\"ERROR\""), "{line}");
+        let (code, report) = check(PROXY, &postgres.url());
+        assert!(
+            code == 2 && report.contains(&words.replace('\\', "")),
+            "{report}"
+        );
+    }
+    assert!(
+        webhook
+            .health("/metrics")
+            .1
+            .contains(r#"llm_billing_lookup_duration_seconds_count{result="refused"} 3"#)
+    );
+}
+
+#[test]
+fn a_database_that_is_down_at_start_is_waited_for_and_pods_are_answered_meanwhile() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("later.sqlite");
+    let webhook = start(PROXY, &format!("sqlite://{}", file.display()));
+    let not_ready = "not ready: the database has not answered the policy's query yet\n";
+    assert_eq!(webhook.health("/readyz"), (503, not_ready.to_owned()));
+    let pod = pod(ID, &json!([]));
+    assert_eq!(
+        resolved(&webhook, &pod),
+        ("platform_managed".to_owned(), "lookup_error".to_owned())
+    );
+    crate::support::sqlite(
+        &file,
+        &format!(
+            "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT); INSERT INTO workspaces VALUES ('{ID}', 'byok')"
+        ),
+    );
+    wait_for("it is ready", || {
+        (webhook.health("/readyz").0 == 200).then_some(())
+    });
+    assert_eq!(
+        resolved(&webhook, &pod),
+        ("byok".to_owned(), "override".to_owned())
+    );
+    // A later loss does not take the pod out.
+    std::fs::remove_file(&file).unwrap();
+    assert_eq!(webhook.health("/readyz").0, 200);
+}
+
+#[test]
+fn on_error_deny_refuses_with_503_while_the_database_is_down() {
+    let policy = format!("lookup: {{onError: deny}}\n{PROXY}");
+    let webhook = start(&policy, "postgres://reader@localhost/x?host=/nonexistent");
+    let response = webhook.mutate(&create(&pod(ID, &json!([]))))["response"].clone();
+    assert_eq!(response["allowed"], false);
+    assert_eq!(response["status"]["code"], 503);
+    let message = response["status"]["message"].as_str().unwrap();
+    assert!(message.starts_with("LOOKUP_FAILED: "), "{message}");
+    // What needs no lookup is no failure.
+    assert_eq!(
+        webhook.mutate(&create(&pod("", &json!([]))))["response"]["allowed"],
+        true
+    );
+}
+
+#[test]
+fn an_answer_beats_the_deadline_of_the_policy_and_that_of_the_api_server() {
+    let postgres = Postgres::with(&format!(
+        "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', 'byok')"
+    ));
+    let slow = |timeout: &str| {
+        format!(
+            "lookup: {{timeout: {timeout}, query: 'SELECT CASE WHEN pg_sleep(20) IS NOT NULL THEN llm_billing_mode END FROM workspaces WHERE id = $1'}}\n{PROXY}"
+        )
+    };
+    let review = create(&pod(ID, &json!([]))).to_string();
+    let asked = |webhook: &Webhook, path: &str| {
+        let started = Instant::now();
+        let mut response = webhook.post(path, "application/json", review.as_bytes());
+        let answer: Value =
+            serde_json::from_str(&response.body_mut().read_to_string().unwrap()).unwrap();
+        assert_eq!(
+            answer["response"]["auditAnnotations"]["reason"],
+            "lookup_error"
+        );
+        started.elapsed()
+    };
+    let of_the_policy = start(&slow("300ms"), &postgres.url());
+    let took = asked(&of_the_policy, "/mutate?timeout=30s");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    // 16 connections; a hundred lookups that time out one after the other must not use them up.
+    for _ in 0..20 {
+        asked(&of_the_policy, "/mutate");
+    }
+    let of_the_api_server = start(&slow("19s"), &postgres.url());
+    let took = asked(&of_the_api_server, "/mutate?timeout=2s");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert!(
+        of_the_api_server
+            .health("/metrics")
+            .1
+            .contains(r#"llm_billing_lookup_duration_seconds_count{result="timeout"}"#)
+    );
+}
+
+#[test]
+fn a_connection_that_the_server_closed_costs_one_silent_retry() {
+    let postgres = Postgres::with(&format!(
+        "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', 'byok')"
+    ));
+    let webhook = start(PROXY, &postgres.url());
+    let pod = pod(ID, &json!([]));
+    for _ in 0..3 {
+        assert_eq!(
+            resolved(&webhook, &pod),
+            ("byok".to_owned(), "override".to_owned())
+        );
+        postgres.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()");
+    }
+    assert!(
+        !webhook.log().contains("lookup failed"),
+        "{}",
+        webhook.log()
+    );
+}
+
+#[test]
+fn a_postgresql_enum_is_a_mode_column_too() {
+    let postgres = Postgres::with(&format!(
+        "CREATE TYPE mode AS ENUM ('platform_managed', 'byok');
+         CREATE TABLE workspaces (id uuid, llm_billing_mode mode);
+         INSERT INTO workspaces VALUES ('{ID}', 'byok')"
+    ));
+    let webhook = start(PROXY, &postgres.url());
+    assert_eq!(
+        resolved(&webhook, &pod(ID, &json!([]))),
+        ("byok".to_owned(), "override".to_owned())
+    );
+    postgres.execute("UPDATE workspaces SET llm_billing_mode = NULL");
+    assert_eq!(
+        resolved(&webhook, &pod(ID, &json!([]))),
+        ("platform_managed".to_owned(), "no_override".to_owned())
+    );
+}
+
+#[test]
+fn a_role_that_may_only_select_is_enough_and_sqlite_is_opened_read_only() {
+    // The PostgreSQL tests all use such a role; SQLite has no roles.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("read-only.sqlite");
+    crate::support::sqlite(
+        &file,
+        "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)",
+    );
+    let before = std::fs::read(&file).unwrap();
+    let webhook = start(
+        "lookup: {query: \"INSERT INTO workspaces VALUES ($1, 'byok') RETURNING llm_billing_mode\"}",
+        &format!("sqlite://{}", file.display()),
+    );
+    resolved(&webhook, &pod(ID, &json!([])));
+    assert!(std::fs::read(Path::new(&file)).unwrap() == before);
+}

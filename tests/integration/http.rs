@@ -1,1 +1,368 @@
-//! Placeholder.
+//! Input that is no proper admission review: the right status and one plain sentence, never a panic or a
+//! hang. And what the endpoints beside the webhook's own say.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use serde_json::{Value, json};
+
+use crate::support::program::{Start, Webhook, read_to_end};
+use crate::support::{PROXY, create, pod};
+
+const ID: &str = "88888888-8888-8888-8888-888888888888";
+
+fn start(arguments: &[&str]) -> (Webhook, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("http.sqlite");
+    crate::support::sqlite(
+        &file,
+        "CREATE TABLE workspaces (id TEXT PRIMARY KEY, llm_billing_mode TEXT)",
+    );
+    let database_url = &format!("sqlite://{}", file.display());
+    (
+        Start {
+            policy: PROXY,
+            database_url,
+            arguments,
+            ..Start::default()
+        }
+        .start(),
+        folder,
+    )
+}
+
+/// A TLS connection without an HTTP client, so that anything can be sent.
+fn connect(webhook: &Webhook) -> StreamOwned<ClientConnection, TcpStream> {
+    let mut roots = RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_slice(webhook.authority.pem().as_bytes()).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let tls = ClientConnection::new(Arc::new(config), ServerName::try_from("localhost").unwrap())
+        .unwrap();
+    let tcp = TcpStream::connect(webhook.address).unwrap();
+    tcp.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    StreamOwned::new(tls, tcp)
+}
+
+/// Sends bytes as they are; status and last line of what comes back.
+fn send(webhook: &Webhook, request: &[u8]) -> (String, String) {
+    let mut stream = connect(webhook);
+    // The server may answer and close before it has read everything.
+    let _ = stream.write_all(request);
+    let mut answer = Vec::new();
+    let mut buffer = [0; 4096];
+    while let Ok(read @ 1..) = stream.read(&mut buffer) {
+        answer.extend_from_slice(&buffer[..read]);
+        if answer.ends_with(b"\n") && !answer.ends_with(b"\r\n") {
+            break;
+        }
+    }
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let status = answer.split(' ').nth(1).unwrap_or_default().to_owned();
+    (status, answer.lines().last().unwrap_or_default().to_owned())
+}
+
+fn posted(webhook: &Webhook, path: &str, content_type: &str, body: &[u8]) -> (u16, String) {
+    let mut response = webhook.post(path, content_type, body);
+    (
+        response.status().as_u16(),
+        response.body_mut().read_to_string().unwrap(),
+    )
+}
+
+#[test]
+fn a_body_that_is_no_admission_review_gets_a_status_and_a_sentence() {
+    let (webhook, _folder) = start(&["--max-body-bytes", "100000"]);
+    let review = |api_version: &str, kind: &str| {
+        json!({"apiVersion": api_version, "kind": kind, "request": {"uid": "u"}}).to_string()
+    };
+    let not_json =
+        |at: &str| format!("the body is not JSON ({at}); send an AdmissionReview as JSON\n");
+    let not_a_review = "the body is not an AdmissionReview; send kind AdmissionReview of apiVersion admission.k8s.io/v1\n";
+    let version = "this version of AdmissionReview is not supported; set admissionReviewVersions: [v1] in the webhook configuration\n";
+    let no_uid =
+        "the AdmissionReview has no request with a uid; send one that the API server made\n";
+    let deep = "[".repeat(50_000);
+    let table: [(Vec<u8>, u16, String); 11] = [
+        (Vec::new(), 400, not_json("line 1, column 0")),
+        (b"not json".to_vec(), 400, not_json("line 1, column 2")),
+        (
+            b"{\"kind\": \"\xff\xfe\"}".to_vec(),
+            400,
+            not_json("line 1, column 11"),
+        ),
+        (deep.into_bytes(), 422, not_a_review.to_owned()),
+        (b"null".to_vec(), 422, not_a_review.to_owned()),
+        (b"[]".to_vec(), 422, not_a_review.to_owned()),
+        (
+            review("v1", "Pod").into_bytes(),
+            422,
+            not_a_review.to_owned(),
+        ),
+        (
+            review("admission.k8s.io/v1beta1", "AdmissionReview").into_bytes(),
+            422,
+            version.to_owned(),
+        ),
+        (
+            json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview"})
+                .to_string()
+                .into_bytes(),
+            422,
+            no_uid.to_owned(),
+        ),
+        (
+            vec![b' '; 100_001],
+            413,
+            "the body is larger than 100000 bytes; see --max-body-bytes\n".to_owned(),
+        ),
+        (vec![b' '; 100_000], 400, not_json("line 1, column 100000")),
+    ];
+    for (body, status, sentence) in table {
+        for path in ["/mutate", "/validate"] {
+            let shown = String::from_utf8_lossy(&body[..body.len().min(60)]).into_owned();
+            assert_eq!(
+                posted(&webhook, path, "application/json", &body),
+                (status, sentence.clone()),
+                "{shown}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_wrong_method_path_or_content_type_gets_a_status_and_a_sentence() {
+    let (webhook, _folder) = start(&[]);
+    let url = |path: &str| format!("https://localhost:{}{path}", webhook.address.port());
+    let text = |mut response: ureq::http::Response<ureq::Body>| {
+        (
+            response.status().as_u16(),
+            response.body_mut().read_to_string().unwrap(),
+        )
+    };
+    let media_type = "the content type is not supported; send application/json\n".to_owned();
+    let body = create(&pod(ID, &json!([]))).to_string().into_bytes();
+    for content_type in ["text/plain", "application/yaml", "application/jsonx", ""] {
+        assert_eq!(
+            posted(&webhook, "/mutate", content_type, &body),
+            (415, media_type.clone()),
+            "{content_type}"
+        );
+    }
+    for content_type in ["application/json", "Application/JSON; charset=utf-8"] {
+        assert_eq!(
+            posted(&webhook, "/mutate", content_type, &body).0,
+            200,
+            "{content_type}"
+        );
+    }
+    let compressed = webhook
+        .client
+        .post(url("/mutate"))
+        .header("content-type", "application/json")
+        .header("content-encoding", "gzip");
+    let sentence = "compressed bodies are not supported; send the JSON as it is\n".to_owned();
+    assert_eq!(text(compressed.send(&body[..]).unwrap()), (415, sentence));
+
+    let get = webhook.client.get(url("/mutate")).call().unwrap();
+    assert_eq!(get.headers()["allow"], "POST");
+    assert_eq!(
+        text(get),
+        (405, "GET is not supported here; use POST\n".to_owned())
+    );
+    let nothing = "there is nothing here; use POST /mutate or POST /validate\n".to_owned();
+    for path in ["/", "/metrics", "/readyz", "/mutate/", "/mutate/x"] {
+        assert_eq!(
+            posted(&webhook, path, "application/json", &body),
+            (404, nothing.clone()),
+            "{path}"
+        );
+    }
+    assert_eq!(webhook.health("/mutate").0, 404);
+}
+
+#[test]
+fn a_request_that_has_a_uid_gets_an_admission_response() {
+    let (webhook, _folder) = start(&[]);
+    let refused = |request: Value, message: &str| {
+        let answer = webhook.mutate(&json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request}));
+        let status = json!({"code": 400, "reason": "BadRequest", "message": message});
+        let response = json!({"uid": "u", "allowed": false, "status": status});
+        assert_eq!(
+            answer,
+            json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response})
+        );
+    };
+    let pods = json!({"group": "", "resource": "pods"});
+    refused(
+        json!({"uid": "u", "resource": pods, "operation": "CREATE"}),
+        "NO_OBJECT: the admission request has no object; send the pod in request.object",
+    );
+    refused(
+        json!({"uid": "u", "resource": pods, "operation": "CREATE", "object": {"spec": {"containers": [{"env": [{"value": 7}]}]}}}),
+        "UNREADABLE_REQUEST: request.object.spec.containers[0].env[0].value is missing or has the wrong type; \
+         correct it and send the pod again",
+    );
+}
+
+#[test]
+fn bytes_that_are_no_request_get_an_answer_or_a_closed_connection() {
+    let (webhook, _folder) = start(&["--max-body-bytes", "1000"]);
+    let head = "POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
+    // Announced as larger than it may be: refused before it is sent.
+    let announced = send(
+        &webhook,
+        format!("{head}Content-Length: 99999999999\r\n\r\n").as_bytes(),
+    );
+    assert_eq!(
+        announced,
+        (
+            "413".to_owned(),
+            "the body is larger than 1000 bytes; see --max-body-bytes".to_owned()
+        )
+    );
+    // In pieces without an announcement: refused once it is too large.
+    let piece = format!("400\r\n{}\r\n", " ".repeat(0x400));
+    let pieces = send(
+        &webhook,
+        format!("{head}Transfer-Encoding: chunked\r\n\r\n{piece}{piece}").as_bytes(),
+    );
+    assert_eq!(
+        pieces,
+        (
+            "413".to_owned(),
+            "the body is larger than 1000 bytes; see --max-body-bytes".to_owned()
+        )
+    );
+    assert_eq!(send(&webhook, b"garbage\r\n\r\n").0, "400");
+    assert_eq!(
+        send(
+            &webhook,
+            format!("{head}X: {}\r\n\r\n", "x".repeat(1_000_000)).as_bytes()
+        )
+        .0,
+        "431"
+    );
+
+    // Plain HTTP on the TLS port.
+    let mut plain = TcpStream::connect(webhook.address).unwrap();
+    plain
+        .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    let answer = read_to_end(&plain);
+    assert!(!answer.starts_with(b"HTTP"));
+    // Half a request, then nothing more to come.
+    let mut half = connect(&webhook);
+    half.write_all(format!("{head}Content-Length: 100\r\n\r\n{{").as_bytes())
+        .unwrap();
+    half.conn.send_close_notify();
+    let _ = half.flush();
+    half.sock.shutdown(std::net::Shutdown::Write).unwrap();
+    read_to_end(&mut half);
+
+    // After all that it still serves.
+    let small = create(&json!({"metadata": {}})).to_string();
+    assert_eq!(
+        posted(&webhook, "/mutate", "application/json", small.as_bytes()).0,
+        200
+    );
+}
+
+#[test]
+fn unusual_pods_are_answered_and_what_the_plan_does_not_own_stays() {
+    let (webhook, _folder) = start(&[]);
+    let hundreds: Vec<Value> = (0..300)
+        .map(|index| json!({"name": format!("c{index}"), "env": [{"name": "A"}]}))
+        .collect();
+    let many: Vec<Value> = (0..500)
+        .map(|index| json!({"name": format!("V{index}"), "value": "v", "future": {"a": [1]}}))
+        .collect();
+    let labels = json!({"molecule.ai/workspace-id": ID});
+    let specs = [
+        json!(null),
+        json!({}),
+        json!({"containers": null}),
+        json!({"containers": []}),
+        json!({"containers": [{}]}),
+        json!({"containers": hundreds}),
+        json!({"containers": [{"name": "c", "env": many}], "future": {"a": {"b": null}}}),
+        json!({"containers": [{"name": "c", "env": [{"name": "A"}, {"name": "A"}, {"name": ""}, {}]}]}),
+    ];
+    for spec in specs {
+        let review = create(&json!({"metadata": {"labels": labels}, "spec": spec}));
+        let answer = webhook.mutate(&review);
+        assert_eq!(answer["response"]["allowed"], true);
+        let after = crate::support::patched(&review, &answer)["request"]["object"].clone();
+        assert_eq!(after["metadata"]["labels"], labels);
+        let own = |entry: &&Value| {
+            !entry["name"]
+                .as_str()
+                .is_some_and(|name| name.starts_with("MOLECULE_") || name.starts_with("OPENAI_"))
+        };
+        for (index, container) in spec["containers"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .enumerate()
+        {
+            let kept: Vec<Value> = after["spec"]["containers"][index]["env"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .filter(own)
+                .cloned()
+                .collect();
+            assert_eq!(
+                json!(kept),
+                container.get("env").cloned().unwrap_or(json!([]))
+            );
+        }
+    }
+}
+
+#[test]
+fn health_and_metrics_say_what_is() {
+    let (webhook, _folder) = start(&[]);
+    crate::support::program::wait_for("it is ready", || {
+        (webhook.health("/readyz").0 == 200).then_some(())
+    });
+    assert_eq!(webhook.health("/livez"), (200, "ok\n".to_owned()));
+    assert_eq!(webhook.health("/readyz"), (200, "ok\n".to_owned()));
+    webhook.mutate(&create(&pod(ID, &json!([]))));
+    webhook.mutate(&create(&json!({})));
+    webhook.validate(&create(&pod("", &json!([]))));
+    posted(&webhook, "/mutate", "application/json", b"x");
+    let (status, metrics) = webhook.health("/metrics");
+    assert_eq!(status, 200);
+    let count = |labels: &str| format!("llm_billing_admissions_total{{{labels}}} 1");
+    for line in [
+        count(
+            r#"webhook="mutate",operation="create",mode="platform_managed",source="constant_fallback",reason="workspace_not_found",outcome="patched""#,
+        ),
+        count(
+            r#"webhook="mutate",operation="create",mode="none",source="none",reason="none",outcome="untouched""#,
+        ),
+        count(
+            r#"webhook="validate",operation="create",mode="platform_managed",source="constant_fallback",reason="missing_workspace_id",outcome="refused""#,
+        ),
+        count(
+            r#"webhook="mutate",operation="other",mode="none",source="none",reason="none",outcome="bad_request""#,
+        ),
+        r#"llm_billing_admission_duration_seconds_count{webhook="mutate"} 3"#.to_owned(),
+        r#"llm_billing_lookup_duration_seconds_count{result="not_found"} 1"#.to_owned(),
+        "# EOF".to_owned(),
+    ] {
+        assert!(metrics.contains(&line), "{line}\n{metrics}");
+    }
+}

@@ -1,1 +1,174 @@
-//! Placeholder.
+//! The serving certificate over real TLS: reloaded when its files change, kept when they cannot be served,
+//! and mutual where a client CA is given.
+
+use std::fs;
+
+use serde_json::json;
+
+use crate::support::program::{Authority, Start, Webhook, run, wait_for};
+use crate::support::{create, pod};
+
+/// Asks over a new connection; whether the certificate is from this authority.
+fn trusted(webhook: &Webhook, authority: &Authority) -> bool {
+    let url = format!("https://localhost:{}/mutate", webhook.address.port());
+    authority.client().get(url).call().is_ok()
+}
+
+fn start(arguments: &[&str]) -> Webhook {
+    Start {
+        database_url: "sqlite://nowhere.sqlite",
+        arguments,
+        ..Start::default()
+    }
+    .start()
+}
+
+#[test]
+fn changed_files_are_served_without_a_restart() {
+    let webhook = start(&[]);
+    assert!(trusted(&webhook, &webhook.authority));
+    let next = Authority::new();
+    let (certificate, key) = next.issue("localhost");
+
+    // As a kubelet updates a mounted Secret: a folder beside it, then a symbolic link in its place.
+    let folder = webhook.folder.path();
+    let replace = |name: &str, content: &str| {
+        fs::create_dir_all(folder.join("next")).unwrap();
+        fs::write(folder.join("next").join(name), content).unwrap();
+        let link = folder.join("link");
+        std::os::unix::fs::symlink(folder.join("next").join(name), &link).unwrap();
+        fs::rename(link, folder.join(name)).unwrap();
+    };
+    replace("tls.key", &key);
+    replace("tls.crt", &certificate);
+    wait_for("the new certificate is served", || {
+        trusted(&webhook, &next).then_some(())
+    });
+    assert!(!trusted(&webhook, &webhook.authority));
+    webhook.wait_for_log("certificate reloaded");
+    assert!(
+        webhook
+            .health("/metrics")
+            .1
+            .contains(r#"llm_billing_certificate_reloads_total{result="ok"} 1"#)
+    );
+}
+
+#[test]
+fn a_pair_that_cannot_be_served_leaves_the_old_one_in_place() {
+    let webhook = start(&[]);
+    let (certificate, _) = Authority::new().issue("localhost");
+    fs::write(webhook.folder.path().join("tls.crt"), certificate).unwrap();
+    let line = webhook.wait_for_log("the old one stays");
+    assert!(
+        line.contains("certificate and key cannot be used together"),
+        "{line}"
+    );
+    assert!(trusted(&webhook, &webhook.authority));
+    fs::remove_file(webhook.folder.path().join("tls.crt")).unwrap();
+    let line = webhook.wait_for_log("cannot read ");
+    assert!(line.contains("tls.crt: No such file"), "{line}");
+    assert!(trusted(&webhook, &webhook.authority));
+    assert!(
+        webhook
+            .health("/metrics")
+            .1
+            .contains(r#"llm_billing_certificate_reloads_total{result="failed"} 2"#)
+    );
+}
+
+#[test]
+fn with_a_client_ca_only_its_clients_get_an_answer() {
+    let clients = Authority::new();
+    let folder = tempfile::tempdir().unwrap();
+    let ca = folder.path().join("clients.crt");
+    fs::write(&ca, clients.pem()).unwrap();
+    let mut webhook = start(&["--client-ca", ca.to_str().unwrap()]);
+    let url = format!("https://localhost:{}/mutate", webhook.address.port());
+    let answer =
+        |own: Option<&(String, String)>| webhook.authority.client_with(own).get(&url).call();
+    assert!(answer(None).is_err());
+    assert!(answer(Some(&Authority::new().issue("api-server"))).is_err());
+    assert_eq!(
+        answer(Some(&clients.issue("api-server"))).unwrap().status(),
+        405
+    );
+
+    webhook.client = webhook
+        .authority
+        .client_with(Some(&clients.issue("api-server")));
+    assert_eq!(
+        webhook.mutate(&create(&pod("", &json!([]))))["response"]["allowed"],
+        false
+    );
+}
+
+#[test]
+fn a_certificate_that_cannot_be_served_ends_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (certificate, key) = Authority::new().issue("localhost");
+    let (_, other_key) = Authority::new().issue("localhost");
+    for (name, content) in [
+        ("crt", &certificate),
+        ("key", &key),
+        ("other.key", &other_key),
+    ] {
+        fs::write(path(name), content).unwrap();
+    }
+    fs::write(path("empty"), "").unwrap();
+    let table = [
+        (
+            path("missing"),
+            path("key"),
+            format!(
+                "cannot load the certificate: cannot read {}: No such file",
+                path("missing")
+            ),
+        ),
+        (
+            path("empty"),
+            path("key"),
+            "cannot load the certificate: the certificate file holds no readable PEM".to_owned(),
+        ),
+        (
+            path("crt"),
+            path("empty"),
+            "cannot load the certificate: the key file holds no readable PEM private key"
+                .to_owned(),
+        ),
+        (
+            path("crt"),
+            path("other.key"),
+            "cannot load the certificate: certificate and key cannot be used together: ".to_owned(),
+        ),
+    ];
+    let serve = [
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--health-listen",
+        "127.0.0.1:0",
+        "--database-url",
+        "sqlite://x",
+    ];
+    for (certificate, key, expected) in table {
+        let (code, stdout, stderr) =
+            run(&[&serve[..], &["--tls-cert", &certificate, "--tls-key", &key]].concat());
+        assert_eq!((code, stdout.as_str()), (2, ""));
+        assert!(
+            stderr.starts_with(&format!("error: {expected}")),
+            "{stderr}"
+        );
+    }
+    let alone = run(&[&serve[..], &["--tls-cert", &path("crt")]].concat()).2;
+    assert_eq!(
+        alone,
+        "error: --tls-cert and --tls-key belong together; set both\n"
+    );
+    let none = run(&serve).2;
+    assert_eq!(
+        none,
+        "error: no certificate is given; set --tls-cert and --tls-key\n"
+    );
+}

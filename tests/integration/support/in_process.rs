@@ -1,7 +1,7 @@
 //! The core asked in process, with the lookup's outcome given: what the server does, without the server.
 
 use llm_billing_webhook::core::admission::{Answer, Decoded, Task, decode};
-use llm_billing_webhook::core::mode::{Resolution, Stored};
+use llm_billing_webhook::core::mode::Stored;
 use llm_billing_webhook::core::patch::operations;
 use llm_billing_webhook::core::plan::plan;
 use llm_billing_webhook::core::policy::Policy;
@@ -47,9 +47,4 @@ pub(crate) fn answer(policy: &Policy, stored: &Stored, review: &Value) -> Value 
 /// What a lookup finds that finds this mode.
 pub(crate) fn stored(mode: &str) -> Stored {
     Stored::Row(Some(mode.to_owned()))
-}
-
-/// A resolution as a chosen mode gives it.
-pub(crate) fn chosen(mode: &str) -> Resolution {
-    Resolution::from_stored(&stored(mode))
 }

@@ -174,14 +174,7 @@ impl Start<'_> {
     pub(crate) fn command(&self, folder: &Path) -> Command {
         fs::write(folder.join("policy.yaml"), self.policy).unwrap();
         let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
-        let any_port = [
-            "--listen",
-            "127.0.0.1:0",
-            "--health-listen",
-            "127.0.0.1:0",
-            "--drain-delay",
-            "0s",
-        ];
+        let any_port = ["--listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"];
         let mut command = program(&["serve"]);
         command
             .args(any_port)
@@ -198,6 +191,7 @@ impl Start<'_> {
                 &path("tls.key"),
             ])
             .args(self.arguments)
+            .env("LLM_BILLING_DRAIN_DELAY", "0s")
             .env(
                 "RUST_LOG",
                 if self.log.is_empty() {
