@@ -195,12 +195,16 @@ impl Database {
         limit: Option<Duration>,
     ) -> Result<Stored, LookupError> {
         let deadline = Instant::now() + limit.map_or(self.timeout, |limit| limit.min(self.timeout));
-        match self.attempt(parameters, deadline).await {
-            // The server closed this connection while it was idle: the next one is new, or as good.
-            Err(sqlx::Error::Io(_)) => self.attempt(parameters, deadline).await,
-            other => other,
+        // A server that restarted leaves stale connections, at most as many as there are, and each shows
+        // itself only when it is used.
+        let mut result = self.attempt(parameters, deadline).await;
+        for _ in 0..MOST_CONNECTIONS {
+            match &result {
+                Err(error) if is_stale(error) => result = self.attempt(parameters, deadline).await,
+                _ => break,
+            }
         }
-        .map_err(|error| match error {
+        result.map_err(|error| match error {
             sqlx::Error::PoolTimedOut => LookupError::Timeout,
             other => other.into(),
         })
@@ -268,8 +272,9 @@ impl Database {
                 )
                 .await
                 {
+                    Ok(Err(error)) if is_stale(&error) => discard(connection, error),
                     Ok(result) => result,
-                    Err(_) => discard(connection),
+                    Err(_) => discard(connection, sqlx::Error::PoolTimedOut),
                 }
             }
             AnyPool::Sqlite(pool) => {
@@ -280,8 +285,9 @@ impl Database {
                 )
                 .await
                 {
+                    Ok(Err(error)) if is_stale(&error) => discard(connection, error),
                     Ok(result) => result,
-                    Err(_) => discard(connection),
+                    Err(_) => discard(connection, sqlx::Error::PoolTimedOut),
                 }
             }
         }
@@ -309,12 +315,25 @@ async fn acquire<DB: sqlx::Database>(
         .unwrap_or(Err(sqlx::Error::PoolTimedOut))
 }
 
-/// A connection whose query did not end is of no use to the next lookup, which would wait for that query.
+/// Closes a connection that is of no use to the next lookup: it is broken, or its query has not ended.
 fn discard<DB: sqlx::Database, T>(
     connection: sqlx::pool::PoolConnection<DB>,
+    error: sqlx::Error,
 ) -> Result<T, sqlx::Error> {
     drop(connection.detach());
-    Err(sqlx::Error::PoolTimedOut)
+    Err(error)
+}
+
+/// Whether the connection, and not the query, is what failed: it broke, or the server says that it ends it
+/// (class 08, and 57P01 to 57P02 for a shutdown).
+fn is_stale(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) => true,
+        sqlx::Error::Database(refusal) => refusal.code().is_some_and(|code| {
+            ["57P01", "57P02", "08000", "08003", "08006"].contains(&code.as_ref())
+        }),
+        _ => false,
+    }
 }
 
 async fn fetch_postgres(

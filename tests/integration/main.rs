@@ -1,6 +1,13 @@
 //! One test binary. `core_*` ask the library in process, so that mutants are tried in seconds; all others
 //! ask the real program. Each file's head says what belongs in it.
 
+#![expect(
+    clippy::expect_used,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    reason = "a test that cannot go on has failed, and says so"
+)]
+
 mod boundary;
 mod check;
 mod contract;
