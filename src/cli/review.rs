@@ -28,7 +28,7 @@ pub(super) struct ReviewArgs {
     /// What to print
     #[arg(short, long, value_enum, default_value = "diff")]
     output: Output,
-    /// Takes this for the workspaces' mode, and asks no database
+    /// Takes this for what the database says, and asks none
     #[arg(long, value_parser = workspace::mode)]
     mode: Option<BillingMode>,
     /// The namespace of objects that name none
@@ -86,8 +86,13 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
     let (mut printed, mut changed, mut refused) = (String::new(), false, false);
     for subject in &subjects {
         let title = &subject.title;
-        if !subject.makes_pods() {
-            note(&format!("{title}: makes no pods, and stays as it is"))?;
+        if !subject.is_planned() {
+            let what = if subject.makes_pods() {
+                "is not created"
+            } else {
+                "makes no pods"
+            };
+            note(&format!("{title}: {what}, and stays as it is"))?;
         }
         let patch = match patch(subject, &policy, database.as_ref(), args.mode).await {
             Ok(patch) => patch,
@@ -127,25 +132,29 @@ fn read(path: &Path) -> io::Result<String> {
 
 /// The documents of a text that is JSON or YAML. The errors tell places and never quote the text.
 fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
-    if text.trim_start().starts_with('{') {
-        let document = serde_json::from_str(text).map_err(|error| {
-            anyhow!(
-                "line {}, column {}: this is not valid JSON",
-                error.line(),
-                error.column()
-            )
-        });
-        return Ok(vec![document?]);
+    // What begins like JSON may be YAML in its flow style, too.
+    let json = text
+        .trim_start()
+        .starts_with('{')
+        .then(|| serde_json::from_str(text));
+    if let Some(Ok(document)) = json {
+        return Ok(vec![document]);
     }
     let documents: Result<Vec<Value>, _> = serde_saphyr::from_multiple(text);
-    let documents = documents.map_err(|error| match error.without_snippet().location() {
-        Some(at) => anyhow!(
-            "line {}, column {}: this is not valid YAML",
-            at.line(),
-            at.column()
-        ),
-        None => anyhow!("this is not valid YAML"),
-    })?;
+    let documents =
+        documents.map_err(|error| match (json, error.without_snippet().location()) {
+            (Some(Err(json)), _) => anyhow!(
+                "line {}, column {}: this is not valid JSON",
+                json.line(),
+                json.column()
+            ),
+            (_, Some(at)) => anyhow!(
+                "line {}, column {}: this is not valid YAML",
+                at.line(),
+                at.column()
+            ),
+            (_, None) => anyhow!("this is not valid YAML"),
+        })?;
     Ok(documents
         .into_iter()
         .filter(|document| !document.is_null())
@@ -159,7 +168,7 @@ async fn patch(
     database: Option<&Database>,
     mode: Option<BillingMode>,
 ) -> anyhow::Result<Patch> {
-    if !subject.makes_pods() {
+    if !subject.is_planned() {
         return Ok(Patch::default());
     }
     let title = &subject.title;
@@ -169,9 +178,12 @@ async fn patch(
         return Ok(Patch::default());
     }
     let resolution = match (mode, identify(policy, &pod, &subject.namespace)?) {
-        (Some(mode), Identity::Resolved(_) | Identity::LookUp(_)) => Some(Resolution::chosen(mode)),
+        (Some(mode), Identity::LookUp(_)) => Some(Resolution::chosen(mode)),
         (_, Identity::NotAWorkspace) => None,
-        (None, _) => workspace::resolution(policy, database, &pod, &subject.namespace).await?,
+        (_, Identity::Resolved(resolution)) => Some(resolution),
+        (None, Identity::LookUp(_)) => {
+            workspace::resolution(policy, database, &pod, &subject.namespace).await?
+        }
     };
     let Some(resolution) = resolution else {
         note(&format!(

@@ -537,6 +537,20 @@ mod tests {
     }
 
     #[test]
+    fn the_namespace_is_that_of_the_request() {
+        for (request, expected) in [
+            (json!({"uid": "u", "namespace": "ws-acme"}), "ws-acme"),
+            (json!({"uid": "u"}), ""),
+        ] {
+            let body = review(&request);
+            let Ok(Decoded::Request(request)) = decode(&body) else {
+                panic!()
+            };
+            assert_eq!(request.namespace(), expected);
+        }
+    }
+
+    #[test]
     fn a_recorded_workspace_id_has_the_length_of_a_label_at_most() {
         assert_eq!(recordable("short"), "short");
         assert_eq!(recordable(&"x".repeat(64)), "x".repeat(63));

@@ -126,7 +126,6 @@ fn annotation_operations(plan: &Plan<'_>, root: &str, operations: &mut Vec<Opera
             .collect()
     };
     match plan.annotations_parent {
-        _ if plan.annotations.is_empty() => {}
         AnnotationsParent::NoMetadata => {
             operations.push(Operation::Add {
                 path: metadata,

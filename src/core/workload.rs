@@ -17,11 +17,15 @@ pub struct Subject {
     pub title: String,
     /// The namespace that its pods run in.
     pub namespace: String,
-    /// Where its pod or pod template is; `None` for an object that makes no pods.
-    pods: Option<Pods>,
+    pods: Pods,
 }
 
+/// Where an object's pod or pod template is.
 enum Pods {
+    /// Nowhere: the object makes no pods.
+    Nowhere,
+    /// In an admission request that the webhook allows as it is.
+    Untouched,
     /// A JSON pointer to a pod or pod template at its creation.
     At(&'static str),
     /// The object is a running pod that gets ephemeral containers, and this is what it was.
@@ -76,7 +80,7 @@ pub fn subjects(document: Value, namespace: &str) -> Vec<Subject> {
     let pods = KINDS
         .iter()
         .find(|known| (known.0, known.1) == (api_version, kind))
-        .map(|known| Pods::At(known.2));
+        .map_or(Pods::Nowhere, |known| Pods::At(known.2));
     let metadata = |field: &str| {
         document
             .pointer(&format!("/metadata/{field}"))
@@ -126,9 +130,9 @@ fn of_request(mut review: Value, namespace: &str) -> Subject {
     let mut take = |pointer: &str| review.pointer_mut(pointer).map_or(Value::Null, Value::take);
     let (object, old) = (take("/request/object"), take("/request/oldObject"));
     let pods = match (what.0.as_str(), what.1.as_str(), operation.as_str()) {
-        ("pods", "", "CREATE") => Some(Pods::At("")),
-        ("pods", "ephemeralcontainers", "UPDATE") => Some(Pods::Update(old)),
-        _ => None,
+        ("pods", "", "CREATE") => Pods::At(""),
+        ("pods", "ephemeralcontainers", "UPDATE") => Pods::Update(old),
+        _ => Pods::Untouched,
     };
     let metadata = |field: &str| {
         object
@@ -147,18 +151,24 @@ fn of_request(mut review: Value, namespace: &str) -> Subject {
 }
 
 impl Subject {
-    /// Whether the webhook would act on what the object makes.
+    /// Whether the webhook is asked about what the object makes.
     #[must_use]
     pub const fn makes_pods(&self) -> bool {
-        self.pods.is_some()
+        !matches!(self.pods, Pods::Nowhere)
+    }
+
+    /// Whether the webhook acts on what the object makes.
+    #[must_use]
+    pub const fn is_planned(&self) -> bool {
+        matches!(self.pods, Pods::At(_) | Pods::Update(_))
     }
 
     /// The JSON pointer to the pod or pod template.
     #[must_use]
     pub const fn root(&self) -> &'static str {
         match self.pods {
-            Some(Pods::At(root)) => root,
-            Some(Pods::Update(_)) | None => "",
+            Pods::At(root) => root,
+            Pods::Update(_) | Pods::Untouched | Pods::Nowhere => "",
         }
     }
 
@@ -180,8 +190,8 @@ impl Subject {
     /// [`Refusal::Unreadable`] with the place of a value of the wrong type.
     pub fn old_pod(&self) -> Result<Option<Pod<'_>>, Refusal> {
         match &self.pods {
-            Some(Pods::Update(old)) if !old.is_null() => read(old, "/oldObject").map(Some),
-            Some(Pods::Update(_) | Pods::At(_)) | None => Ok(None),
+            Pods::Update(old) if !old.is_null() => read(old, "/oldObject").map(Some),
+            Pods::Update(_) | Pods::At(_) | Pods::Untouched | Pods::Nowhere => Ok(None),
         }
     }
 
@@ -189,8 +199,8 @@ impl Subject {
     #[must_use]
     pub const fn scope<'s>(&self, old: Option<&'s Pod<'s>>) -> Scope<'s> {
         match self.pods {
-            Some(Pods::Update(_)) => Scope::NewEphemeralContainers(old),
-            Some(Pods::At(_)) | None => Scope::Pod,
+            Pods::Update(_) => Scope::NewEphemeralContainers(old),
+            Pods::At(_) | Pods::Untouched | Pods::Nowhere => Scope::Pod,
         }
     }
 }
@@ -222,7 +232,7 @@ mod tests {
             .map(|subject| {
                 (
                     subject.title.clone(),
-                    subject.makes_pods().then(|| subject.root()),
+                    subject.is_planned().then(|| subject.root()),
                 )
             })
             .collect()
@@ -330,7 +340,10 @@ mod tests {
                 (subject.title.as_str(), subject.namespace.as_str()),
                 ("Pod n/x", "n")
             );
-            assert_eq!((subject.makes_pods(), subject.root()), (acts, ""));
+            assert_eq!(
+                (subject.makes_pods(), subject.is_planned(), subject.root()),
+                (true, acts, "")
+            );
         }
         let update = one(review("pods", "ephemeralcontainers", "UPDATE"));
         let old = update.old_pod().unwrap();

@@ -1,1 +1,104 @@
-//! Placeholder.
+//! The README says what is so: its transcripts are run, and its first command does what it promises.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::support::program::{program, shown};
+use crate::support::{env_map, patched};
+
+fn readme() -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap()
+}
+
+#[test]
+fn each_transcript_in_the_readme_is_what_the_program_prints() {
+    let readme = readme();
+    let mut transcripts = 0;
+    for block in readme.split("```console\n").skip(1) {
+        let block = block.split("```").next().unwrap();
+        let Some((command, expected)) = block.split_once('\n') else {
+            continue;
+        };
+        let Some(arguments) = command.strip_prefix("$ llm-billing-webhook ") else {
+            continue;
+        };
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        let output = program(&arguments)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .unwrap();
+        let (_, stdout, stderr) = shown(&output);
+        assert_eq!(format!("{stderr}{stdout}"), expected, "{command}");
+        transcripts += 1;
+    }
+    assert!(transcripts >= 4, "{transcripts}");
+}
+
+#[test]
+fn the_first_command_brings_up_a_server_whose_curl_line_gets_a_patch_that_is_right() {
+    assert!(readme().contains("cargo run --release -- serve --dev"));
+    let folder = tempfile::tempdir().unwrap();
+    let ports = [
+        "--listen",
+        "127.0.0.1:0",
+        "--health-listen",
+        "127.0.0.1:0",
+        "--drain-delay",
+        "0s",
+    ];
+    let mut child = program(&[&["serve", "--dev"], &ports[..]].concat())
+        .current_dir(folder.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap())
+        .lines()
+        .map(Result::unwrap);
+    let curl = lines
+        .into_iter()
+        .find(|line| line.starts_with("curl "))
+        .unwrap();
+    let answer = Command::new("sh")
+        .args(["-c", &curl])
+        .output()
+        .expect("curl is not installed; scripts/check installs it");
+    let answer: Value = serde_json::from_slice(&answer.stdout).unwrap();
+    assert!(
+        Command::new("kill")
+            .arg(child.id().to_string())
+            .status()
+            .unwrap()
+            .success()
+    );
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+
+    let body = curl.split(" -d '").nth(1).unwrap().trim_end_matches('\'');
+    let review: Value = serde_json::from_str(body).unwrap();
+    let after = patched(&review, &answer);
+    let proxy = "https://llm-proxy.example.test";
+    let token = json!({"secretKeyRef": {"name": "molecule-llm-proxy", "key": "usage-token"}});
+    let expected = json!({
+        "MOLECULE_LLM_BILLING_MODE": "platform_managed",
+        "MOLECULE_LLM_BILLING_MODE_RESOLVED": "platform_managed",
+        "MOLECULE_LLM_BASE_URL": format!("{proxy}/openai/v1"),
+        "MOLECULE_LLM_USAGE_TOKEN": token,
+        "MOLECULE_LLM_ANTHROPIC_BASE_URL": format!("{proxy}/anthropic/v1"),
+        "ANTHROPIC_API_KEY": token,
+        "ANTHROPIC_BASE_URL": format!("{proxy}/anthropic/v1"),
+        "MODEL": "opus",
+    });
+    assert_eq!(
+        json!(env_map(
+            &after["request"]["object"]["spec"]["containers"][0]
+        )),
+        expected
+    );
+    // A file that is there is used as it is, so what was edited stays.
+    assert!(folder.path().join("llm-billing-dev.sqlite").exists());
+}

@@ -18,13 +18,7 @@ pub(crate) const WORKSPACE_LABEL: &str = "molecule.ai/workspace-id";
 pub(crate) const RUNTIME_LABEL: &str = "molecule.ai/runtime";
 
 /// A proxy with everything, its token in a Secret.
-pub(crate) const PROXY: &str = r#"
-proxy:
-  baseUrl: https://proxy.example.test/openai/v1
-  anthropicBaseUrl: https://proxy.example.test/anthropic/v1
-  usageUrl: https://proxy.example.test/usage
-  usageToken: {secretKeyRef: {name: molecule-llm-proxy, key: usage-token}}
-"#;
+pub(crate) const PROXY: &str = include_str!("../../fixtures/policy.yaml");
 
 pub(crate) fn fixtures(folder: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -60,8 +60,18 @@ impl Authority {
 
     /// Certificate and key for `name`, in PEM.
     pub(crate) fn issue(&self, name: &str) -> (String, String) {
+        self.issue_for(name, 24 * 60 * 60 * 365)
+    }
+
+    /// The same, to expire so many seconds from now.
+    pub(crate) fn issue_for(&self, name: &str, seconds: i64) -> (String, String) {
         let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new([name.to_owned()]).unwrap();
+        let mut params = CertificateParams::new([name.to_owned()]).unwrap();
+        let now = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .unwrap();
+        let now = i64::try_from(now.as_secs()).unwrap();
+        params.not_after = time::OffsetDateTime::from_unix_timestamp(now + seconds).unwrap();
         (
             params.signed_by(&key, &self.0).unwrap().pem(),
             key.serialize_pem(),
