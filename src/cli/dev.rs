@@ -95,12 +95,15 @@ pub(super) fn greet(webhook: SocketAddr, policy: &Policy) -> anyhow::Result<()> 
             },
         },
     });
+    let program = std::env::args()
+        .next()
+        .unwrap_or_else(|| env!("CARGO_PKG_NAME").to_owned());
     super::print(&format!(
         "The webhook is up. Ask it about a pod:\n\n\
          curl -sk https://{webhook}/mutate -H 'Content-Type: application/json' -d '{review}'\n\n\
          response.patch in the answer is a JSON patch in base64. The sample workspaces, and another mode for one:\n\n\
-         llm-billing-webhook workspace list\n\
-         llm-billing-webhook workspace set {SAMPLE} byok\n"
+         {program} workspace list\n\
+         {program} workspace set {SAMPLE} byok\n"
     ))?;
     Ok(())
 }

@@ -184,3 +184,26 @@ impl From<&str> for UnparsedUrl {
         Self(url.to_owned())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flag_is_also_an_environment_variable_of_its_name() {
+        let mut commands = vec![Cli::command()];
+        while let Some(command) = commands.pop() {
+            for flag in command.get_arguments() {
+                if let Some(name) = flag
+                    .get_long()
+                    .filter(|name| !["help", "version"].contains(name))
+                {
+                    let expected = format!("LLM_BILLING_{}", name.replace('-', "_").to_uppercase());
+                    let env = flag.get_env().and_then(|env| env.to_str());
+                    assert_eq!(env, Some(expected.as_str()), "{}", command.get_name());
+                }
+            }
+            commands.extend(command.get_subcommands().cloned());
+        }
+    }
+}

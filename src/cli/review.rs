@@ -23,19 +23,25 @@ use crate::database::Database;
 pub(super) struct ReviewArgs {
     /// A Pod, Deployment, StatefulSet, DaemonSet, ReplicaSet, Job, CronJob, List, AdmissionReview or several
     /// of them, in YAML or JSON; `-` for standard input
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, env = "LLM_BILLING_FILENAME", value_name = "FILE")]
     filename: PathBuf,
     /// What to print
-    #[arg(short, long, value_enum, default_value = "diff")]
+    #[arg(
+        short,
+        long,
+        env = "LLM_BILLING_OUTPUT",
+        value_enum,
+        default_value = "diff"
+    )]
     output: Output,
     /// Takes this for what the database says, and asks none
-    #[arg(long, value_parser = workspace::mode)]
+    #[arg(long, env = "LLM_BILLING_MODE", value_parser = workspace::mode)]
     mode: Option<BillingMode>,
     /// The namespace of objects that name none
-    #[arg(short, long, default_value = "default")]
+    #[arg(short, long, env = "LLM_BILLING_NAMESPACE", default_value = "default")]
     namespace: String,
     /// When to colour a diff
-    #[arg(long, value_enum, default_value = "auto")]
+    #[arg(long, env = "LLM_BILLING_COLOR", value_enum, default_value = "auto")]
     color: ColorChoice,
     #[command(flatten)]
     policy: PolicyArgs,

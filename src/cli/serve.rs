@@ -23,7 +23,7 @@ use crate::telemetry::{self, LogFormat};
 pub(super) struct ServeArgs {
     /// Tries it with nothing else installed: an SQLite file with sample workspaces, a certificate made at
     /// start, a sample proxy. Listens on 127.0.0.1 unless told otherwise
-    #[arg(long)]
+    #[arg(long, env = "LLM_BILLING_DEV")]
     dev: bool,
     /// Where the webhook listens [default: 0.0.0.0:8443]
     #[arg(long, env = "LLM_BILLING_LISTEN", value_name = "ADDRESS:PORT")]

@@ -22,13 +22,25 @@ pub(super) struct ResolveArgs {
     /// The workspace's id: the value of its pods' workspace label
     workspace: String,
     /// The namespace of its pods, for policies whose query asks for it
-    #[arg(short, long, default_value = "default")]
+    #[arg(short, long, env = "LLM_BILLING_NAMESPACE", default_value = "default")]
     namespace: String,
     /// Further labels of its pods, for policies whose query asks for them
-    #[arg(short, long, value_name = "KEY=VALUE")]
+    #[arg(
+        short,
+        long,
+        env = "LLM_BILLING_LABEL",
+        value_delimiter = ',',
+        value_name = "KEY=VALUE"
+    )]
     label: Vec<String>,
     /// How to print the answer
-    #[arg(short, long, value_enum, default_value = "text")]
+    #[arg(
+        short,
+        long,
+        env = "LLM_BILLING_OUTPUT",
+        value_enum,
+        default_value = "text"
+    )]
     output: Output,
     #[command(flatten)]
     policy: PolicyArgs,

@@ -184,6 +184,17 @@ pub enum Decoded<'a> {
     },
 }
 
+impl Decoded<'_> {
+    /// What the response must echo.
+    #[must_use]
+    pub fn uid(&self) -> &str {
+        match self {
+            Self::Request(request) => request.uid.as_str(),
+            Self::Unreadable { uid, .. } => uid,
+        }
+    }
+}
+
 /// Decodes a body. Its errors tell places and never values: serde's own texts quote what they found.
 ///
 /// # Errors

@@ -228,3 +228,18 @@ impl ContainerList {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_not_shown_by_debug() {
+        let entry: EnvEntry<'_> =
+            serde_json::from_str(r#"{"name": "A", "value": "sk-secret"}"#).unwrap();
+        assert_eq!(
+            format!("{entry:?}"),
+            "EnvEntry { name: …, value: Some(…), value_from: None }"
+        );
+    }
+}

@@ -54,7 +54,12 @@ impl Bound {
     pub fn bind(webhook: SocketAddr, health: SocketAddr) -> io::Result<Self> {
         let bind = |address: SocketAddr| {
             let listener = TcpListener::bind(address).map_err(|error| {
-                io::Error::new(error.kind(), format!("cannot listen on {address}: {error}"))
+                io::Error::new(
+                    error.kind(),
+                    format!(
+                        "cannot listen on {address}: {error} (see --listen and --health-listen)"
+                    ),
+                )
             })?;
             listener.set_nonblocking(true)?;
             Ok::<_, io::Error>((listener.local_addr()?, listener))

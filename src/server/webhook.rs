@@ -100,57 +100,34 @@ async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpReque
         Ok(body) => body,
         Err((status, sentence)) => return app.bad_request(webhook, arrived, status, &sentence),
     };
-    let (request, uid) = match decode(&body) {
-        Ok(Decoded::Request(request)) => (Ok(request), None),
-        Ok(Decoded::Unreadable { uid, refusal }) => (Err(refusal), Some(uid)),
-        Err(error @ BodyError::NotJson { .. }) => {
-            return app.bad_request(
-                webhook,
-                arrived,
-                StatusCode::BAD_REQUEST,
-                &error.to_string(),
-            );
-        }
+    let decoded = match decode(&body) {
+        Ok(decoded) => decoded,
         Err(error) => {
-            return app.bad_request(
-                webhook,
-                arrived,
-                StatusCode::UNPROCESSABLE_ENTITY,
-                &error.to_string(),
-            );
+            let status = match error {
+                BodyError::NotJson { .. } => StatusCode::BAD_REQUEST,
+                BodyError::NotAdmissionReview | BodyError::OtherVersion | BodyError::NoUid => {
+                    StatusCode::UNPROCESSABLE_ENTITY
+                }
+            };
+            return app.bad_request(webhook, arrived, status, &error.to_string());
         }
     };
     let mut record = Record::default();
-    let uid = match (&request, &uid) {
-        (Ok(request), _) => request.uid.as_str(),
-        (Err(_), uid) => uid.as_deref().unwrap_or_default(),
-    };
-    let decision = match &request {
-        Ok(request) => {
-            app.decide(
-                webhook,
-                request,
-                patience.map(|patience| left(patience, arrived)),
-                &mut record,
-            )
-            .await
+    let decision = match &decoded {
+        Decoded::Request(request) => {
+            let limit = patience.map(|patience| left(patience, arrived));
+            app.decide(webhook, request, limit, &mut record).await
         }
-        Err(refusal) => Err(refusal.clone()),
+        Decoded::Unreadable { refusal, .. } => Err(refusal.clone()),
     };
     let mut answer = decision.unwrap_or_else(|refusal| {
         record.outcome = "refused";
-        Answer::refused(uid, &refusal)
+        Answer::refused(decoded.uid(), &refusal)
     });
     if let Some(resolution) = &record.resolution {
         answer = answer.with_resolution(resolution, &record.workspace);
     }
-    app.record(
-        webhook,
-        request.as_deref().ok(),
-        uid,
-        &record,
-        arrived.elapsed(),
-    );
+    app.record(webhook, &decoded, &record, arrived.elapsed());
     match serde_json::to_vec(&answer) {
         Ok(json) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),
         Err(_) => refuse(
@@ -304,14 +281,11 @@ impl App {
     }
 
     /// One line and one count for each admission. Nothing of it is a value of an env entry.
-    fn record(
-        &self,
-        webhook: Webhook,
-        request: Option<&Request<'_>>,
-        uid: &str,
-        record: &Record,
-        took: Duration,
-    ) {
+    fn record(&self, webhook: Webhook, decoded: &Decoded<'_>, record: &Record, took: Duration) {
+        let request = match decoded {
+            Decoded::Request(request) => Some(request),
+            Decoded::Unreadable { .. } => None,
+        };
         let text =
             |text: Option<&Text<'_>>| text.map_or("", |text| clipped(text.as_str())).to_owned();
         let resolution = record.resolution.as_ref();
@@ -324,7 +298,7 @@ impl App {
             .map_or("", Text::as_str);
         let metadata = request.and_then(|request| request.object.as_ref()?.metadata.as_ref());
         info!(
-            uid = clipped(uid),
+            uid = clipped(decoded.uid()),
             webhook = webhook.name(),
             operation = clipped(operation),
             namespace = text(request.and_then(|request| request.namespace.as_ref())),
