@@ -263,32 +263,19 @@ impl Database {
         parameters: &[ParameterValue],
         deadline: Instant,
     ) -> Result<Stored, sqlx::Error> {
+        let query = self.query.as_str();
         match &self.pool {
             AnyPool::Postgres(pool) => {
-                let mut connection = acquire(pool, deadline).await?;
-                match timeout_at(
-                    deadline,
-                    fetch_postgres(&mut connection, &self.query, parameters),
-                )
-                .await
-                {
-                    Ok(Err(error)) if is_stale(&error) => discard(connection, error),
-                    Ok(result) => result,
-                    Err(_) => discard(connection, sqlx::Error::PoolTimedOut),
-                }
+                let fetch = async |connection: &mut PgConnection| {
+                    fetch_postgres(connection, query, parameters).await
+                };
+                with_connection(pool, deadline, fetch).await
             }
             AnyPool::Sqlite(pool) => {
-                let mut connection = acquire(pool, deadline).await?;
-                match timeout_at(
-                    deadline,
-                    fetch_sqlite(&mut connection, &self.query, parameters),
-                )
-                .await
-                {
-                    Ok(Err(error)) if is_stale(&error) => discard(connection, error),
-                    Ok(result) => result,
-                    Err(_) => discard(connection, sqlx::Error::PoolTimedOut),
-                }
+                let fetch = async |connection: &mut SqliteConnection| {
+                    fetch_sqlite(connection, query, parameters).await
+                };
+                with_connection(pool, deadline, fetch).await
             }
         }
     }
@@ -306,22 +293,23 @@ fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sq
     Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
 }
 
-async fn acquire<DB: sqlx::Database>(
+/// Fetches over one of the pool's connections, and closes it if it is of no use to the next lookup: it is
+/// broken, or its query has not ended.
+async fn with_connection<DB: sqlx::Database>(
     pool: &Pool<DB>,
     deadline: Instant,
-) -> Result<sqlx::pool::PoolConnection<DB>, sqlx::Error> {
-    timeout_at(deadline, pool.acquire())
-        .await
-        .unwrap_or(Err(sqlx::Error::PoolTimedOut))
-}
-
-/// Closes a connection that is of no use to the next lookup: it is broken, or its query has not ended.
-fn discard<DB: sqlx::Database, T>(
-    connection: sqlx::pool::PoolConnection<DB>,
-    error: sqlx::Error,
-) -> Result<T, sqlx::Error> {
-    drop(connection.detach());
-    Err(error)
+    fetch: impl AsyncFnOnce(&mut DB::Connection) -> Result<Stored, sqlx::Error>,
+) -> Result<Stored, sqlx::Error> {
+    let acquired = timeout_at(deadline, pool.acquire()).await;
+    let mut connection = acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
+    let fetched = timeout_at(deadline, fetch(&mut connection)).await;
+    let fetched = fetched.unwrap_or(Err(sqlx::Error::PoolTimedOut));
+    if let Err(error) = &fetched
+        && (is_stale(error) || matches!(error, sqlx::Error::PoolTimedOut))
+    {
+        drop(connection.detach());
+    }
+    fetched
 }
 
 /// Whether the connection, and not the query, is what failed: it broke, or the server says that it ends it

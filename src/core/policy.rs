@@ -592,10 +592,7 @@ impl PolicyError {
             YamlError::SerdeUnknownVariant { expected, .. } => {
                 format!("expected one of {}", expected.join(", "))
             }
-            YamlError::SerdeInvalidType { expected, .. }
-            | YamlError::SerdeInvalidValue { expected, .. } => {
-                format!("expected {expected}")
-            }
+            YamlError::Unexpected { expected, .. } => format!("expected {expected}"),
             YamlError::Message { msg, .. } => msg.clone(),
             YamlError::DuplicateMappingKey { .. } => "this key occurs twice".to_owned(),
             YamlError::ExternalMessage { .. } => "this is not valid YAML".to_owned(),
@@ -688,8 +685,16 @@ mod tests {
                 3,
                 "a parameter is ",
             ),
-            ("proxy:\n  usageToken: sk-secret", 2, ""),
-            ("proxy:\n  usageToken: [sk-secret]", 2, ""),
+            (
+                "proxy:\n  usageToken: sk-secret",
+                2,
+                "expected one of secretKeyRef, value",
+            ),
+            (
+                "proxy:\n  usageToken: [sk-secret]",
+                2,
+                "the value does not have the expected shape",
+            ),
             (
                 "proxy:\n  usageToken: {secretKeyRef: {name: x}}",
                 2,
@@ -700,7 +705,11 @@ mod tests {
                 2,
                 "a name must not be empty",
             ),
-            ("proxy:\n  baseUrl: {sk-secret: x}", 2, ""),
+            (
+                "proxy:\n  baseUrl: {sk-secret: x}",
+                2,
+                "expected string scalar",
+            ),
             (
                 "vendorKeys:\n- A B",
                 2,
@@ -711,9 +720,13 @@ mod tests {
                 2,
                 "a name must not be empty and must have neither white space nor \"=\"",
             ),
-            ("vendorKeys: sk-secret", 1, ""),
+            ("vendorKeys: sk-secret", 1, "expected sequence start"),
             ("envFrom: mask\nenvFrom: deny", 2, "this key occurs twice"),
-            ("proxy:\n  usageToken: {value: sk-secret\n", 0, ""),
+            (
+                "proxy:\n  usageToken: {value: sk-secret\n",
+                2,
+                "this is not valid YAML",
+            ),
         ];
         for (text, line_expected, problem_expected) in table {
             let Err(PolicyError::Syntax { line, problem, .. }) = Policy::parse(text) else {
@@ -721,9 +734,7 @@ mod tests {
             };
             assert!(problem.starts_with(problem_expected), "{text}: {problem}");
             assert!(!problem.contains("sk-secret"), "{problem}");
-            if line_expected != 0 {
-                assert_eq!(line, line_expected, "{text}: {problem}");
-            }
+            assert_eq!(line, line_expected, "{text}: {problem}");
         }
     }
 
