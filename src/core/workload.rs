@@ -352,6 +352,9 @@ mod tests {
             update.scope(old.as_ref()),
             Scope::NewEphemeralContainers(Some(_))
         ));
+        let mut of_nothing = review("pods", "ephemeralcontainers", "UPDATE");
+        of_nothing["request"]["oldObject"] = json!(null);
+        assert!(one(of_nothing).old_pod().unwrap().is_none());
         let create = one(review("pods", "", "CREATE"));
         assert!(create.old_pod().unwrap().is_none());
         assert!(matches!(create.scope(None), Scope::Pod));
