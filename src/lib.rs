@@ -11,14 +11,3 @@ pub mod database;
 pub mod metrics;
 pub mod server;
 pub mod telemetry;
-
-/// An error with its causes, on one line. Each error of this crate says its own step only.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
-}

@@ -1,5 +1,5 @@
 //! Logging: JSON lines for machines, plain ones for people, both on stderr so that stdout is a command's
-//! own. Levels come from `RUST_LOG`, as tracing-subscriber reads it.
+//! own. Levels come from `RUST_LOG`, as tracing-subscriber reads it. And how errors read in them.
 
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
@@ -28,4 +28,15 @@ pub fn start(format: LogFormat) {
             .init(),
         LogFormat::Pretty => subscriber.with_target(false).init(),
     }
+}
+
+/// An error with its causes, on one line. Each error of this crate says its own step only.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
 }

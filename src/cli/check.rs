@@ -10,6 +10,7 @@ use crate::core::policy::Policy;
 use crate::database::Database;
 use crate::server::health::now;
 use crate::server::tls::Certificate;
+use crate::telemetry;
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
@@ -36,7 +37,7 @@ impl Report {
 
     fn fail(&mut self, what: &str, error: &dyn std::error::Error) {
         self.failed = true;
-        self.line("error", what, &crate::chain(error));
+        self.line("error", what, &telemetry::chain(error));
     }
 }
 

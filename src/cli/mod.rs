@@ -20,6 +20,7 @@ use clap_complete::Shell;
 
 use crate::core::policy::Policy;
 use crate::database::DatabaseUrl;
+use crate::telemetry;
 
 /// Makes every workspace pod's LLM billing env true.
 ///
@@ -77,7 +78,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing is left to do if stderr is gone.
-            let _ = writeln!(io::stderr(), "error: {}", crate::chain(error.as_ref()));
+            let _ = writeln!(io::stderr(), "error: {}", telemetry::chain(error.as_ref()));
             ExitCode::from(2)
         }
     }

@@ -18,6 +18,7 @@ use crate::core::plan::plan;
 use crate::core::workload::{Subject, subjects};
 use crate::core::workspace::{Identity, identify};
 use crate::database::Database;
+use crate::telemetry;
 
 #[derive(Debug, Args)]
 pub(super) struct ReviewArgs {
@@ -104,7 +105,10 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
             Ok(patch) => patch,
             Err(error) => {
                 refused = true;
-                note(&format!("error: {title}: {}", crate::chain(error.as_ref())))?;
+                note(&format!(
+                    "error: {title}: {}",
+                    telemetry::chain(error.as_ref())
+                ))?;
                 continue;
             }
         };

@@ -5,6 +5,8 @@
 //! request: [`admission::AdmissionReview::decode`], [`workspace::identify`],
 //! [`mode::Resolution::from_stored`], [`plan::plan`], [`patch::operations`].
 
+#![warn(clippy::indexing_slicing)]
+
 pub mod admission;
 pub mod env;
 pub mod mode;

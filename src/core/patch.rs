@@ -102,8 +102,9 @@ fn container_operations<'a>(
         .count();
     let replaced = head.min(add.len());
     operations.extend(
-        remove[replaced..]
+        remove
             .iter()
+            .skip(replaced)
             .rev()
             .map(|&index| Operation::Remove { path: at(index) }),
     );

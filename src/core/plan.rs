@@ -406,10 +406,11 @@ fn is_vendor_base_url(vendor_keys: &BTreeSet<Name>, name: &str) -> bool {
 fn listed<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
     const SHOWN: usize = 8;
     let names: Vec<&str> = names.into_iter().collect();
-    let shown = names[..names.len().min(SHOWN)].join(", ");
-    match names.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
+    match names.split_at_checked(SHOWN) {
+        Some((shown, more)) if !more.is_empty() => {
+            format!("{} and {} more", shown.join(", "), more.len())
+        }
+        _ => names.join(", "),
     }
 }
 
@@ -729,6 +730,10 @@ mod tests {
         assert_eq!(
             refusal(5).unwrap(),
             format!("ENV_NOT_SETTLED: {three}; and 2 more containers{remedy}")
+        );
+        assert_eq!(
+            listed(["a", "b", "c", "d", "e", "f", "g", "h"]),
+            "a, b, c, d, e, f, g, h"
         );
         assert_eq!(
             listed(["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]),

@@ -495,8 +495,9 @@ impl Policy {
                     "has an empty list of runtimes; leave runtimes out to mean all",
                 );
             }
-            if extra_env[..index]
+            if extra_env
                 .iter()
+                .take(index)
                 .any(|other| other.name == extra.name && extra.shares_a_runtime_with(other))
             {
                 return contradiction(

@@ -16,6 +16,7 @@ use tracing::{error, info};
 
 use crate::metrics::Metrics;
 use crate::server::health::Readiness;
+use crate::telemetry;
 
 /// How often the files are read: well within the minute that a kubelet takes to update a mounted Secret.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
@@ -180,7 +181,7 @@ pub async fn reload(
             Err(error) => {
                 metrics.certificate_reload("failed");
                 error!(
-                    error = crate::chain(&error),
+                    error = telemetry::chain(&error),
                     "the changed certificate cannot be served; the old one stays"
                 );
             }
