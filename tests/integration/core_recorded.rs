@@ -2,6 +2,9 @@
 //! the patched object is. Over the wire: recorded.rs.
 
 use k8s_openapi::api::core::v1::Pod;
+use kube::core::admission::{AdmissionRequest, AdmissionReview};
+use llm_billing_webhook::core::admission::{Decoded, decode};
+use llm_billing_webhook::core::pod::{ContainerList, Text};
 use llm_billing_webhook::core::policy::Policy;
 use serde_json::{Value, json};
 
@@ -92,4 +95,39 @@ fn a_change_of_mode_makes_a_patched_pod_true_again() {
     );
     // What the proxy set is not the plan's to take on byok: the contract leaves all else alone.
     assert!(env.contains_key("MOLECULE_LLM_BASE_URL"));
+}
+
+#[test]
+fn what_is_read_of_a_review_is_what_kube_reads_of_it() {
+    for (name, review) in &recorded_reviews() {
+        let body = review.to_string().into_bytes();
+        let Ok(Decoded::Request(own)) = decode(&body) else {
+            panic!("{name}")
+        };
+        let review: AdmissionReview<Pod> = serde_json::from_slice(&body).unwrap();
+        let kubes: AdmissionRequest<Pod> = review.try_into().unwrap();
+        let text = |text: &Option<Text<'_>>| text.as_ref().map_or("", Text::as_str).to_owned();
+        assert_eq!(own.uid.as_str(), kubes.uid, "{name}");
+        assert_eq!(own.namespace(), kubes.namespace.unwrap(), "{name}");
+        assert_eq!(text(&own.name), kubes.name, "{name}");
+        assert_eq!(
+            text(&own.sub_resource),
+            kubes.sub_resource.unwrap_or_default()
+        );
+        assert_eq!(own.dry_run, Some(kubes.dry_run), "{name}");
+        let operation = format!("{:?}", kubes.operation).to_uppercase();
+        assert_eq!(own.operation.as_str(), operation, "{name}");
+
+        let (own, spec) = (own.object.unwrap(), kubes.object.unwrap().spec.unwrap());
+        let mut names = Vec::new();
+        for container in spec.containers {
+            names.extend(container.env.into_iter().flatten().map(|entry| entry.name));
+        }
+        let mut own_names = Vec::new();
+        for container in own.containers(ContainerList::Main) {
+            let entries = container.env.iter().flatten();
+            own_names.extend(entries.map(|entry| entry.name.as_str().to_owned()));
+        }
+        assert_eq!(own_names, names, "{name}");
+    }
 }
