@@ -1,11 +1,13 @@
 //! The lookup of a workspace's mode, on PostgreSQL and on SQLite, and the embedded SQLite database that
 //! `serve --dev` and `workspace` use. What is looked up, and what the answer means, is core's business.
 //!
-//! A production database is only ever read.
+//! A production database is only ever read. Where its URL is in a file, the file is read again when it changes
+//! and when the database refuses the login, so that a password can be rotated without a restart.
 
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions, PgTypeKind};
@@ -40,11 +42,11 @@ pub enum DatabaseUrl {
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum UrlError {
     /// The scheme is neither of the two.
-    #[error("the database URL must start with postgres:// or sqlite://")]
+    #[error("it must start with postgres:// or sqlite://")]
     Scheme,
     /// The rest has the wrong shape.
     #[error(
-        "the database URL has the wrong shape; expected postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=… or sqlite://FILE"
+        "it has the wrong shape; expected postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=… or sqlite://FILE"
     )]
     Shape,
 }
@@ -143,27 +145,94 @@ impl From<sqlx::Error> for LookupError {
     }
 }
 
-/// The database that knows the workspaces' modes.
-#[derive(Clone, Debug)]
+/// Where the database's URL is.
+pub enum UrlSource {
+    /// It was given as it is.
+    Given(UrlText),
+    /// It is in this file, which may change.
+    File(PathBuf),
+}
+
+/// A URL as it was given, not yet parsed. Its `Debug` says nothing: it may hold a password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct UrlText(String);
+
+impl From<&str> for UrlText {
+    fn from(url: &str) -> Self {
+        Self(url.trim().to_owned())
+    }
+}
+
+impl fmt::Debug for UrlText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
+
+/// Why there is no database URL to use.
+#[derive(Debug, Error)]
+pub enum SourceError {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// What was given is no URL of a database.
+    #[error("cannot use the database URL")]
+    Url(#[from] UrlError),
+}
+
+impl UrlSource {
+    fn read(&self) -> Result<UrlText, SourceError> {
+        match self {
+            Self::Given(text) => Ok(text.clone()),
+            Self::File(path) => match std::fs::read_to_string(path) {
+                Ok(text) => Ok(text.as_str().into()),
+                Err(source) => Err(SourceError::Read {
+                    path: path.clone(),
+                    source,
+                }),
+            },
+        }
+    }
+
+    /// The URL as it is now.
+    ///
+    /// # Errors
+    /// [`SourceError`]
+    pub fn url(&self) -> Result<DatabaseUrl, SourceError> {
+        Ok(self.read()?.0.parse()?)
+    }
+}
+
+/// The database that knows the workspaces' modes. No `Debug`: its URL may hold a password.
 pub struct Database {
-    pool: AnyPool,
+    source: UrlSource,
+    current: RwLock<Current>,
     query: String,
     parameters: Vec<Parameter>,
     timeout: Duration,
 }
 
-#[derive(Clone, Debug)]
+/// The URL in use, and the connections to it.
+struct Current {
+    url: UrlText,
+    pool: AnyPool,
+}
+
+#[derive(Clone)]
 enum AnyPool {
     Postgres(Pool<Postgres>),
     Sqlite(Pool<Sqlite>),
 }
 
-impl Database {
-    /// Prepares connections; none is made before the first lookup, so the database may come up later.
-    #[must_use]
-    pub fn connect_lazily(url: DatabaseUrl, lookup: &Lookup) -> Self {
-        let pool = match url {
-            DatabaseUrl::Postgres(options) => AnyPool::Postgres(
+impl AnyPool {
+    fn connect_lazily(url: DatabaseUrl) -> Self {
+        match url {
+            DatabaseUrl::Postgres(options) => Self::Postgres(
                 // A connection that went stale costs one retry; a ping before each query would cost every
                 // lookup a round trip.
                 PgPoolOptions::new()
@@ -171,18 +240,51 @@ impl Database {
                     .test_before_acquire(false)
                     .connect_lazy_with(*options),
             ),
-            DatabaseUrl::Sqlite(options) => AnyPool::Sqlite(
+            DatabaseUrl::Sqlite(options) => Self::Sqlite(
                 SqlitePoolOptions::new()
                     .max_connections(MOST_CONNECTIONS)
                     .connect_lazy_with(options.read_only(true)),
             ),
-        };
-        Self {
-            pool,
+        }
+    }
+}
+
+impl Database {
+    /// Prepares connections; none is made before the first lookup, so the database may come up later.
+    ///
+    /// # Errors
+    /// [`SourceError`]
+    pub fn connect_lazily(source: UrlSource, lookup: &Lookup) -> Result<Self, SourceError> {
+        let url = source.read()?;
+        let pool = AnyPool::connect_lazily(url.0.parse()?);
+        Ok(Self {
+            source,
+            current: RwLock::new(Current { url, pool }),
             query: lookup.query.clone(),
             parameters: lookup.parameters.clone(),
             timeout: lookup.timeout,
+        })
+    }
+
+    fn pool(&self) -> AnyPool {
+        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
+        current.pool.clone()
+    }
+
+    /// Takes the URL from its source again; whether it was another one.
+    ///
+    /// # Errors
+    /// [`SourceError`], and the URL in use stays.
+    pub fn reread(&self) -> Result<bool, SourceError> {
+        let url = self.source.read()?;
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        if current.url == url {
+            return Ok(false);
         }
+        // The old connections close as the lookups that use them end.
+        let pool = AnyPool::connect_lazily(url.0.parse()?);
+        *current = Current { url, pool };
+        Ok(true)
     }
 
     /// Runs the policy's query, within the policy's time-out and `limit`, whichever is shorter.
@@ -195,14 +297,12 @@ impl Database {
         limit: Option<Duration>,
     ) -> Result<Stored, LookupError> {
         let deadline = Instant::now() + limit.map_or(self.timeout, |limit| limit.min(self.timeout));
-        // A server that restarted leaves stale connections, at most as many as there are, and each shows
-        // itself only when it is used.
-        let mut result = self.attempt(parameters, deadline).await;
-        for _ in 0..MOST_CONNECTIONS {
-            match &result {
-                Err(error) if is_stale(error) => result = self.attempt(parameters, deadline).await,
-                _ => break,
-            }
+        let mut result = self.fetch(parameters, deadline).await;
+        if let Err(error) = &result
+            && is_login_refused(error)
+            && matches!(self.reread(), Ok(true))
+        {
+            result = self.fetch(parameters, deadline).await;
         }
         result.map_err(|error| match error {
             sqlx::Error::PoolTimedOut => LookupError::Timeout,
@@ -244,7 +344,7 @@ impl Database {
         let deadline = Instant::now() + self.timeout;
         // Prepared without types, the statement must not stay where lookups would find it.
         let count = async {
-            match &self.pool {
+            match self.pool() {
                 AnyPool::Postgres(pool) => {
                     let mut connection = pool.acquire().await?.detach();
                     count((&mut connection).prepare(query).await?.parameters())
@@ -258,31 +358,20 @@ impl Database {
         timeout_at(deadline, count).await.ok()?.ok()?
     }
 
-    async fn attempt(
+    async fn fetch(
         &self,
         parameters: &[ParameterValue],
         deadline: Instant,
     ) -> Result<Stored, sqlx::Error> {
-        let query = self.query.as_str();
-        match &self.pool {
-            AnyPool::Postgres(pool) => {
-                let fetch = async |connection: &mut PgConnection| {
-                    fetch_postgres(connection, query, parameters).await
-                };
-                with_connection(pool, deadline, fetch).await
-            }
-            AnyPool::Sqlite(pool) => {
-                let fetch = async |connection: &mut SqliteConnection| {
-                    fetch_sqlite(connection, query, parameters).await
-                };
-                with_connection(pool, deadline, fetch).await
-            }
+        match self.pool() {
+            AnyPool::Postgres(pool) => fetch(&pool, &self.query, parameters, deadline).await,
+            AnyPool::Sqlite(pool) => fetch(&pool, &self.query, parameters, deadline).await,
         }
     }
 
     /// Closes all connections.
     pub async fn close(&self) {
-        match &self.pool {
+        match self.pool() {
             AnyPool::Postgres(pool) => pool.close().await,
             AnyPool::Sqlite(pool) => pool.close().await,
         }
@@ -293,23 +382,44 @@ fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sq
     Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
 }
 
-/// Fetches over one of the pool's connections, and closes it if it is of no use to the next lookup: it is
-/// broken, or its query has not ended.
-async fn with_connection<DB: sqlx::Database>(
+/// Fetches over one of the pool's connections. One that is of no use to the next lookup is closed: its query
+/// has not ended, or it is stale. A server that restarted leaves stale connections, at most as many as
+/// there are, and each shows itself only when it is used; then the next one is tried.
+async fn fetch<DB>(
     pool: &Pool<DB>,
+    query: &str,
+    parameters: &[ParameterValue],
     deadline: Instant,
-    fetch: impl AsyncFnOnce(&mut DB::Connection) -> Result<Stored, sqlx::Error>,
-) -> Result<Stored, sqlx::Error> {
-    let acquired = timeout_at(deadline, pool.acquire()).await;
-    let mut connection = acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
-    let fetched = timeout_at(deadline, fetch(&mut connection)).await;
-    let fetched = fetched.unwrap_or(Err(sqlx::Error::PoolTimedOut));
-    if let Err(error) = &fetched
-        && (is_stale(error) || matches!(error, sqlx::Error::PoolTimedOut))
-    {
-        drop(connection.detach());
+) -> Result<Stored, sqlx::Error>
+where
+    DB: sqlx::Database,
+    DB::Connection: Fetch,
+{
+    let mut tries_left = MOST_CONNECTIONS;
+    loop {
+        let acquired = timeout_at(deadline, pool.acquire()).await;
+        let mut connection = acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
+        let fetched = timeout_at(deadline, connection.fetch(query, parameters)).await;
+        match fetched.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
+            Err(error) if is_stale(&error) && tries_left > 0 => {
+                drop(connection.detach());
+                tries_left -= 1;
+            }
+            Err(error @ sqlx::Error::PoolTimedOut) => {
+                drop(connection.detach());
+                return Err(error);
+            }
+            fetched => return fetched,
+        }
     }
-    fetched
+}
+
+/// Whether the database refuses user or password (class 28).
+fn is_login_refused(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .and_then(|refusal| refusal.code())
+        .is_some_and(|code| code.starts_with("28"))
 }
 
 /// Whether the connection, and not the query, is what failed: it broke, or the server says that it ends it
@@ -324,56 +434,69 @@ fn is_stale(error: &sqlx::Error) -> bool {
     }
 }
 
-async fn fetch_postgres(
-    connection: &mut PgConnection,
-    query: &str,
-    parameters: &[ParameterValue],
-) -> Result<Stored, sqlx::Error> {
-    // The operator's query from the policy file; what pods bring is bound, never spliced.
-    let mut statement = sqlx::query(AssertSqlSafe(query));
-    for parameter in parameters {
-        statement = match parameter {
-            ParameterValue::Uuid(uuid) => statement.bind(uuid),
-            ParameterValue::Text(text) => statement.bind(text),
-        };
-    }
-    let Some(row) = statement.fetch_optional(connection).await? else {
-        return Ok(Stored::NoRow);
-    };
-    let is_enum = matches!(row.try_get_raw(0)?.type_info().kind(), PgTypeKind::Enum(_));
-    // An enum is sent as its label, which sqlx decodes as text only when it is told not to look at the type.
-    let mode = if is_enum {
-        row.try_get_unchecked(0)?
-    } else {
-        row.try_get(0)?
-    };
-    Ok(Stored::Row(mode))
+/// How one kind of connection runs the policy's query.
+trait Fetch {
+    fn fetch(
+        &mut self,
+        query: &str,
+        parameters: &[ParameterValue],
+    ) -> impl Future<Output = Result<Stored, sqlx::Error>> + Send;
 }
 
-async fn fetch_sqlite(
-    connection: &mut SqliteConnection,
-    query: &str,
-    parameters: &[ParameterValue],
-) -> Result<Stored, sqlx::Error> {
-    let mut statement = sqlx::query(AssertSqlSafe(query));
-    for parameter in parameters {
-        statement = match parameter {
-            // SQLite has no type for UUIDs; they are stored as their usual text.
-            ParameterValue::Uuid(uuid) => statement.bind(uuid.to_string()),
-            ParameterValue::Text(text) => statement.bind(text),
+impl Fetch for PgConnection {
+    async fn fetch(
+        &mut self,
+        query: &str,
+        parameters: &[ParameterValue],
+    ) -> Result<Stored, sqlx::Error> {
+        // The operator's query from the policy file; what pods bring is bound, never spliced.
+        let mut statement = sqlx::query(AssertSqlSafe(query));
+        for parameter in parameters {
+            statement = match parameter {
+                ParameterValue::Uuid(uuid) => statement.bind(uuid),
+                ParameterValue::Text(text) => statement.bind(text),
+            };
+        }
+        let Some(row) = statement.fetch_optional(self).await? else {
+            return Ok(Stored::NoRow);
         };
+        let is_enum = matches!(row.try_get_raw(0)?.type_info().kind(), PgTypeKind::Enum(_));
+        // An enum is sent as its label, which sqlx decodes as text only when it is told not to look at the type.
+        let mode = if is_enum {
+            row.try_get_unchecked(0)?
+        } else {
+            row.try_get(0)?
+        };
+        Ok(Stored::Row(mode))
     }
-    let Some(row) = statement.fetch_optional(connection).await? else {
-        return Ok(Stored::NoRow);
-    };
-    let value = row.try_get_raw(0)?;
-    if !value.is_null() && value.type_info().name() != "TEXT" {
-        return Err(sqlx::Error::ColumnDecode {
-            index: "0".to_owned(),
-            source: "not text".into(),
-        });
+}
+
+impl Fetch for SqliteConnection {
+    async fn fetch(
+        &mut self,
+        query: &str,
+        parameters: &[ParameterValue],
+    ) -> Result<Stored, sqlx::Error> {
+        let mut statement = sqlx::query(AssertSqlSafe(query));
+        for parameter in parameters {
+            statement = match parameter {
+                // SQLite has no type for UUIDs; they are stored as their usual text.
+                ParameterValue::Uuid(uuid) => statement.bind(uuid.to_string()),
+                ParameterValue::Text(text) => statement.bind(text),
+            };
+        }
+        let Some(row) = statement.fetch_optional(self).await? else {
+            return Ok(Stored::NoRow);
+        };
+        let value = row.try_get_raw(0)?;
+        if !value.is_null() && value.type_info().name() != "TEXT" {
+            return Err(sqlx::Error::ColumnDecode {
+                index: "0".to_owned(),
+                source: "not text".into(),
+            });
+        }
+        Ok(Stored::Row(row.try_get(0)?))
     }
-    Ok(Stored::Row(row.try_get(0)?))
 }
 
 /// The embedded SQLite database: the standard schema, made if absent.

@@ -105,8 +105,8 @@ fn check_certificate(args: &TlsArgs, report: &mut Report) {
 }
 
 async fn check_database(args: &DatabaseArgs, policy: Option<&Policy>, report: &mut Report) {
-    let url = match args.parse() {
-        Ok(Some(url)) => url,
+    let source = match args.source() {
+        Ok(Some(source)) => source,
         Ok(None) => return report.line("skip", "database", "--database-url is not set"),
         Err(error) => return report.fail("database", error.as_ref()),
     };
@@ -117,8 +117,14 @@ async fn check_database(args: &DatabaseArgs, policy: Option<&Policy>, report: &m
             "it is asked with the policy's query, which cannot be read",
         );
     };
-    let shown = url.to_string();
-    match Database::connect_lazily(url, &policy.lookup).check().await {
+    let (shown, database) = match (
+        source.url(),
+        Database::connect_lazily(source, &policy.lookup),
+    ) {
+        (Ok(url), Ok(database)) => (url.to_string(), database),
+        (Err(error), _) | (_, Err(error)) => return report.fail("database", &error),
+    };
+    match database.check().await {
         Ok(()) => report.line(
             "ok",
             "database",

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::core::mode::BillingMode;
 use crate::core::policy::Policy;
-use crate::database::{DatabaseUrl, Embedded};
+use crate::database::{DatabaseUrl, Embedded, UrlSource};
 use crate::server::tls::CertificatePem;
 
 /// The file that `serve --dev` and `workspace` share unless told otherwise, in the working directory.
@@ -49,7 +49,7 @@ pub(super) fn policy() -> anyhow::Result<Policy> {
 }
 
 /// Opens the file, and puts the samples into it if it has no workspace yet.
-pub(super) async fn database() -> anyhow::Result<DatabaseUrl> {
+pub(super) async fn database() -> anyhow::Result<UrlSource> {
     let url: DatabaseUrl = DEV_DATABASE.parse()?;
     let embedded = Embedded::open(&url).await?;
     if embedded.list().await?.is_empty() {
@@ -58,7 +58,7 @@ pub(super) async fn database() -> anyhow::Result<DatabaseUrl> {
         }
     }
     embedded.close().await;
-    Ok(url)
+    Ok(UrlSource::Given(DEV_DATABASE.into()))
 }
 
 /// A certificate for this machine alone, new at each start and kept in memory.

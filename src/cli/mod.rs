@@ -12,14 +12,13 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::str::FromStr;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::core::policy::Policy;
-use crate::database::DatabaseUrl;
+use crate::database::{UrlSource, UrlText};
 use crate::telemetry;
 
 /// Makes every workspace pod's LLM billing env true.
@@ -145,44 +144,34 @@ impl PolicyArgs {
 #[derive(Debug, Args)]
 struct DatabaseArgs {
     /// `postgres://USER:PASSWORD@HOST:PORT/DATABASE` or `sqlite://FILE`
+    // Parsed only later: clap repeats a value that it cannot parse, and this one may hold a password.
     #[arg(
         long,
         env = "LLM_BILLING_DATABASE_URL",
         value_name = "URL",
         hide_env_values = true
     )]
-    database_url: Option<UnparsedUrl>,
+    database_url: Option<UrlText>,
+    /// File that holds the URL; read again when it changes, and when the database refuses the login
+    #[arg(long, env = "LLM_BILLING_DATABASE_URL_FILE", value_name = "FILE")]
+    database_url_file: Option<PathBuf>,
 }
 
 impl DatabaseArgs {
-    fn parse(&self) -> anyhow::Result<Option<DatabaseUrl>> {
-        let parsed = self
-            .database_url
-            .as_ref()
-            .map(|url| DatabaseUrl::from_str(&url.0));
-        parsed.transpose().context("cannot use --database-url")
+    fn source(&self) -> anyhow::Result<Option<UrlSource>> {
+        match (&self.database_url, &self.database_url_file) {
+            (Some(_), Some(_)) => {
+                bail!("--database-url and --database-url-file are both given; leave one out")
+            }
+            (Some(url), None) => Ok(Some(UrlSource::Given(url.clone()))),
+            (None, Some(path)) => Ok(Some(UrlSource::File(path.clone()))),
+            (None, None) => Ok(None),
+        }
     }
 
-    fn required(&self) -> anyhow::Result<DatabaseUrl> {
-        self.parse()?
-            .context("no database is given; set --database-url or LLM_BILLING_DATABASE_URL")
-    }
-}
-
-/// A URL as it was given. Parsed only by the commands, because clap repeats a value that it cannot parse,
-/// and this one may hold a password.
-#[derive(Clone)]
-struct UnparsedUrl(String);
-
-impl std::fmt::Debug for UnparsedUrl {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("…")
-    }
-}
-
-impl From<&str> for UnparsedUrl {
-    fn from(url: &str) -> Self {
-        Self(url.to_owned())
+    fn required(&self) -> anyhow::Result<UrlSource> {
+        self.source()?
+            .context("no database is given; set --database-url or --database-url-file")
     }
 }
 

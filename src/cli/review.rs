@@ -71,10 +71,10 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
     let text = read(&args.filename).with_context(|| format!("cannot read {shown}"))?;
     let documents = parse(&text).with_context(|| format!("cannot read {shown}"))?;
     let policy = args.policy.load()?.unwrap_or_default();
-    let database = args
-        .database
-        .parse()?
-        .map(|url| Database::connect_lazily(url, &policy.lookup));
+    let source = args.database.source()?;
+    let database = source
+        .map(|source| Database::connect_lazily(source, &policy.lookup))
+        .transpose()?;
     let subjects: Vec<Subject> = documents
         .into_iter()
         .flat_map(|document| subjects(document, &args.namespace))

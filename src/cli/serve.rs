@@ -11,7 +11,7 @@ use clap::Args;
 use tracing::warn;
 
 use super::{DatabaseArgs, PolicyArgs, dev};
-use crate::database::{Database, DatabaseUrl, LookupError};
+use crate::database::{Database, LookupError, UrlSource};
 use crate::metrics::Metrics;
 use crate::server::health::Readiness;
 use crate::server::tls::{Certificate, CertificateFiles, CertificatePem};
@@ -92,8 +92,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         policy => policy.unwrap_or_default(),
     };
     let (certificate, files) = certificate(&args)?;
-    let url = database_url(&args).await?;
-    let database = Database::connect_lazily(url, &policy.lookup);
+    let database = Database::connect_lazily(database(&args).await?, &policy.lookup)?;
     refuse_wrong_query(&database).await?;
     let host = if args.dev {
         Ipv4Addr::LOCALHOST
@@ -143,8 +142,8 @@ fn certificate(args: &ServeArgs) -> anyhow::Result<(Certificate, WatchedFiles)> 
     Ok((certificate, files.map(|files| (files, pem))))
 }
 
-async fn database_url(args: &ServeArgs) -> anyhow::Result<DatabaseUrl> {
-    match args.database.parse()? {
+async fn database(args: &ServeArgs) -> anyhow::Result<UrlSource> {
+    match args.database.source()? {
         None if args.dev => dev::database().await,
         _ => args.database.required(),
     }

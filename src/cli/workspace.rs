@@ -65,7 +65,7 @@ pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
     }
     let pod = json!({"metadata": {"labels": labels}});
     let pod = Pod::deserialize(&pod)?;
-    let database = Database::connect_lazily(args.database.required()?, &policy.lookup);
+    let database = Database::connect_lazily(args.database.required()?, &policy.lookup)?;
     let Some(resolution) = resolution(&policy, Some(&database), &pod, &args.namespace).await?
     else {
         bail!("no workspace is named");
@@ -133,8 +133,8 @@ pub(super) struct EmbeddedArgs {
 
 impl EmbeddedArgs {
     async fn open(&self) -> anyhow::Result<Embedded> {
-        let url = match self.database.parse()? {
-            Some(url) => url,
+        let url = match self.database.source()? {
+            Some(source) => source.url()?,
             None => DEV_DATABASE.parse::<DatabaseUrl>()?,
         };
         Ok(Embedded::open(&url).await?)

@@ -20,9 +20,13 @@ use tracing::{error, info, warn};
 use crate::database::LookupError;
 use crate::server::tls::{Certificate, CertificateFiles, CertificatePem};
 use crate::server::webhook::App;
+use crate::telemetry;
 
 /// Longest wait for a TLS handshake, and for the head of a request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often the files of certificate and database URL are read: well within the minute that a kubelet takes
+/// to update a mounted Secret.
+const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 /// How often a database that has not answered yet is asked again.
 const DATABASE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -145,6 +149,7 @@ impl Bound {
             done = async { tokio::try_join!(serving, health) } => done.map(|_| ()),
             () = draining => Ok(()),
             () = wait_for_database(&app) => Ok(()),
+            () = follow_database_url(&app) => Ok(()),
             () = reloading => Ok(()),
         };
         app.database.close().await;
@@ -166,6 +171,26 @@ async fn wait_for_database(app: &App) {
         tokio::time::sleep(DATABASE_INTERVAL).await;
     }
     std::future::pending().await
+}
+
+/// Takes the database's URL from its source again and again, for ever. One that cannot be used is said once,
+/// and the one in use stays.
+async fn follow_database_url(app: &App) {
+    let mut failing = false;
+    loop {
+        tokio::time::sleep(RELOAD_INTERVAL).await;
+        let reread = app.database.reread();
+        match &reread {
+            Ok(true) => info!("database URL reloaded"),
+            Ok(false) => {}
+            Err(_) if failing => {}
+            Err(error) => error!(
+                error = telemetry::chain(error),
+                "the changed database URL cannot be used; the old one stays"
+            ),
+        }
+        failing = reread.is_err();
+    }
 }
 
 /// The signals that end the process.

@@ -4,7 +4,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum_server::tls_rustls::RustlsConfig;
 use rustls::pki_types::pem::PemObject;
@@ -15,11 +14,9 @@ use thiserror::Error;
 use tracing::{error, info};
 
 use crate::metrics::Metrics;
+use crate::server::RELOAD_INTERVAL;
 use crate::server::health::Readiness;
 use crate::telemetry;
-
-/// How often the files are read: well within the minute that a kubelet takes to update a mounted Secret.
-const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Where the certificate is.
 #[derive(Clone, Debug)]

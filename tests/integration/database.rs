@@ -407,3 +407,102 @@ fn a_role_that_may_only_select_is_enough_and_sqlite_is_opened_read_only() {
     resolved(&webhook, &pod(ID, &json!([])));
     assert!(std::fs::read(Path::new(&file)).unwrap() == before);
 }
+
+#[test]
+fn a_rotated_password_is_taken_from_the_file_without_a_restart_or_a_wrong_answer() {
+    let postgres = Postgres::with(&format!(
+        "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', 'byok');
+         CREATE ROLE rotated LOGIN PASSWORD 'first'; GRANT SELECT ON workspaces TO rotated"
+    ));
+    let url = |password: &str| postgres.url_with(password).replace("reader", "rotated");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("url");
+    std::fs::write(&file, url("first") + "\n").unwrap();
+    let webhook = Start {
+        policy: PROXY,
+        arguments: &["--database-url-file", file.to_str().unwrap()],
+        ..Start::default()
+    }
+    .start();
+    let is_right = || {
+        let pod = pod(ID, &json!([]));
+        assert_eq!(
+            resolved(&webhook, &pod),
+            ("byok".to_owned(), "override".to_owned())
+        );
+    };
+    is_right();
+    for password in ["second", "third", "fourth"] {
+        // The file first, as a secret store does it, then the database, which ends what is logged in.
+        std::fs::write(&file, url(password)).unwrap();
+        postgres.execute(&format!(
+            "ALTER ROLE rotated PASSWORD '{password}';
+             SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'rotated'"
+        ));
+        is_right();
+    }
+    // What is no URL leaves the one in use, and is said without being quoted.
+    std::fs::write(
+        &file,
+        "postgres://rotated:fifth-password@localhost:notaport/x",
+    )
+    .unwrap();
+    let line = webhook.wait_for_log("the old one stays");
+    assert!(
+        line.contains("cannot use the database URL: it has the wrong shape"),
+        "{line}"
+    );
+    is_right();
+    assert!(
+        !webhook.log().contains("-password") && !webhook.log().contains("lookup failed"),
+        "{}",
+        webhook.log()
+    );
+    postgres.execute("DROP OWNED BY rotated; DROP ROLE rotated");
+}
+
+#[test]
+fn a_changed_file_is_followed_even_while_the_old_database_answers() {
+    let database = |mode: &str| {
+        Postgres::with(&format!(
+            "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', '{mode}')"
+        ))
+    };
+    let (old, new) = (database("byok"), database("disabled"));
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("url");
+    std::fs::write(&file, old.url()).unwrap();
+    let arguments = &["--database-url-file", file.to_str().unwrap()];
+    let webhook = Start {
+        policy: PROXY,
+        arguments,
+        ..Start::default()
+    }
+    .start();
+    let pod = pod(ID, &json!([]));
+    assert_eq!(resolved(&webhook, &pod).0, "byok");
+    std::fs::write(&file, new.url()).unwrap();
+    wait_for("the new database is asked", || {
+        (resolved(&webhook, &pod).0 == "disabled").then_some(())
+    });
+}
+
+#[test]
+fn a_url_is_given_once_and_a_file_that_is_missing_is_named() {
+    let both = run(&[
+        "check",
+        "--database-url",
+        "sqlite://x",
+        "--database-url-file",
+        "/nonexistent",
+    ]);
+    assert_eq!(both.0, 2);
+    let sentence =
+        "error database     --database-url and --database-url-file are both given; leave one out\n";
+    assert!(both.1.ends_with(sentence), "{}", both.1);
+    let missing = run(&["resolve", ID, "--database-url-file", "/nonexistent"]);
+    assert_eq!(
+        missing.2,
+        "error: cannot read /nonexistent: No such file or directory (os error 2)\n"
+    );
+}

@@ -77,11 +77,11 @@ fn what_cannot_be_set_or_resolved_is_said_with_its_remedy() {
     assert!(id.contains("invalid value 'no-uuid' for '<ID>'"), "{id}");
     assert_eq!(
         error(&["resolve", ID]),
-        "error: no database is given; set --database-url or LLM_BILLING_DATABASE_URL\n"
+        "error: no database is given; set --database-url or --database-url-file\n"
     );
     assert_eq!(
         error(&["resolve", ID, "--database-url", "mysql://x"]),
-        "error: cannot use --database-url: the database URL must start with postgres:// or sqlite://\n"
+        "error: cannot use the database URL: it must start with postgres:// or sqlite://\n"
     );
     assert_eq!(
         error(&["resolve", ID, "--database-url", &url, "--label", "x"]),

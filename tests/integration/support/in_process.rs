@@ -12,13 +12,14 @@ use serde_json::Value;
 /// The answer to a review.
 pub(crate) fn answer(policy: &Policy, stored: &Stored, review: &Value) -> Value {
     let body = serde_json::to_vec(review).unwrap();
-    let request = match decode(&body).unwrap() {
+    let decoded = decode(&body).unwrap();
+    let uid = decoded.uid();
+    let request = match &decoded {
         Decoded::Request(request) => request,
-        Decoded::Unreadable { uid, refusal } => {
-            return serde_json::to_value(Answer::refused(&uid, &refusal)).unwrap();
+        Decoded::Unreadable { refusal, .. } => {
+            return serde_json::to_value(Answer::refused(uid, refusal)).unwrap();
         }
     };
-    let uid = request.uid.as_str();
     let mut known = None;
     let mut decide = || -> Result<Answer<'_>, Refusal> {
         let Task::Plan(pod, scope) = request.task()? else {

@@ -128,6 +128,7 @@ pub(crate) struct Webhook {
 #[derive(Default)]
 pub(crate) struct Start<'a> {
     pub(crate) policy: &'a str,
+    /// Empty where it is among the arguments.
     pub(crate) database_url: &'a str,
     pub(crate) arguments: &'a [&'a str],
     pub(crate) log: &'a str,
@@ -188,18 +189,18 @@ impl Start<'_> {
         let mut command = program(&["serve"]);
         command
             .args(any_port)
-            .args([
-                "--policy",
-                &path("policy.yaml"),
-                "--database-url",
-                self.database_url,
-            ])
+            .args(["--policy", &path("policy.yaml")])
             .args([
                 "--tls-cert",
                 &path("tls.crt"),
                 "--tls-key",
                 &path("tls.key"),
             ])
+            .args(if self.database_url.is_empty() {
+                vec![]
+            } else {
+                vec!["--database-url", self.database_url]
+            })
             .args(self.arguments)
             .env("LLM_BILLING_DRAIN_DELAY", "0s")
             .env(
