@@ -218,9 +218,24 @@ pub struct Database {
 }
 
 /// The URL in use, and the connections to it.
+#[derive(Clone)]
 struct Current {
     url: UrlText,
     pool: AnyPool,
+}
+
+impl Current {
+    async fn fetch(
+        &self,
+        query: &str,
+        parameters: &[ParameterValue],
+        deadline: Instant,
+    ) -> Result<Stored, sqlx::Error> {
+        match &self.pool {
+            AnyPool::Postgres(pool) => fetch(pool, query, parameters, deadline).await,
+            AnyPool::Sqlite(pool) => fetch(pool, query, parameters, deadline).await,
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -266,9 +281,9 @@ impl Database {
         })
     }
 
-    fn pool(&self) -> AnyPool {
-        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
-        current.pool.clone()
+    fn current(&self) -> Current {
+        let current = self.current.read();
+        current.unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Takes the URL from its source again; whether it was another one.
@@ -297,12 +312,16 @@ impl Database {
         limit: Option<Duration>,
     ) -> Result<Stored, LookupError> {
         let deadline = Instant::now() + limit.map_or(self.timeout, |limit| limit.min(self.timeout));
-        let mut result = self.fetch(parameters, deadline).await;
-        if let Err(error) = &result
-            && is_login_refused(error)
-            && matches!(self.reread(), Ok(true))
-        {
-            result = self.fetch(parameters, deadline).await;
+        let used = self.current();
+        let mut result = used.fetch(&self.query, parameters, deadline).await;
+        if result.as_ref().is_err_and(is_login_refused) {
+            // Whoever reads the file first: what counts is whether there is another URL by now. A file that
+            // cannot be used is reported by those who follow it.
+            let _ = self.reread();
+            let now = self.current();
+            if now.url != used.url {
+                result = now.fetch(&self.query, parameters, deadline).await;
+            }
         }
         result.map_err(|error| match error {
             sqlx::Error::PoolTimedOut => LookupError::Timeout,
@@ -344,7 +363,7 @@ impl Database {
         let deadline = Instant::now() + self.timeout;
         // Prepared without types, the statement must not stay where lookups would find it.
         let count = async {
-            match self.pool() {
+            match self.current().pool {
                 AnyPool::Postgres(pool) => {
                     let mut connection = pool.acquire().await?.detach();
                     count((&mut connection).prepare(query).await?.parameters())
@@ -358,20 +377,9 @@ impl Database {
         timeout_at(deadline, count).await.ok()?.ok()?
     }
 
-    async fn fetch(
-        &self,
-        parameters: &[ParameterValue],
-        deadline: Instant,
-    ) -> Result<Stored, sqlx::Error> {
-        match self.pool() {
-            AnyPool::Postgres(pool) => fetch(&pool, &self.query, parameters, deadline).await,
-            AnyPool::Sqlite(pool) => fetch(&pool, &self.query, parameters, deadline).await,
-        }
-    }
-
     /// Closes all connections.
     pub async fn close(&self) {
-        match self.pool() {
+        match self.current().pool {
             AnyPool::Postgres(pool) => pool.close().await,
             AnyPool::Sqlite(pool) => pool.close().await,
         }
