@@ -4,20 +4,21 @@
 //! A production database is only ever read. Where its URL is in a file, the file is read again when it changes
 //! and when the database refuses the login, so that a password can be rotated without a restart.
 
-use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
+use std::{fmt, io};
 
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions, PgTypeKind};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePoolOptions};
 use sqlx::{
-    AssertSqlSafe, ConnectOptions, Either, Executor, Pool, Postgres, Row, SqlSafeStr, Sqlite,
-    Statement, TypeInfo, ValueRef,
+    AssertSqlSafe, ConnectOptions, Connection, Either, Executor, Pool, Postgres, Row, SqlSafeStr,
+    Sqlite, Statement, TypeInfo, ValueRef,
 };
 use thiserror::Error;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use uuid::Uuid;
 
 use crate::core::mode::{BillingMode, Stored};
@@ -26,14 +27,31 @@ use crate::core::workspace::ParameterValue;
 
 /// Connections at most; each is used for one short SELECT at a time.
 const MOST_CONNECTIONS: u32 = 16;
+/// Lookups at most that run or wait for a connection. Over a thousand pods at once are more than the API servers
+/// of a large cluster ask about, and their lookups are over in a fraction of a second.
+const MOST_LOOKUPS: usize = 1024;
+/// The same after a lookup that timed out, until one succeeds: enough to find out that the database is back,
+/// and few enough that a database that hangs holds up few admissions.
+const MOST_LOOKUPS_IN_DOUBT: usize = MOST_CONNECTIONS as usize;
+/// Between two tries to connect.
+const RETRY_PAUSE: Duration = Duration::from_millis(10);
 /// The id that `check` looks up. No workspace should have it; it is no mistake if one does.
 const SAMPLE_ID: Uuid = Uuid::nil();
+
+/// What a `PostgreSQL` URL says where connections are shared by a pooler that changes them between transactions.
+const NO_PREPARED_STATEMENTS: &str = "statement-cache-capacity=0";
 
 /// Where the database is. Neither `Debug` nor `Display` shows user, password or options.
 #[derive(Clone)]
 pub enum DatabaseUrl {
     /// `postgres://…`
-    Postgres(Box<PgConnectOptions>),
+    Postgres {
+        /// Where, as whom and how to connect.
+        options: Box<PgConnectOptions>,
+        /// Whether a session is the webhook's own, so that what is set or prepared in it stays. It is not
+        /// behind a pooler in transaction mode, which the URL tells by `statement-cache-capacity=0`.
+        session: bool,
+    },
     /// `sqlite://…`
     Sqlite(Box<SqliteConnectOptions>),
 }
@@ -60,8 +78,16 @@ impl FromStr for DatabaseUrl {
                 let options = PgConnectOptions::from_str(url).map_err(|_| UrlError::Shape)?;
                 let options = options
                     .application_name(env!("CARGO_PKG_NAME"))
+                    // No number is ever read, and PgBouncer refuses parameters that it does not know.
+                    .extra_float_digits(None)
                     .disable_statement_logging();
-                Ok(Self::Postgres(Box::new(options)))
+                let settings = url.split_once('?').map_or("", |(_, settings)| settings);
+                Ok(Self::Postgres {
+                    options: Box::new(options),
+                    session: !settings
+                        .split('&')
+                        .any(|pair| pair == NO_PREPARED_STATEMENTS),
+                })
             }
             Some("sqlite") => {
                 let options = SqliteConnectOptions::from_str(url).map_err(|_| UrlError::Shape)?;
@@ -75,7 +101,7 @@ impl FromStr for DatabaseUrl {
 impl fmt::Display for DatabaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Postgres(options) => {
+            Self::Postgres { options, .. } => {
                 let database = options.get_database().unwrap_or_default();
                 write!(
                     f,
@@ -101,6 +127,9 @@ pub enum LookupError {
     /// The deadline passed.
     #[error("the database did not answer in time")]
     Timeout,
+    /// Too many lookups wait for the database already.
+    #[error("too many lookups wait for the database")]
+    Crowded,
     /// No connection, or the connection broke, or the database could not do it just now.
     #[error("the database could not be asked: {0}")]
     Unavailable(String),
@@ -115,6 +144,7 @@ impl LookupError {
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Timeout => "timeout",
+            Self::Crowded => "crowded",
             Self::Unavailable(_) => "unavailable",
             Self::Refused(_) => "refused",
         }
@@ -124,16 +154,32 @@ impl LookupError {
 impl From<sqlx::Error> for LookupError {
     fn from(error: sqlx::Error) -> Self {
         match &error {
+            sqlx::Error::PoolTimedOut => Self::Timeout,
+            sqlx::Error::Io(missing) if missing.kind() == io::ErrorKind::NotFound => {
+                Self::Unavailable(format!(
+                    "a file that the database URL names, such as sslrootcert or a socket, is missing: {missing}"
+                ))
+            }
             sqlx::Error::Database(refusal) => {
                 let code = refusal.code().unwrap_or_default();
+                // PostgreSQL's own statement_timeout.
+                if code == "57014" {
+                    return Self::Timeout;
+                }
+                let words = refusal.message();
+                if words.starts_with("unsupported startup parameter") {
+                    return Self::Refused(format!(
+                        "{words}; behind PgBouncer, add {NO_PREPARED_STATEMENTS} to the database URL"
+                    ));
+                }
                 // PostgreSQL: class 42 (undefined table or column, no permission, types that do not fit),
                 // 3F (no such schema), 08P01 (wrong number of parameters). SQLite: 1 (undefined table or
                 // column), 25 (wrong number of parameters).
                 let of_the_schema = code.starts_with("42") || code.starts_with("3F");
                 if of_the_schema || ["08P01", "1", "25"].contains(&code.as_ref()) {
-                    Self::Refused(refusal.message().to_owned())
+                    Self::Refused(words.to_owned())
                 } else {
-                    Self::Unavailable(refusal.message().to_owned())
+                    Self::Unavailable(words.to_owned())
                 }
             }
             sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => {
@@ -215,6 +261,36 @@ pub struct Database {
     query: String,
     parameters: Vec<Parameter>,
     timeout: Duration,
+    crowd: Crowd,
+}
+
+/// How many lookups there are, and whether the last one to end timed out.
+#[derive(Default)]
+struct Crowd {
+    lookups: AtomicUsize,
+    in_doubt: AtomicBool,
+}
+
+impl Crowd {
+    /// A place for one more lookup, until it is dropped.
+    fn enter(&self) -> Option<Place<'_>> {
+        let most = if self.in_doubt.load(Ordering::Relaxed) {
+            MOST_LOOKUPS_IN_DOUBT
+        } else {
+            MOST_LOOKUPS
+        };
+        let place = Place(self);
+        (self.lookups.fetch_add(1, Ordering::Relaxed) < most).then_some(place)
+    }
+}
+
+/// One lookup's place. A request that its client gave up gives it back too.
+struct Place<'a>(&'a Crowd);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.lookups.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// The URL in use, and the connections to it.
@@ -232,29 +308,48 @@ impl Current {
         deadline: Instant,
     ) -> Result<Stored, sqlx::Error> {
         match &self.pool {
-            AnyPool::Postgres(pool) => fetch(pool, query, parameters, deadline).await,
-            AnyPool::Sqlite(pool) => fetch(pool, query, parameters, deadline).await,
+            AnyPool::Postgres { pool, begin } => {
+                let begin = begin.as_deref();
+                fetch(pool, query, parameters, begin, deadline).await
+            }
+            AnyPool::Sqlite(pool) => fetch(pool, query, parameters, None, deadline).await,
         }
     }
 }
 
 #[derive(Clone)]
 enum AnyPool {
-    Postgres(Pool<Postgres>),
+    Postgres {
+        pool: Pool<Postgres>,
+        /// Begins a transaction around the lookup, where a session is not the webhook's own.
+        begin: Option<String>,
+    },
     Sqlite(Pool<Sqlite>),
 }
 
 impl AnyPool {
-    fn connect_lazily(url: DatabaseUrl) -> Self {
+    /// `timeout` is told to the server: one that waits for a lock does not notice that nobody waits any more,
+    /// and each such connection would stay until the lock is gone.
+    fn connect_lazily(url: DatabaseUrl, timeout: Duration) -> Self {
+        let milliseconds = timeout.as_millis().max(1);
         match url {
-            DatabaseUrl::Postgres(options) => Self::Postgres(
+            DatabaseUrl::Postgres { options, session } => {
+                let (options, begin) = if session {
+                    let of_session = [("statement_timeout", milliseconds)];
+                    (options.options(of_session), None)
+                } else {
+                    let begin =
+                        format!("BEGIN READ ONLY; SET LOCAL statement_timeout = {milliseconds}");
+                    (*options, Some(begin))
+                };
                 // A connection that went stale costs one retry; a ping before each query would cost every
                 // lookup a round trip.
-                PgPoolOptions::new()
+                let pool = PgPoolOptions::new()
                     .max_connections(MOST_CONNECTIONS)
                     .test_before_acquire(false)
-                    .connect_lazy_with(*options),
-            ),
+                    .connect_lazy_with(options);
+                Self::Postgres { pool, begin }
+            }
             DatabaseUrl::Sqlite(options) => Self::Sqlite(
                 SqlitePoolOptions::new()
                     .max_connections(MOST_CONNECTIONS)
@@ -271,13 +366,14 @@ impl Database {
     /// [`SourceError`]
     pub fn connect_lazily(source: UrlSource, lookup: &Lookup) -> Result<Self, SourceError> {
         let url = source.read()?;
-        let pool = AnyPool::connect_lazily(url.0.parse()?);
+        let pool = AnyPool::connect_lazily(url.0.parse()?, lookup.timeout);
         Ok(Self {
             source,
             current: RwLock::new(Current { url, pool }),
             query: lookup.query.clone(),
             parameters: lookup.parameters.clone(),
             timeout: lookup.timeout,
+            crowd: Crowd::default(),
         })
     }
 
@@ -297,7 +393,7 @@ impl Database {
             return Ok(false);
         }
         // The old connections close as the lookups that use them end.
-        let pool = AnyPool::connect_lazily(url.0.parse()?);
+        let pool = AnyPool::connect_lazily(url.0.parse()?, self.timeout);
         *current = Current { url, pool };
         Ok(true)
     }
@@ -312,6 +408,7 @@ impl Database {
         limit: Option<Duration>,
     ) -> Result<Stored, LookupError> {
         let deadline = Instant::now() + limit.map_or(self.timeout, |limit| limit.min(self.timeout));
+        let _place = self.crowd.enter().ok_or(LookupError::Crowded)?;
         let used = self.current();
         let mut result = used.fetch(&self.query, parameters, deadline).await;
         if result.as_ref().is_err_and(is_login_refused) {
@@ -323,10 +420,10 @@ impl Database {
                 result = now.fetch(&self.query, parameters, deadline).await;
             }
         }
-        result.map_err(|error| match error {
-            sqlx::Error::PoolTimedOut => LookupError::Timeout,
-            other => other.into(),
-        })
+        let result = result.map_err(LookupError::from);
+        let timed_out = matches!(result, Err(LookupError::Timeout));
+        self.crowd.in_doubt.store(timed_out, Ordering::Relaxed);
+        result
     }
 
     /// Runs the policy's query as a lookup does, for an id that no workspace has.
@@ -364,7 +461,9 @@ impl Database {
         // Prepared without types, the statement must not stay where lookups would find it.
         let count = async {
             match self.current().pool {
-                AnyPool::Postgres(pool) => {
+                // What is prepared under a name would stay with the pooler.
+                AnyPool::Postgres { begin: Some(_), .. } => Ok(None),
+                AnyPool::Postgres { pool, .. } => {
                     let mut connection = pool.acquire().await?.detach();
                     count((&mut connection).prepare(query).await?.parameters())
                 }
@@ -380,7 +479,7 @@ impl Database {
     /// Closes all connections.
     pub async fn close(&self) {
         match self.current().pool {
-            AnyPool::Postgres(pool) => pool.close().await,
+            AnyPool::Postgres { pool, .. } => pool.close().await,
             AnyPool::Sqlite(pool) => pool.close().await,
         }
     }
@@ -392,11 +491,13 @@ fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sq
 
 /// Fetches over one of the pool's connections. One that is of no use to the next lookup is closed: its query
 /// has not ended, or it is stale. A server that restarted leaves stale connections, at most as many as
-/// there are, and each shows itself only when it is used; then the next one is tried.
+/// there are, and each shows itself only when it is used; then the next one is tried. While it restarts, it
+/// refuses new connections, for which sqlx tries again, or cuts them off.
 async fn fetch<DB>(
     pool: &Pool<DB>,
     query: &str,
     parameters: &[ParameterValue],
+    begin: Option<&str>,
     deadline: Instant,
 ) -> Result<Stored, sqlx::Error>
 where
@@ -406,8 +507,14 @@ where
     let mut tries_left = MOST_CONNECTIONS;
     loop {
         let acquired = timeout_at(deadline, pool.acquire()).await;
-        let mut connection = acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
-        let fetched = timeout_at(deadline, connection.fetch(query, parameters)).await;
+        let mut connection = match acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
+            Err(error) if is_cut_off(&error) => {
+                sleep(RETRY_PAUSE).await;
+                continue;
+            }
+            acquired => acquired?,
+        };
+        let fetched = timeout_at(deadline, connection.fetch(query, parameters, begin)).await;
         match fetched.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
             Err(error) if is_stale(&error) && tries_left > 0 => {
                 drop(connection.detach());
@@ -430,24 +537,42 @@ fn is_login_refused(error: &sqlx::Error) -> bool {
         .is_some_and(|code| code.starts_with("28"))
 }
 
-/// Whether the connection, and not the query, is what failed: it broke, or the server says that it ends it
-/// (class 08, and 57P01 to 57P02 for a shutdown).
+/// Whether the connection, and not the query, is what failed: it broke, or the server ends it.
 fn is_stale(error: &sqlx::Error) -> bool {
+    matches!(error, sqlx::Error::Io(_)) || is_ended_by_server(error)
+}
+
+/// Whether a new connection was ended by the other side before it could be used.
+fn is_cut_off(error: &sqlx::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     match error {
-        sqlx::Error::Io(_) => true,
-        sqlx::Error::Database(refusal) => refusal.code().is_some_and(|code| {
-            ["57P01", "57P02", "08000", "08003", "08006"].contains(&code.as_ref())
-        }),
-        _ => false,
+        sqlx::Error::Io(error) => matches!(
+            error.kind(),
+            BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof
+        ),
+        error => is_ended_by_server(error),
     }
 }
 
-/// How one kind of connection runs the policy's query.
+/// Whether the server says that it ends the connection (class 08, and 57P01 to 57P02 for a shutdown).
+fn is_ended_by_server(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|refusal| refusal.code());
+    code.is_some_and(|code| ["57P01", "57P02", "08000", "08003", "08006"].contains(&code.as_ref()))
+}
+
+/// Whether a prepared statement is not there any more (26000).
+fn is_statement_gone(error: &sqlx::Error) -> bool {
+    let code = error.as_database_error().and_then(|refusal| refusal.code());
+    code.is_some_and(|code| code == "26000")
+}
+
+/// How one kind of connection runs the policy's query, in a transaction if `begin` is there to begin one.
 trait Fetch {
     fn fetch(
         &mut self,
         query: &str,
         parameters: &[ParameterValue],
+        begin: Option<&str>,
     ) -> impl Future<Output = Result<Stored, sqlx::Error>> + Send;
 }
 
@@ -456,27 +581,53 @@ impl Fetch for PgConnection {
         &mut self,
         query: &str,
         parameters: &[ParameterValue],
+        begin: Option<&str>,
     ) -> Result<Stored, sqlx::Error> {
-        // The operator's query from the policy file; what pods bring is bound, never spliced.
-        let mut statement = sqlx::query(AssertSqlSafe(query));
-        for parameter in parameters {
-            statement = match parameter {
-                ParameterValue::Uuid(uuid) => statement.bind(uuid),
-                ParameterValue::Text(text) => statement.bind(text),
-            };
+        let Some(begin) = begin else {
+            return select(self, query, parameters, true).await;
+        };
+        let mut types_are_known = false;
+        loop {
+            let mut transaction = self.begin_with(AssertSqlSafe(begin)).await?;
+            let selected = select(&mut transaction, query, parameters, false).await;
+            transaction.rollback().await?;
+            match selected {
+                // A column of a type that is new to it, such as an enum, makes sqlx ask what it is, and that
+                // takes the unnamed statement's place.
+                Err(error) if !types_are_known && is_statement_gone(&error) => {
+                    types_are_known = true;
+                }
+                selected => return selected,
+            }
         }
-        let Some(row) = statement.fetch_optional(self).await? else {
-            return Ok(Stored::NoRow);
-        };
-        let is_enum = matches!(row.try_get_raw(0)?.type_info().kind(), PgTypeKind::Enum(_));
-        // An enum is sent as its label, which sqlx decodes as text only when it is told not to look at the type.
-        let mode = if is_enum {
-            row.try_get_unchecked(0)?
-        } else {
-            row.try_get(0)?
-        };
-        Ok(Stored::Row(mode))
     }
+}
+
+async fn select(
+    connection: &mut PgConnection,
+    query: &str,
+    parameters: &[ParameterValue],
+    prepared: bool,
+) -> Result<Stored, sqlx::Error> {
+    // The operator's query from the policy file; what pods bring is bound, never spliced.
+    let mut statement = sqlx::query(AssertSqlSafe(query)).persistent(prepared);
+    for parameter in parameters {
+        statement = match parameter {
+            ParameterValue::Uuid(uuid) => statement.bind(uuid),
+            ParameterValue::Text(text) => statement.bind(text),
+        };
+    }
+    let Some(row) = statement.fetch_optional(connection).await? else {
+        return Ok(Stored::NoRow);
+    };
+    let is_enum = matches!(row.try_get_raw(0)?.type_info().kind(), PgTypeKind::Enum(_));
+    // An enum is sent as its label, which sqlx decodes as text only when it is told not to look at the type.
+    let mode = if is_enum {
+        row.try_get_unchecked(0)?
+    } else {
+        row.try_get(0)?
+    };
+    Ok(Stored::Row(mode))
 }
 
 impl Fetch for SqliteConnection {
@@ -484,6 +635,7 @@ impl Fetch for SqliteConnection {
         &mut self,
         query: &str,
         parameters: &[ParameterValue],
+        _begin: Option<&str>,
     ) -> Result<Stored, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(query));
         for parameter in parameters {

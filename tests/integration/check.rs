@@ -41,7 +41,7 @@ fn a_complete_and_right_setting_is_reported_line_by_line() {
         "{report}"
     );
     assert!(
-        lines[2].starts_with("ok    database     postgres://localhost:5432/test_"),
+        lines[2].starts_with("ok    database     postgres://localhost:"),
         "{report}"
     );
     assert!(

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::postgres::Postgres;
+use crate::support::postgres::{Cluster, PgBouncer, Postgres};
 use crate::support::program::{Authority, Start, Webhook, run, shown, wait_for};
 use crate::support::{PROXY, create, pod};
 
@@ -218,50 +218,6 @@ fn a_mode_column_that_is_not_text_is_refused_rather_than_guessed_at() {
             "{line}"
         );
     }
-}
-
-#[test]
-fn the_schema_gone_is_loud_and_the_pod_is_platform_managed_with_a_warning() {
-    let postgres = Postgres::with("CREATE TABLE workspaces (id uuid, llm_billing_mode text)");
-    let webhook = start(PROXY, &postgres.url());
-    let review = create(&pod(ID, &json!([])));
-    webhook.mutate(&review);
-    for (fault, words) in [
-        (
-            "REVOKE SELECT ON workspaces FROM reader",
-            "permission denied for table workspaces",
-        ),
-        (
-            "ALTER TABLE workspaces DROP COLUMN llm_billing_mode",
-            "column \\\"llm_billing_mode\\\" does not exist",
-        ),
-        (
-            "DROP TABLE workspaces",
-            "relation \\\"workspaces\\\" does not exist",
-        ),
-    ] {
-        postgres.execute(fault);
-        let response = webhook.mutate(&review)["response"].clone();
-        assert_eq!(
-            response["auditAnnotations"]["reason"], "lookup_error",
-            "{fault}"
-        );
-        let warning = "the workspace's billing mode could not be looked up; the pod is treated as platform_managed";
-        assert_eq!(response["warnings"], json!([warning]));
-        let line = webhook.wait_for_log(words);
-        assert!(line.contains("\"ERROR\""), "{line}");
-        let (code, report) = check(PROXY, &postgres.url());
-        assert!(
-            code == 2 && report.contains(&words.replace('\\', "")),
-            "{report}"
-        );
-    }
-    assert!(
-        webhook
-            .health("/metrics")
-            .1
-            .contains(r#"llm_billing_lookup_duration_seconds_count{result="refused"} 3"#)
-    );
 }
 
 #[test]
@@ -505,4 +461,84 @@ fn a_url_is_given_once_and_a_file_that_is_missing_is_named() {
         missing.2,
         "error: cannot read /nonexistent: No such file or directory (os error 2)\n"
     );
+}
+
+#[test]
+fn the_databases_certificate_is_checked_against_a_private_ca_and_its_host_name() {
+    let authority = Authority::new();
+    let cluster = Cluster::with_certificate(&authority.issue("localhost"));
+    let postgres = Postgres::on(
+        &cluster,
+        "CREATE TABLE workspaces (id uuid, llm_billing_mode text)",
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let ca = |name: &str, authority: &Authority| {
+        let file = folder.path().join(name);
+        std::fs::write(&file, authority.pem()).unwrap();
+        format!("?sslmode=verify-full&sslrootcert={}", file.display())
+    };
+    let (right, wrong) = (ca("ca.crt", &authority), ca("other.crt", &Authority::new()));
+    let url = postgres.url_by(cluster.port());
+    let by_name = url.replace("127.0.0.1", "localhost");
+    let missing = "?sslmode=verify-full&sslrootcert=/nonexistent/ca.crt".to_owned();
+    for (url, code, words) in [
+        (by_name.clone() + &right, 0, "ok    database"),
+        (by_name.clone() + &wrong, 2, "invalid peer certificate: "),
+        (
+            url + &right,
+            2,
+            "certificate not valid for name \"127.0.0.1\"",
+        ),
+        (
+            by_name + &missing,
+            2,
+            "such as sslrootcert or a socket, is missing: No such file",
+        ),
+    ] {
+        let report = check(PROXY, &url);
+        assert!(
+            report.0 == code && report.1.contains(words),
+            "{words}: {report:?}"
+        );
+    }
+}
+
+#[test]
+fn a_pooler_in_transaction_mode_is_asked_in_transactions() {
+    let cluster = Cluster::start();
+    let postgres = Postgres::on(
+        &cluster,
+        &format!(
+            "CREATE TYPE mode AS ENUM ('byok', 'disabled');
+             CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode mode);
+             INSERT INTO workspaces VALUES ('{ID}', 'byok')"
+        ),
+    );
+    let pooler = PgBouncer::before(&cluster);
+    let url = postgres.url_by(pooler.port());
+    let report = check(PROXY, &url);
+    let remedy = "behind PgBouncer, add statement-cache-capacity=0 to the database URL";
+    assert!(report.0 == 2 && report.1.contains(remedy), "{report:?}");
+    let url = url + "?statement-cache-capacity=0";
+    let report = check(PROXY, &url);
+    assert!(report.0 == 0, "{report:?}");
+    // Two programs at once, so that connections change hands between statements of the same name.
+    let webhooks = [start(PROXY, &url), start(PROXY, &url)];
+    let pod = pod(ID, &json!([]));
+    std::thread::scope(|scope| {
+        for client in 0..8 {
+            let (webhook, pod) = (&webhooks[client % 2], &pod);
+            scope.spawn(move || {
+                for _ in 0..50 {
+                    let right = ("byok".to_owned(), "override".to_owned());
+                    assert_eq!(resolved(webhook, pod), right);
+                }
+            });
+        }
+    });
+    postgres.execute("ALTER TABLE workspaces RENAME TO gone");
+    assert_eq!(resolved(&webhooks[0], &pod).1, "lookup_error");
+    webhooks[0].wait_for_log("relation \\\"workspaces\\\" does not exist");
+    postgres.execute("ALTER TABLE gone RENAME TO workspaces");
+    assert_eq!(resolved(&webhooks[0], &pod).0, "byok");
 }

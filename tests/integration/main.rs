@@ -16,6 +16,7 @@ mod core_properties;
 mod core_recorded;
 mod database;
 mod drain;
+mod faults;
 mod http;
 mod readme;
 mod recorded;

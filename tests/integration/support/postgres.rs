@@ -1,46 +1,206 @@
-//! A real PostgreSQL for the tests: one cluster for the run, one database for each test. It listens on a
-//! Unix socket in a temporary folder, and ends with the test process.
+//! A real PostgreSQL for the tests: one cluster that they share, with one database for each test, and
+//! clusters of their own for those that break them. Each listens on loopback and on a Unix socket in its
+//! temporary folder, and ends with the test process.
 
 use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use super::program::wait_for;
 
-/// The password of the databases' owner.
+/// The password of the databases' owner and of their reader.
 pub(crate) const PASSWORD: &str = "correct-horse-battery-staple";
 
-struct Cluster {
+/// A running server.
+pub(crate) struct Cluster {
     binaries: PathBuf,
     folder: PathBuf,
+    port: u16,
     /// Ends the server when this process closes its end of the pipe, however it ends.
     _keeper: Child,
 }
 
-/// A database of its own, and a role that may only do what `grants` say.
+/// Makes a cluster and starts it; waits for the end of its input; then stops it and removes its folder.
+const KEEPER: &str = r#"
+    set -eu
+    cd "$2"
+    printf %s "$3" > password
+    "$1/initdb" --pgdata=data --username=owner --auth=scram-sha-256 --pwfile=password \
+        --no-sync --encoding=UTF8 --locale=C > initdb.log 2>&1
+    cat >> data/postgresql.conf <<CONF
+listen_addresses = '127.0.0.1'
+port = $4
+ssl = $5
+ssl_cert_file = '$2/tls.crt'
+ssl_key_file = '$2/tls.key'
+unix_socket_directories = '$2'
+fsync = off
+max_connections = 200
+CONF
+    "$1/pg_ctl" --pgdata=data --log=server.log --wait start > /dev/null
+    cat > /dev/null
+    "$1/pg_ctl" --pgdata=data --mode=immediate stop > /dev/null || true
+    cd /
+    rm -rf "$2"
+"#;
+
+impl Cluster {
+    /// Starts one.
+    pub(crate) fn start() -> Arc<Self> {
+        Self::start_with(None)
+    }
+
+    /// Starts one that speaks TLS, with this certificate and key in PEM.
+    pub(crate) fn with_certificate(pem: &(String, String)) -> Arc<Self> {
+        Self::start_with(Some(pem))
+    }
+
+    fn start_with(tls: Option<&(String, String)>) -> Arc<Self> {
+        let binaries = binaries();
+        let folder = tempfile::Builder::new()
+            .prefix("pg-")
+            .tempdir()
+            .unwrap()
+            .keep();
+        for (name, pem) in tls
+            .iter()
+            .flat_map(|(certificate, key)| [("tls.crt", certificate), ("tls.key", key)])
+        {
+            fs::write(folder.join(name), pem).unwrap();
+            give_to_postgres(&folder.join(name));
+        }
+        give_to_postgres(&folder);
+        let port = free_port();
+        let keeper = as_postgres("sh")
+            .args(["-c", KEEPER, "keeper"])
+            .args([binaries.as_os_str(), folder.as_os_str()])
+            .arg(PASSWORD)
+            .arg(port.to_string())
+            .arg(if tls.is_some() { "on" } else { "off" })
+            .current_dir(&folder)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let cluster = Self {
+            binaries,
+            folder,
+            port,
+            _keeper: keeper,
+        };
+        wait_for("PostgreSQL answers", || {
+            let answer = cluster.psql("postgres", "SELECT 1").output().unwrap();
+            answer.status.success().then_some(())
+        });
+        cluster.execute(
+            "postgres",
+            &format!("CREATE ROLE reader LOGIN PASSWORD '{PASSWORD}'"),
+        );
+        Arc::new(cluster)
+    }
+
+    /// Runs `pg_ctl` with these arguments, such as `restart --mode=immediate`.
+    pub(crate) fn pg_ctl(&self, arguments: &[&str]) {
+        let mut command = as_postgres(self.binaries.join("pg_ctl"));
+        command
+            .arg("--pgdata")
+            .arg(self.folder.join("data"))
+            .arg("--log")
+            .arg(self.folder.join("server.log"));
+        run_to_success(
+            command
+                .arg("--wait")
+                .args(arguments)
+                .current_dir(&self.folder)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null()),
+        );
+    }
+
+    /// Ends one of this role's server processes with signal 9, by its id.
+    pub(crate) fn kill_a_backend(&self, role: &str) {
+        let of_role = format!("SELECT pid FROM pg_stat_activity WHERE usename = '{role}' LIMIT 1");
+        let mut psql = self.psql("postgres", &of_role);
+        psql.args(["--tuples-only", "--no-align"])
+            .stdout(Stdio::piped());
+        let pid = String::from_utf8(psql.output().unwrap().stdout).unwrap();
+        run_to_success(as_postgres("kill").args(["-9", pid.trim()]));
+    }
+
+    /// Where it listens on loopback.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Restarts it as a standby without a primary: in recovery for good, and read only.
+    pub(crate) fn become_standby(&self) {
+        fs::write(self.folder.join("data/standby.signal"), "").unwrap();
+        self.pg_ctl(&["restart", "--mode=fast"]);
+    }
+
+    fn execute(&self, database: &str, statements: &str) {
+        let done = self.psql(database, statements).output().unwrap();
+        assert!(
+            done.status.success(),
+            "{}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+    }
+
+    fn psql(&self, database: &str, statements: &str) -> Command {
+        let mut command = Command::new(self.binaries.join("psql"));
+        command
+            .args([
+                "--no-psqlrc",
+                "--quiet",
+                "--set=ON_ERROR_STOP=1",
+                "--username=owner",
+                "--host",
+            ])
+            .arg(&self.folder)
+            .args(["--port", &self.port.to_string()])
+            .args(["--dbname", database, "--command", statements])
+            .env("PGPASSWORD", PASSWORD)
+            .stdout(Stdio::null());
+        command
+    }
+}
+
+/// A database, and a role that may only read its tables.
 pub(crate) struct Postgres {
+    cluster: Arc<Cluster>,
     name: String,
 }
 
 impl Postgres {
-    /// Makes a database with this schema; the role `reader` gets SELECT on its tables.
+    /// Makes a database with this schema on the cluster that the tests share.
     pub(crate) fn with(schema: &str) -> Self {
+        static SHARED: OnceLock<Arc<Cluster>> = OnceLock::new();
+        Self::on(SHARED.get_or_init(Cluster::start), schema)
+    }
+
+    /// Makes a database with this schema; the role `reader` gets SELECT on its tables.
+    pub(crate) fn on(cluster: &Arc<Cluster>, schema: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
-        psql("postgres", &format!("CREATE DATABASE {name}"));
-        psql(&name, schema);
-        psql(
+        cluster.execute("postgres", &format!("CREATE DATABASE {name}"));
+        cluster.execute(&name, schema);
+        cluster.execute(
             &name,
             "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader",
         );
-        Self { name }
+        Self {
+            cluster: Arc::clone(cluster),
+            name,
+        }
     }
 
     /// Runs statements as the owner.
     pub(crate) fn execute(&self, statements: &str) {
-        psql(&self.name, statements);
+        self.cluster.execute(&self.name, statements);
     }
 
     /// The URL for the role that may only read.
@@ -48,117 +208,134 @@ impl Postgres {
         self.url_with(PASSWORD)
     }
 
-    /// The same with another password.
+    /// The same by way of this port of loopback.
+    pub(crate) fn url_by(&self, port: u16) -> String {
+        format!(
+            "postgres://reader:{PASSWORD}@127.0.0.1:{port}/{}",
+            self.name
+        )
+    }
+
+    /// The first one with another password.
     pub(crate) fn url_with(&self, password: &str) -> String {
         format!(
-            "postgres://reader:{password}@localhost/{}?host={}",
+            "postgres://reader:{password}@localhost:{}/{}?host={}",
+            self.cluster.port,
             self.name,
-            cluster().folder.display()
+            self.cluster.folder.display()
         )
     }
 }
 
-fn cluster() -> &'static Cluster {
-    static CLUSTER: OnceLock<Cluster> = OnceLock::new();
-    CLUSTER.get_or_init(start)
+/// PgBouncer in transaction mode before a cluster, with fewer connections than the webhook uses.
+pub(crate) struct PgBouncer {
+    child: Child,
+    port: u16,
+    _folder: tempfile::TempDir,
 }
 
-fn start() -> Cluster {
-    let binaries = binaries();
-    let folder = tempfile::Builder::new()
-        .prefix("pg-")
-        .tempdir()
-        .unwrap()
-        .keep();
-    let is_root =
-        fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
-    if is_root {
-        assert!(
-            Command::new("chown")
-                .arg("postgres")
-                .arg(&folder)
-                .status()
-                .unwrap()
-                .success()
+impl PgBouncer {
+    /// Starts it.
+    pub(crate) fn before(cluster: &Cluster) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let port = free_port();
+        let settings = format!(
+            "[databases]
+             * = host={}  port={}
+             [pgbouncer]
+             listen_addr = 127.0.0.1
+             listen_port = {port}
+             unix_socket_dir =
+             auth_type = scram-sha-256
+             auth_file = {}
+             pool_mode = transaction
+             default_pool_size = 4
+             ",
+            cluster.folder.display(),
+            cluster.port,
+            path("users").display(),
         );
-    }
-    // PostgreSQL refuses to run as root.
-    let script = r#"
-        set -eu
-        printf %s "$3" > "$2/password"
-        "$1/initdb" --pgdata="$2/data" --username=owner --auth=scram-sha-256 --pwfile="$2/password" \
-            --no-sync --encoding=UTF8 --locale=C > "$2/initdb.log" 2>&1
-        "$1/postgres" -D "$2/data" -k "$2" -c listen_addresses= -c fsync=off -c max_connections=300 > "$2/server.log" 2>&1 &
-        server=$!
-        cat > /dev/null
-        kill -s INT "$server"
-        wait "$server" || true
-        cd /
-        rm -rf "$2"
-    "#;
-    let mut keeper = if is_root {
-        let mut command = Command::new("setpriv");
-        command.args([
-            "--reuid=postgres",
-            "--regid=postgres",
-            "--clear-groups",
-            "sh",
-        ]);
-        command
-    } else {
-        Command::new("sh")
-    };
-    let keeper = keeper
-        .args(["-c", script, "keeper"])
-        .args([binaries.as_os_str(), folder.as_os_str()])
-        .arg(PASSWORD)
-        .current_dir(&folder)
-        .stdin(Stdio::piped())
-        .spawn()
+        fs::write(path("users"), format!("\"reader\" \"{PASSWORD}\"\n")).unwrap();
+        fs::write(
+            path("pgbouncer.ini"),
+            settings.replace("\n             ", "\n"),
+        )
         .unwrap();
-    let cluster = Cluster {
-        binaries,
-        folder,
-        _keeper: keeper,
-    };
-    wait_for("PostgreSQL answers", || {
-        let answer = command(&cluster, "postgres", "SELECT 1").output().unwrap();
-        answer.status.success().then_some(())
-    });
-    let role = format!("CREATE ROLE reader LOGIN PASSWORD '{PASSWORD}'");
-    assert!(
-        command(&cluster, "postgres", &role)
-            .status()
-            .unwrap()
-            .success()
-    );
-    cluster
+        for name in ["users", "pgbouncer.ini", ""] {
+            give_to_postgres(&path(name));
+        }
+        let mut command = as_postgres("pgbouncer");
+        let child = command
+            .args(["--quiet", "pgbouncer.ini"])
+            .current_dir(folder.path())
+            .spawn()
+            .unwrap();
+        wait_for("PgBouncer listens", || {
+            TcpStream::connect(("127.0.0.1", port)).ok()
+        });
+        Self {
+            child,
+            port,
+            _folder: folder,
+        }
+    }
+
+    /// Where it listens on loopback.
+    pub(crate) fn port(&self) -> u16 {
+        self.port
+    }
 }
 
-fn psql(database: &str, statements: &str) {
-    let done = command(cluster(), database, statements).output().unwrap();
-    assert!(
-        done.status.success(),
-        "{}",
-        String::from_utf8_lossy(&done.stderr)
-    );
+impl Drop for PgBouncer {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
-fn command(cluster: &Cluster, database: &str, statements: &str) -> Command {
-    let mut command = Command::new(cluster.binaries.join("psql"));
+fn is_root() -> bool {
+    fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
+}
+
+/// Lets the server, and nobody else, read a file or a folder.
+fn give_to_postgres(path: &Path) {
+    let mode = if path.is_dir() { "0700" } else { "0600" };
+    run_to_success(Command::new("chmod").arg(mode).arg(path));
+    if is_root() {
+        run_to_success(Command::new("chown").arg("postgres").arg(path));
+    }
+}
+
+fn run_to_success(command: &mut Command) {
+    let status = command.status().unwrap();
+    assert!(status.success(), "{command:?}");
+}
+
+/// A command for the server's side: PostgreSQL refuses to run as root.
+fn as_postgres(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    if !is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
     command
-        .args([
-            "--no-psqlrc",
-            "--quiet",
-            "--set=ON_ERROR_STOP=1",
-            "--username=owner",
-            "--host",
-        ])
-        .arg(&cluster.folder)
-        .args(["--dbname", database, "--command", statements])
-        .env("PGPASSWORD", PASSWORD)
-        .stdout(Stdio::null());
+        .args(["--reuid=postgres", "--regid=postgres", "--clear-groups"])
+        .arg(program);
     command
+}
+
+/// A port of loopback that nothing listens on. It is below those that connections get by themselves, so that
+/// it stays free while what listens there restarts.
+pub(crate) fn free_port() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let next = std::process::id() * 64 + NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = u16::try_from(20_000 + next % 10_000).unwrap();
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// Debian keeps the server's programs off the PATH, in a folder a version.
@@ -174,7 +351,7 @@ fn binaries() -> PathBuf {
             .flat_map(std::env::split_paths),
     );
     let has_server = |folder: &PathBuf| {
-        ["initdb", "postgres", "psql"]
+        ["initdb", "pg_ctl", "psql"]
             .iter()
             .all(|name| Path::is_file(&folder.join(name)))
     };
