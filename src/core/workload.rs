@@ -230,10 +230,9 @@ mod tests {
         subjects
             .iter()
             .map(|subject| {
-                (
-                    subject.title.clone(),
-                    subject.is_planned().then(|| subject.root()),
-                )
+                let root = subject.is_planned().then(|| subject.root());
+                assert_eq!(subject.makes_pods(), root.is_some());
+                (subject.title.clone(), root)
             })
             .collect()
     }
