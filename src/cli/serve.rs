@@ -15,7 +15,7 @@ use crate::database::{Database, LookupError, UrlSource};
 use crate::metrics::Metrics;
 use crate::server::health::Readiness;
 use crate::server::tls::{Certificate, CertificateFiles, CertificatePem};
-use crate::server::webhook::App;
+use crate::server::webhook::{App, Bodies};
 use crate::server::{Bound, Drain};
 use crate::telemetry::{self, LogFormat};
 
@@ -114,7 +114,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         database,
         metrics: Metrics::default(),
         readiness: Readiness::default(),
-        largest_body: args.max_body_bytes,
+        bodies: Bodies::up_to(args.max_body_bytes),
     };
     let drain = Drain {
         delay: args.drain_delay,
@@ -154,6 +154,6 @@ async fn database(args: &ServeArgs) -> anyhow::Result<UrlSource> {
 async fn refuse_wrong_query(database: &Database) -> anyhow::Result<()> {
     match database.check().await {
         Err(error @ LookupError::Refused(_)) => Err(error).context("cannot start"),
-        Ok(()) | Err(LookupError::Timeout | LookupError::Unavailable(_)) => Ok(()),
+        _ => Ok(()),
     }
 }

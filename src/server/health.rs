@@ -26,6 +26,11 @@ impl Readiness {
         self.draining.store(true, Ordering::Relaxed);
     }
 
+    /// Whether it is.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
     /// The database answered once. A later loss does not take the pod out: the fallback still serves.
     pub fn set_database_answered(&self) {
         self.database_answered.store(true, Ordering::Relaxed);
@@ -42,7 +47,7 @@ impl Readiness {
     }
 
     fn obstacle(&self) -> Option<&'static str> {
-        if self.draining.load(Ordering::Relaxed) {
+        if self.is_draining() {
             Some("draining")
         } else if self.certificate_expiry.load(Ordering::Relaxed) <= now() {
             Some("the certificate has expired")

@@ -5,16 +5,21 @@ pub mod health;
 pub mod tls;
 pub mod webhook;
 
+use std::future::{Ready, ready};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum_server::Handle;
-use axum_server::accept::NoDelayAcceptor;
+use axum::Extension;
+use axum::middleware::AddExtension;
+use axum_server::accept::Accept;
 use axum_server::tls_rustls::RustlsAcceptor;
-use hyper_util::rt::TokioTimer;
+use axum_server::{Handle, Server};
+use tokio::net::TcpStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tower_layer::Layer;
 use tracing::{error, info, warn};
 
 use crate::database::LookupError;
@@ -22,8 +27,13 @@ use crate::server::tls::{Certificate, CertificateFiles, CertificatePem};
 use crate::server::webhook::App;
 use crate::telemetry;
 
-/// Longest wait for a TLS handshake, and for the head of a request.
+/// Longest wait for a TLS handshake, and then for the head of a connection's first request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest wait for the head of a further request. The API server closes what it has not used for 90 s; were
+/// the webhook first, it could be just as a request comes, and that admission would fail.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Connections at most, on each port. Each API server keeps one for each admission that it waits for.
+const MOST_CONNECTIONS: usize = 4096;
 /// How often the files of certificate and database URL are read: well within the minute that a kubelet takes
 /// to update a mounted Secret.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
@@ -97,24 +107,13 @@ impl Bound {
         let (webhook_handle, health_handle) = (Handle::new(), Handle::new());
         let acceptor = RustlsAcceptor::new(served.clone())
             .handshake_timeout(HEAD_TIMEOUT)
-            .acceptor(NoDelayAcceptor::new());
-        let mut webhook = axum_server::from_tcp(self.webhook)?
+            .acceptor(Places::new());
+        let webhook = patient(axum_server::from_tcp(self.webhook)?)
             .acceptor(acceptor)
-            .handle(webhook_handle.clone())
-            .http1_only();
-        webhook
-            .http_builder()
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT);
-        let mut health = axum_server::from_tcp(self.health)?
-            .handle(health_handle.clone())
-            .http1_only();
-        health
-            .http_builder()
-            .http1()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIMEOUT);
+            .handle(webhook_handle.clone());
+        let health = patient(axum_server::from_tcp(self.health)?)
+            .acceptor(Places::new())
+            .handle(health_handle.clone());
         info!(webhook = %self.webhook_address, health = %self.health_address, "listening");
 
         let serving = async {
@@ -158,15 +157,51 @@ impl Bound {
     }
 }
 
+/// HTTP/1.1, which is what the API server speaks to webhooks, with an end to every wait for a request.
+fn patient(server: Server<SocketAddr>) -> Server<SocketAddr> {
+    let mut server = server.http1_only().first_request_timeout(HEAD_TIMEOUT);
+    server
+        .http_builder()
+        .http1()
+        .header_read_timeout(IDLE_TIMEOUT);
+    server
+}
+
+/// Accepts as many connections as there are places, and closes further ones.
+#[derive(Clone)]
+struct Places(Arc<Semaphore>);
+
+impl Places {
+    fn new() -> Self {
+        Self(Arc::new(Semaphore::new(MOST_CONNECTIONS)))
+    }
+}
+
+/// The service of a connection keeps the connection's place.
+type Placed<S> = AddExtension<S, Arc<OwnedSemaphorePermit>>;
+
+impl<S> Accept<TcpStream, S> for Places {
+    type Stream = TcpStream;
+    type Service = Placed<S>;
+    type Future = Ready<io::Result<(TcpStream, Placed<S>)>>;
+
+    fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
+        let place = Arc::clone(&self.0).try_acquire_owned();
+        let place = place.map_err(|_| io::Error::other("too many connections"));
+        ready(place.and_then(|place| {
+            stream.set_nodelay(true)?;
+            Ok((stream, Extension(Arc::new(place)).layer(service)))
+        }))
+    }
+}
+
 /// Asks until the database has answered once, then never ends. An answer to a request counts too.
 async fn wait_for_database(app: &App) {
     while !app.readiness.database_answered() {
         match app.database.check().await {
             Ok(()) => app.readiness.set_database_answered(),
             Err(refused @ LookupError::Refused(_)) => error!(error = %refused, "not ready"),
-            Err(failed @ (LookupError::Timeout | LookupError::Unavailable(_))) => {
-                warn!(error = %failed, "not ready")
-            }
+            Err(failed) => warn!(error = %failed, "not ready"),
         }
         tokio::time::sleep(DATABASE_INTERVAL).await;
     }

@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{Query, Request as HttpRequest, State};
-use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::middleware::map_response_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 
@@ -25,8 +27,13 @@ use crate::database::{Database, LookupError};
 use crate::metrics::{Admission, Metrics};
 use crate::server::health::Readiness;
 
-/// The API server gives up after 30 s at most; a body that takes longer is nobody's.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// The API server sends a body at once; one that takes longer is nobody's.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// A body of so many bytes is read at once: nearly every pod fits. A larger one waits for its share of the
+/// memory for large bodies.
+const SMALL_BODY: usize = 64 * 1024;
+/// Bodies of the greatest length that fit into that memory.
+const LARGEST_BODIES: usize = 8;
 
 /// What every request shares. No `Debug`: the policy may hold a token.
 pub struct App {
@@ -38,8 +45,28 @@ pub struct App {
     pub metrics: Metrics,
     /// Whether there should be traffic.
     pub readiness: Readiness,
-    /// Longest body that is read, in bytes.
-    pub largest_body: usize,
+    /// How long a body may be, and how many there may be.
+    pub bodies: Bodies,
+}
+
+/// The bound on the memory that requests' bodies take.
+#[derive(Debug)]
+pub struct Bodies {
+    largest: usize,
+    /// A permit for each [`SMALL_BODY`] bytes.
+    shares: Semaphore,
+}
+
+impl Bodies {
+    /// For bodies of so many bytes at most.
+    #[must_use]
+    pub fn up_to(largest: usize) -> Self {
+        let shares = largest.div_ceil(SMALL_BODY).saturating_mul(LARGEST_BODIES);
+        Self {
+            largest,
+            shares: Semaphore::new(shares.min(Semaphore::MAX_PERMITS)),
+        }
+    }
 }
 
 /// The two webhooks.
@@ -74,7 +101,20 @@ pub fn routes(app: Arc<App>) -> Router {
                 "there is nothing here; use POST /mutate or POST /validate",
             )
         })
+        .layer(map_response_with_state(
+            Arc::clone(&app),
+            close_when_draining,
+        ))
         .with_state(app)
+}
+
+/// Asks clients to open no more requests on a connection that is about to go: then none of them is lost.
+async fn close_when_draining(State(app): State<Arc<App>>, mut response: Response) -> Response {
+    if app.readiness.is_draining() {
+        let close = HeaderValue::from_static("close");
+        response.headers_mut().insert(header::CONNECTION, close);
+    }
+    response
 }
 
 fn refuse(status: StatusCode, sentence: &str) -> Response {
@@ -96,11 +136,11 @@ async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpReque
     let patience = Query::<Patience>::try_from_uri(&head.uri)
         .ok()
         .and_then(|Query(query)| query.timeout());
-    let body = match read(&head.headers, body, app.largest_body).await {
-        Ok(body) => body,
+    let received = match app.bodies.read(&head.headers, body).await {
+        Ok(received) => received,
         Err((status, sentence)) => return app.bad_request(webhook, arrived, status, &sentence),
     };
-    let decoded = match decode(&body) {
+    let decoded = match decode(&received.body) {
         Ok(decoded) => decoded,
         Err(error) => {
             let status = match error {
@@ -157,46 +197,78 @@ fn left(patience: Duration, arrived: Instant) -> Duration {
         .saturating_sub(arrived.elapsed())
 }
 
-async fn read(
-    headers: &HeaderMap,
-    body: Body,
-    largest: usize,
-) -> Result<Bytes, (StatusCode, String)> {
-    let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
-    let media_type = header(header::CONTENT_TYPE)
-        .and_then(|value| value.split(';').next())
-        .unwrap_or_default();
-    if !media_type.trim().eq_ignore_ascii_case("application/json") {
-        let sentence = "the content type is not supported; send application/json".to_owned();
-        return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, sentence));
+/// A body, and its share of the memory for large ones.
+struct Received<'a> {
+    body: Bytes,
+    _share: Option<SemaphorePermit<'a>>,
+}
+
+impl Bodies {
+    async fn read(
+        &self,
+        headers: &HeaderMap,
+        body: Body,
+    ) -> Result<Received<'_>, (StatusCode, String)> {
+        let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
+        let media_type = header(header::CONTENT_TYPE)
+            .and_then(|value| value.split(';').next())
+            .unwrap_or_default();
+        if !media_type.trim().eq_ignore_ascii_case("application/json") {
+            let sentence = "the content type is not supported; send application/json".to_owned();
+            return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, sentence));
+        }
+        if header(header::CONTENT_ENCODING)
+            .is_some_and(|encoding| !encoding.trim().eq_ignore_ascii_case("identity"))
+        {
+            let sentence = "compressed bodies are not supported; send the JSON as it is".to_owned();
+            return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, sentence));
+        }
+        let largest = self.largest;
+        let too_large = || {
+            (
+                StatusCode::PAYLOAD_TOO_LARGE,
+                format!("the body is larger than {largest} bytes; see --max-body-bytes"),
+            )
+        };
+        let length = header(header::CONTENT_LENGTH).map_or(Ok(largest), str::parse::<usize>);
+        let length = length.unwrap_or(usize::MAX);
+        if length > largest {
+            return Err(too_large());
+        }
+        let share = self.share(length).await?;
+        match timeout(BODY_TIMEOUT, to_bytes(body, length)).await {
+            Ok(Ok(body)) => Ok(Received {
+                body,
+                _share: share,
+            }),
+            Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
+            Ok(Err(_)) => Err((
+                StatusCode::BAD_REQUEST,
+                "the body broke off; send it again".to_owned(),
+            )),
+            Err(_) => Err((
+                StatusCode::REQUEST_TIMEOUT,
+                "the body took too long; send it again".to_owned(),
+            )),
+        }
     }
-    if header(header::CONTENT_ENCODING)
-        .is_some_and(|encoding| !encoding.trim().eq_ignore_ascii_case("identity"))
-    {
-        let sentence = "compressed bodies are not supported; send the JSON as it is".to_owned();
-        return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, sentence));
-    }
-    let too_large = || {
-        (
-            StatusCode::PAYLOAD_TOO_LARGE,
-            format!("the body is larger than {largest} bytes; see --max-body-bytes"),
-        )
-    };
-    let announced = header(header::CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
-    if announced.is_some_and(|length| length > largest as u64) {
-        return Err(too_large());
-    }
-    match timeout(BODY_TIMEOUT, to_bytes(body, largest)).await {
-        Ok(Ok(body)) => Ok(body),
-        Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
-        Ok(Err(_)) => Err((
-            StatusCode::BAD_REQUEST,
-            "the body broke off; send it again".to_owned(),
-        )),
-        Err(_) => Err((
-            StatusCode::REQUEST_TIMEOUT,
-            "the body took too long; send it again".to_owned(),
-        )),
+
+    /// Waits for a large body's share of the memory; a small one needs none.
+    async fn share(
+        &self,
+        length: usize,
+    ) -> Result<Option<SemaphorePermit<'_>>, (StatusCode, String)> {
+        if length <= SMALL_BODY {
+            return Ok(None);
+        }
+        let shares = u32::try_from(length.div_ceil(SMALL_BODY)).unwrap_or(u32::MAX);
+        match timeout(BODY_TIMEOUT, self.shares.acquire_many(shares)).await {
+            Ok(Ok(share)) => Ok(Some(share)),
+            _ => Err((
+                StatusCode::SERVICE_UNAVAILABLE,
+                "there are too many large bodies; send it again".to_owned(),
+            )),
+        }
     }
 }
 
@@ -273,7 +345,7 @@ impl App {
                 error!(error = %refused, "lookup refused; correct the policy's query, the schema or the role's permissions");
                 Stored::Failed
             }
-            Err(failed @ (LookupError::Timeout | LookupError::Unavailable(_))) => {
+            Err(failed) => {
                 warn!(error = %failed, "lookup failed");
                 Stored::Failed
             }

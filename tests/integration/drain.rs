@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use crate::support::haproxy::{Haproxy, Slot};
+use crate::support::load::{Asker, Tally, schema};
 use crate::support::postgres::Postgres;
-use crate::support::program::{Start, wait_for};
+use crate::support::program::{Authority, Start, Webhook, wait_for};
 use crate::support::{PROXY, create, pod};
 
 const ID: &str = "88888888-8888-8888-8888-888888888888";
@@ -66,10 +68,11 @@ fn readiness_turns_off_at_once_and_new_requests_are_answered_until_the_delay_is_
     );
     assert_eq!(webhook.health("/livez").0, 200);
     webhook.client = webhook.authority.client();
-    assert_eq!(
-        webhook.mutate(&create(&pod(ID, &json!([]))))["response"]["allowed"],
-        true
-    );
+    let review = create(&pod(ID, &json!([])));
+    assert_eq!(webhook.mutate(&review)["response"]["allowed"], true);
+    // The client is told to take its next request elsewhere.
+    let response = webhook.post("/mutate", "application/json", review.to_string().as_bytes());
+    assert_eq!(response.headers()["connection"], "close");
     assert_eq!(webhook.wait().code(), Some(0));
 }
 
@@ -86,4 +89,35 @@ fn a_second_signal_ends_it_at_once() {
     webhook.wait_for_log("\"draining\"");
     webhook.signal("INT");
     assert_eq!(webhook.wait().code(), Some(0));
+}
+
+#[test]
+fn rolling_both_of_two_instances_over_under_load_fails_no_admission() {
+    let postgres = Postgres::with(&schema());
+    let (authority, slots) = (Authority::new(), [Slot::free(), Slot::free()]);
+    let start = |slot: Slot| slot.start(&authority, PROXY, &postgres.url());
+    let mut instances = slots.map(start);
+    let proxy = Haproxy::before(&slots);
+    let ask = || Asker {
+        client: authority.client(),
+        port: proxy.port,
+        on_error: "platform_managed",
+    };
+    // A connection stays where it went, so each try is a new one.
+    let gets_traffic = |instance: &Webhook| {
+        wait_for("the proxy has seen that it is ready", || {
+            ask().ask(&mut Tally::default());
+            instance.log().contains("\"admission\"").then_some(())
+        });
+    };
+    instances.iter().for_each(gets_traffic);
+    let tally = ask().ask_during("two instances rolled over", 8, || {
+        for (instance, slot) in instances.iter_mut().zip(slots) {
+            instance.signal("TERM");
+            assert_eq!(instance.wait().code(), Some(0));
+            *instance = start(slot);
+            gets_traffic(instance);
+        }
+    });
+    assert_eq!(tally.as_the_policy_says, 0, "{tally:?}");
 }

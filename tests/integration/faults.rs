@@ -7,145 +7,46 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use serde_json::{Value, json};
-
+use crate::support::PROXY;
+use crate::support::load::{Asker, schema};
 use crate::support::postgres::{Cluster, Postgres};
 use crate::support::program::{Start, Webhook};
-use crate::support::{PROXY, create, pod};
 
-const ID: &str = "88888888-8888-8888-8888-888888888888";
-/// What the API server says that it waits at most.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Ends the clients of a test that fails.
-const LONGEST_FAULT: Duration = Duration::from_secs(60);
-
-fn schema() -> String {
-    format!(
-        "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);
-         INSERT INTO workspaces VALUES ('{ID}', 'byok')"
-    )
-}
-
-/// How admissions of a byok workspace's pod ended.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Tally {
-    /// Admitted as byok.
-    right: usize,
-    /// As the policy says for a failed lookup: refused with its code, or platform_managed with a warning.
-    as_the_policy_says: usize,
-    /// Anything else.
-    wrong: Vec<String>,
-    /// Answered after the API server has given up.
-    hung: usize,
-}
-
-/// A running program, and what its policy says about a failed lookup.
+/// A running program, and who asks it.
 struct Program {
     webhook: Webhook,
-    on_error: &'static str,
+    asker: Asker,
 }
 
 impl Program {
     fn for_each_on_error(database_url: &str) -> [Self; 2] {
+        Self::for_each_on_error_with(
+            "SELECT llm_billing_mode FROM workspaces WHERE id = $1",
+            database_url,
+        )
+    }
+
+    fn for_each_on_error_with(query: &str, database_url: &str) -> [Self; 2] {
         ["platform_managed", "deny"].map(|on_error| {
-            let policy = &format!("lookup: {{onError: {on_error}, timeout: 2s}}\n{PROXY}");
+            let policy =
+                &format!("lookup: {{onError: {on_error}, timeout: 2s, query: '{query}'}}\n{PROXY}");
             let start = Start {
                 policy,
                 database_url,
                 ..Start::default()
             };
-            Self {
-                webhook: start.start(),
-                on_error,
-            }
+            let webhook = start.start();
+            let asker = webhook.asker(on_error);
+            Self { webhook, asker }
         })
     }
 
-    /// Asks once.
-    fn ask(&self, tally: &mut Tally) {
-        let started = Instant::now();
-        let review = create(&pod(ID, &json!([]))).to_string();
-        let path = format!("/mutate?timeout={}s", PATIENCE.as_secs());
-        let mut response = self
-            .webhook
-            .post(&path, "application/json", review.as_bytes());
-        let answer: Value =
-            serde_json::from_str(&response.body_mut().read_to_string().unwrap()).unwrap();
-        if started.elapsed() >= PATIENCE {
-            tally.hung += 1;
-        }
-        let response = &answer["response"];
-        let of = |name: &str| response["auditAnnotations"][name].as_str().unwrap();
-        match (
-            self.on_error,
-            response["allowed"] == true,
-            of("mode"),
-            of("reason"),
-        ) {
-            (_, true, "byok", "override") => tally.right += 1,
-            ("platform_managed", true, "platform_managed", "lookup_error")
-                if response["warnings"][0].is_string() =>
-            {
-                tally.as_the_policy_says += 1
-            }
-            ("deny", false, _, "lookup_error") if response["status"]["code"] == 503 => {
-                tally.as_the_policy_says += 1
-            }
-            _ => tally.wrong.push(answer.to_string()),
-        }
-    }
-
-    /// Asks from several clients without a break while the fault goes on, each at least once.
-    fn ask_during(&self, name: &str, clients: usize, fault: impl FnOnce()) -> Tally {
-        let started = Instant::now();
-        let over = AtomicBool::new(false);
-        let client = || {
-            let mut tally = Tally::default();
-            self.ask(&mut tally);
-            while !over.load(Ordering::Relaxed) && started.elapsed() < LONGEST_FAULT {
-                self.ask(&mut tally);
-            }
-            tally
-        };
-        let mut all = Tally::default();
-        std::thread::scope(|scope| {
-            let clients: Vec<_> = (0..clients).map(|_| scope.spawn(client)).collect();
-            fault();
-            over.store(true, Ordering::Relaxed);
-            for client in clients {
-                let one = client.join().unwrap();
-                all.right += one.right;
-                all.as_the_policy_says += one.as_the_policy_says;
-                all.wrong.extend(one.wrong);
-                all.hung += one.hung;
-            }
-        });
-        let (right, said, wrong, hung) =
-            (all.right, all.as_the_policy_says, all.wrong.len(), all.hung);
-        let tried = right + said + wrong;
-        let on_error = self.on_error;
-        println!("| {name} | `{on_error}` | {tried} | {right} | {said} | {wrong} | {hung} |");
-        assert!(all.wrong.is_empty() && all.hung == 0, "{name}: {all:?}");
-        all
-    }
-
-    /// The same with a fault that lets no lookup succeed.
-    fn fail_during(&self, name: &str, clients: usize, fault: impl FnOnce()) {
-        let tally = self.ask_during(name, clients, fault);
+    /// Asks during a fault that lets no lookup succeed.
+    fn fail_during(&self, name: &str, fault: impl FnOnce()) {
+        let tally = self.asker.ask_during(name, 4, fault);
         assert_eq!(tally.right, 0, "{name}: {tally:?}");
-    }
-
-    /// The very next lookup succeeds.
-    fn is_right(&self) {
-        let mut tally = Tally::default();
-        self.ask(&mut tally);
-        let right = Tally {
-            right: 1,
-            ..Tally::default()
-        };
-        assert_eq!(tally, right);
     }
 }
 
@@ -175,10 +76,10 @@ fn a_restart_or_a_killed_backend_costs_no_wrong_answer() {
         }),
     ];
     for program in Program::for_each_on_error(&url) {
-        program.is_right();
+        program.asker.is_right();
         for (name, fault) in faults {
-            program.ask_during(name, 4, fault);
-            program.is_right();
+            program.asker.ask_during(name, 4, fault);
+            program.asker.is_right();
         }
     }
 }
@@ -190,15 +91,15 @@ fn while_the_database_is_down_every_answer_is_as_the_policy_says() {
     let url = postgres.url_by(cluster.port());
     let programs = Program::for_each_on_error(&url);
     for program in &programs {
-        program.is_right();
+        program.asker.is_right();
     }
     cluster.pg_ctl(&["stop", "--mode=immediate"]);
     for program in &programs {
-        program.fail_during("stopped: connections are refused", 4, a_moment);
+        program.fail_during("stopped: connections are refused", a_moment);
     }
     cluster.pg_ctl(&["start"]);
     for program in &programs {
-        program.is_right();
+        program.asker.is_right();
     }
 }
 
@@ -209,11 +110,11 @@ fn a_network_that_swallows_everything_holds_up_no_answer() {
     let relay = Relay::to(cluster.port());
     let url = postgres.url_by(relay.port);
     for program in Program::for_each_on_error(&url) {
-        program.is_right();
+        program.asker.is_right();
         relay.silent.store(true, Ordering::Relaxed);
-        program.fail_during("a black hole: accepts, and says nothing", 4, a_moment);
+        program.fail_during("a black hole: accepts, and says nothing", a_moment);
         relay.silent.store(false, Ordering::Relaxed);
-        program.is_right();
+        program.asker.is_right();
     }
 }
 
@@ -221,7 +122,7 @@ fn a_network_that_swallows_everything_holds_up_no_answer() {
 fn while_lookups_hang_only_a_few_wait_and_the_others_are_answered_at_once() {
     let postgres = Postgres::on(&Cluster::start(), &schema());
     for program in Program::for_each_on_error(&postgres.url()) {
-        program.is_right();
+        program.asker.is_right();
         // Longer than two deadlines. The server ends what nobody waits for any more: else there would be
         // 16 backends more with each deadline.
         let lock = "BEGIN; LOCK TABLE workspaces; SELECT pg_sleep(4.5);
@@ -229,10 +130,12 @@ fn while_lookups_hang_only_a_few_wait_and_the_others_are_answered_at_once() {
                 ASSERT (SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader') <= 2 * 16;
             END $$;
             COMMIT";
-        program.ask_during("the table is locked: lookups hang", 64, || {
-            postgres.execute(lock)
-        });
-        program.is_right();
+        program
+            .asker
+            .ask_during("the table is locked: lookups hang", 64, || {
+                postgres.execute(lock)
+            });
+        program.asker.is_right();
         let metrics = program.webhook.health("/metrics").1;
         let count = |result: &str| -> usize {
             let name = format!("llm_billing_lookup_duration_seconds_count{{result=\"{result}\"}} ");
@@ -249,21 +152,9 @@ fn while_lookups_hang_only_a_few_wait_and_the_others_are_answered_at_once() {
 #[test]
 fn a_slow_query_ends_at_the_deadline() {
     let postgres = Postgres::with(&schema());
-    for on_error in ["platform_managed", "deny"] {
-        let slow = "'SELECT CASE WHEN pg_sleep(20) IS NOT NULL THEN llm_billing_mode END FROM workspaces WHERE id = $1'";
-        let policy =
-            &format!("lookup: {{onError: {on_error}, timeout: 2s, query: {slow}}}\n{PROXY}");
-        let database_url = &postgres.url();
-        let start = Start {
-            policy,
-            database_url,
-            ..Start::default()
-        };
-        let program = Program {
-            webhook: start.start(),
-            on_error,
-        };
-        program.fail_during("a slow query", 4, a_moment);
+    let slow = "SELECT CASE WHEN pg_sleep(20) IS NOT NULL THEN llm_billing_mode END FROM workspaces WHERE id = $1";
+    for program in Program::for_each_on_error_with(slow, &postgres.url()) {
+        program.fail_during("a slow query", a_moment);
     }
 }
 
@@ -275,9 +166,9 @@ fn a_database_without_a_free_connection_is_a_failed_lookup_and_then_none() {
             "ALTER ROLE reader CONNECTION LIMIT 0;
              SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader'",
         );
-        program.fail_during("no connection is free", 4, a_moment);
+        program.fail_during("no connection is free", a_moment);
         postgres.execute("ALTER ROLE reader CONNECTION LIMIT -1");
-        program.is_right();
+        program.asker.is_right();
     }
 }
 
@@ -288,7 +179,9 @@ fn a_standby_that_is_in_recovery_is_read_like_any_other() {
     let url = postgres.url_by(cluster.port());
     cluster.become_standby();
     for program in Program::for_each_on_error(&url) {
-        let tally = program.ask_during("a standby, in recovery", 4, a_moment);
+        let tally = program
+            .asker
+            .ask_during("a standby, in recovery", 4, a_moment);
         assert_eq!(tally.as_the_policy_says, 0);
     }
 }
@@ -318,9 +211,9 @@ fn a_schema_that_is_gone_is_loud_and_once_it_is_back_the_next_answer_is_right() 
     let postgres = Postgres::with(&schema());
     for program in Program::for_each_on_error(&postgres.url()) {
         for (name, fault, words, remedy) in table {
-            program.is_right();
+            program.asker.is_right();
             postgres.execute(fault);
-            program.fail_during(name, 4, || ());
+            program.fail_during(name, || ());
             let line = program.webhook.wait_for_log(words);
             assert!(line.contains("\"ERROR\""), "{line}");
             let metrics = program.webhook.health("/metrics").1;
@@ -329,7 +222,7 @@ fn a_schema_that_is_gone_is_loud_and_once_it_is_back_the_next_answer_is_right() 
                 "{metrics}"
             );
             postgres.execute(remedy);
-            program.is_right();
+            program.asker.is_right();
         }
     }
 }

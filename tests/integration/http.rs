@@ -3,12 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::sync::Arc;
-use std::time::Duration;
 
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use serde_json::{Value, json};
 
 use crate::support::program::{Start, Webhook, read_to_end};
@@ -36,28 +31,9 @@ fn start(arguments: &[&str]) -> (Webhook, tempfile::TempDir) {
     )
 }
 
-/// A TLS connection without an HTTP client, so that anything can be sent.
-fn connect(webhook: &Webhook) -> StreamOwned<ClientConnection, TcpStream> {
-    let mut roots = RootCertStore::empty();
-    roots
-        .add(CertificateDer::from_pem_slice(webhook.authority.pem().as_bytes()).unwrap())
-        .unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    let tls = ClientConnection::new(Arc::new(config), ServerName::try_from("localhost").unwrap())
-        .unwrap();
-    let tcp = TcpStream::connect(webhook.address).unwrap();
-    tcp.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-    StreamOwned::new(tls, tcp)
-}
-
 /// Sends bytes as they are; status and last line of what comes back.
 fn send(webhook: &Webhook, request: &[u8]) -> (String, String) {
-    let mut stream = connect(webhook);
+    let mut stream = webhook.connect();
     // The server may answer and close before it has read everything.
     let _ = stream.write_all(request);
     let mut answer = Vec::new();
@@ -258,7 +234,7 @@ fn bytes_that_are_no_request_get_an_answer_or_a_closed_connection() {
     let answer = read_to_end(&plain);
     assert!(!answer.starts_with(b"HTTP"));
     // Half a request, then nothing more to come.
-    let mut half = connect(&webhook);
+    let mut half = webhook.connect();
     half.write_all(format!("{head}Content-Length: 100\r\n\r\n{{").as_bytes())
         .unwrap();
     half.conn.send_close_notify();

@@ -17,6 +17,7 @@ mod core_recorded;
 mod database;
 mod drain;
 mod faults;
+mod hostile;
 mod http;
 mod readme;
 mod recorded;

@@ -2,11 +2,17 @@
 //! and mutual where a client CA is given.
 
 use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
 
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use serde_json::json;
 
+use crate::support::load::{Asker, schema};
+use crate::support::postgres::Postgres;
 use crate::support::program::{Authority, Start, Webhook, run, wait_for};
-use crate::support::{create, pod};
+use crate::support::{PROXY, create, pod};
 
 /// Asks over a new connection; whether the certificate is from this authority.
 fn trusted(webhook: &Webhook, authority: &Authority) -> bool {
@@ -36,7 +42,7 @@ fn changed_files_are_served_without_a_restart() {
         fs::create_dir_all(folder.join("next")).unwrap();
         fs::write(folder.join("next").join(name), content).unwrap();
         let link = folder.join("link");
-        std::os::unix::fs::symlink(folder.join("next").join(name), &link).unwrap();
+        symlink(folder.join("next").join(name), &link).unwrap();
         fs::rename(link, folder.join(name)).unwrap();
     };
     replace("tls.key", &key);
@@ -52,6 +58,63 @@ fn changed_files_are_served_without_a_restart() {
             .1
             .contains(r#"llm_billing_certificate_reloads_total{result="ok"} 1"#)
     );
+}
+
+#[test]
+fn certificates_replaced_under_load_fail_no_handshake() {
+    let postgres = Postgres::with(&schema());
+    let (policy, database_url) = (PROXY, &postgres.url());
+    let start = Start {
+        policy,
+        database_url,
+        ..Start::default()
+    };
+    let webhook = start.start();
+    let folder = webhook.folder.path();
+    let served = || {
+        let mut connection = webhook.connect();
+        connection.conn.complete_io(&mut connection.sock).unwrap();
+        connection.conn.peer_certificates().unwrap()[0].clone()
+    };
+    let is_served = |certificate: &str| {
+        let expected = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
+        wait_for("the new certificate is served", || {
+            (served() == expected).then_some(())
+        });
+    };
+    // A kubelet writes a folder and makes a link to it the one that the files' links go through.
+    let mount = |name: &str, (certificate, key): &(String, String)| {
+        let next = folder.join(name);
+        fs::create_dir(&next).unwrap();
+        fs::write(next.join("tls.crt"), certificate).unwrap();
+        fs::write(next.join("tls.key"), key).unwrap();
+        symlink(&next, folder.join("..data_tmp")).unwrap();
+        fs::rename(folder.join("..data_tmp"), folder.join("..data")).unwrap();
+    };
+    let next = || webhook.authority.issue("localhost");
+    let asker = Asker {
+        client: webhook.authority.client_without_keep_alive(),
+        ..webhook.asker("platform_managed")
+    };
+    let tally = asker.ask_during("certificates replaced, in place and by link", 4, || {
+        // In place, one file after the other: for a moment they do not fit each other.
+        let (certificate, key) = next();
+        fs::write(folder.join("tls.key"), key).unwrap();
+        fs::write(folder.join("tls.crt"), &certificate).unwrap();
+        is_served(&certificate);
+
+        mount("first", &next());
+        for name in ["tls.crt", "tls.key"] {
+            symlink(Path::new("..data").join(name), folder.join("link")).unwrap();
+            fs::rename(folder.join("link"), folder.join(name)).unwrap();
+        }
+        for name in ["second", "third"] {
+            let pair = next();
+            mount(name, &pair);
+            is_served(&pair.0);
+        }
+    });
+    assert_eq!(tally.as_the_policy_says, 0);
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! What several test files share: fixtures, pods and reviews, and the real parts to ask.
 
+pub(crate) mod haproxy;
 pub(crate) mod in_process;
+pub(crate) mod load;
 pub(crate) mod postgres;
 pub(crate) mod program;
 

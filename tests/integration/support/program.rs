@@ -3,16 +3,22 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use super::load::Asker;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use serde_json::Value;
 use tempfile::TempDir;
+use ureq::config::ConfigBuilder;
 use ureq::tls::{Certificate, ClientCert, PrivateKey, RootCerts, TlsConfig};
+use ureq::typestate::AgentScope;
 use ureq::{Agent, Body, http};
 
 /// Longest wait for anything that a test waits for.
@@ -45,13 +51,15 @@ pub(crate) fn shown(output: &Output) -> (i32, String, String) {
 }
 
 /// A certificate authority of the test's own.
-pub(crate) struct Authority(CertifiedIssuer<'static, KeyPair>);
+#[derive(Clone)]
+pub(crate) struct Authority(Arc<CertifiedIssuer<'static, KeyPair>>);
 
 impl Authority {
     pub(crate) fn new() -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap());
+        Self(Arc::new(issuer.unwrap()))
     }
 
     pub(crate) fn pem(&self) -> String {
@@ -73,7 +81,7 @@ impl Authority {
         let now = i64::try_from(now.as_secs()).unwrap();
         params.not_after = time::OffsetDateTime::from_unix_timestamp(now + seconds).unwrap();
         (
-            params.signed_by(&key, &self.0).unwrap().pem(),
+            params.signed_by(&key, &*self.0).unwrap().pem(),
             key.serialize_pem(),
         )
     }
@@ -85,6 +93,15 @@ impl Authority {
 
     /// The same, with a certificate and key of its own.
     pub(crate) fn client_with(&self, own: Option<&(String, String)>) -> Agent {
+        self.config(own).build().into()
+    }
+
+    /// One that connects anew for each request.
+    pub(crate) fn client_without_keep_alive(&self) -> Agent {
+        self.config(None).max_idle_connections(0).build().into()
+    }
+
+    fn config(&self, own: Option<&(String, String)>) -> ConfigBuilder<AgentScope> {
         let root = Certificate::from_pem(self.pem().as_bytes()).unwrap();
         let own = own.map(|(certificate, key)| {
             let certificate = Certificate::from_pem(certificate.as_bytes()).unwrap();
@@ -103,8 +120,6 @@ impl Authority {
             .tls_config(tls)
             .http_status_as_error(false)
             .timeout_global(Some(PATIENCE))
-            .build()
-            .into()
     }
 }
 
@@ -132,12 +147,14 @@ pub(crate) struct Start<'a> {
     pub(crate) database_url: &'a str,
     pub(crate) arguments: &'a [&'a str],
     pub(crate) log: &'a str,
+    /// Signs the certificate; absent, one that is made for it.
+    pub(crate) authority: Option<&'a Authority>,
 }
 
 impl Start<'_> {
     /// Starts the program, and waits until it listens.
     pub(crate) fn start(&self) -> Webhook {
-        let authority = Authority::new();
+        let authority = self.authority.cloned().unwrap_or_else(Authority::new);
         let folder = tempfile::tempdir().unwrap();
         let (certificate, key) = authority.issue("localhost");
         fs::write(folder.path().join("tls.crt"), certificate).unwrap();
@@ -185,7 +202,11 @@ impl Start<'_> {
     pub(crate) fn command(&self, folder: &Path) -> Command {
         fs::write(folder.join("policy.yaml"), self.policy).unwrap();
         let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
-        let any_port = ["--listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"];
+        let any_port: &[&str] = if self.arguments.contains(&"--listen") {
+            &[]
+        } else {
+            &["--listen", "127.0.0.1:0", "--health-listen", "127.0.0.1:0"]
+        };
         let mut command = program(&["serve"]);
         command
             .args(any_port)
@@ -236,6 +257,15 @@ impl Webhook {
         serde_json::from_str(&text).unwrap()
     }
 
+    /// One who asks about a byok workspace.
+    pub(crate) fn asker(&self, on_error: &'static str) -> Asker {
+        Asker {
+            client: self.client.clone(),
+            port: self.address.port(),
+            on_error,
+        }
+    }
+
     /// Posts anything.
     pub(crate) fn post(&self, path: &str, content_type: &str, body: &[u8]) -> http::Response<Body> {
         let url = format!("https://localhost:{}{path}", self.address.port());
@@ -244,6 +274,33 @@ impl Webhook {
             .header("content-type", content_type)
             .send(body)
             .unwrap()
+    }
+
+    /// A TLS connection without an HTTP client, so that anything can be sent.
+    pub(crate) fn connect(&self) -> StreamOwned<ClientConnection, TcpStream> {
+        let mut roots = RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_slice(self.authority.pem().as_bytes()).unwrap())
+            .unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("localhost").unwrap();
+        let tls = ClientConnection::new(Arc::new(config), name).unwrap();
+        let tcp = TcpStream::connect(self.address).unwrap();
+        tcp.set_read_timeout(Some(PATIENCE)).unwrap();
+        StreamOwned::new(tls, tcp)
+    }
+
+    /// Memory that the program has, in KiB.
+    pub(crate) fn memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
+        let kibibytes = line.and_then(|line| line.split_whitespace().nth(1));
+        kibibytes.unwrap().parse().unwrap()
     }
 
     /// Status and text of a page of the health port.

@@ -1,0 +1,174 @@
+//! Clients that mean harm, or are broken: what they hold is bounded and given back, and well-behaved clients
+//! are served meanwhile. Malformed requests are http.rs's.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::support::program::{Start, Webhook, read_to_end};
+use crate::support::{create, pod};
+
+const HEAD: &str = "POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
+/// The webhook's own bounds on a first request and on a body, and some leeway.
+const GIVEN_UP: Duration = Duration::from_secs(15);
+
+fn start() -> Webhook {
+    Start {
+        database_url: "sqlite://nowhere.sqlite",
+        ..Start::default()
+    }
+    .start()
+}
+
+/// A new client is answered as ever.
+fn is_served(webhook: &Webhook) {
+    let url = format!(
+        "https://localhost:{}/mutate?timeout=5s",
+        webhook.address.port()
+    );
+    let started = Instant::now();
+    let review = create(&pod("", &json!([]))).to_string();
+    let mut response = webhook
+        .authority
+        .client()
+        .post(url)
+        .header("content-type", "application/json")
+        .send(review.as_bytes())
+        .unwrap();
+    let answer = response.body_mut().read_to_string().unwrap();
+    assert!(answer.contains("missing_workspace_id"), "{answer}");
+    assert!(started.elapsed() < Duration::from_secs(5));
+}
+
+/// Waits until the webhook closes the connection; what it said before.
+fn until_closed(stream: impl Read, since: Instant) -> String {
+    let said = read_to_end(stream);
+    assert!(since.elapsed() < GIVEN_UP, "{:?}", since.elapsed());
+    String::from_utf8_lossy(&said).into_owned()
+}
+
+#[test]
+fn whoever_is_slow_with_handshake_head_or_body_is_given_up_and_others_are_served() {
+    let webhook = start();
+    let since = Instant::now();
+    let silent = TcpStream::connect(webhook.address).unwrap();
+    let mut half_closed = TcpStream::connect(webhook.address).unwrap();
+    half_closed.write_all(b"\x16\x03").unwrap();
+    half_closed.shutdown(Shutdown::Write).unwrap();
+    let mut slow_head = webhook.connect();
+    slow_head.write_all(HEAD.as_bytes()).unwrap();
+    let mut slow_body = webhook.connect();
+    let body = format!("{HEAD}Content-Length: 100\r\n\r\n{{");
+    slow_body.write_all(body.as_bytes()).unwrap();
+    is_served(&webhook);
+
+    assert_eq!(until_closed(half_closed, since), "");
+    assert_eq!(until_closed(silent, since), "");
+    assert_eq!(until_closed(slow_head, since), "");
+    let answer = until_closed(slow_body, since);
+    assert!(
+        answer.starts_with("HTTP/1.1 408 ")
+            && answer.ends_with("the body took too long; send it again\n"),
+        "{answer}"
+    );
+}
+
+#[test]
+fn a_connection_that_was_used_stays_open_longer_than_the_api_server_keeps_it() {
+    // Go's HTTP client closes what it has not used for 90 s. Were the webhook first, a request could come
+    // just then, and be lost.
+    let webhook = start();
+    let mut idle = webhook.connect();
+    let body = create(&pod("", &json!([]))).to_string();
+    let request = format!("{HEAD}Content-Length: {}\r\n\r\n{body}", body.len());
+    for pause in [0, 20] {
+        std::thread::sleep(Duration::from_secs(pause));
+        idle.write_all(request.as_bytes()).unwrap();
+        let mut start_of_answer = [0; 12];
+        idle.read_exact(&mut start_of_answer).unwrap();
+        assert_eq!(&start_of_answer, b"HTTP/1.1 200");
+        let mut rest = [0; 4096];
+        let _ = idle.read(&mut rest).unwrap();
+    }
+}
+
+#[test]
+fn thousands_of_idle_connections_take_little_memory_and_nobodys_place() {
+    let webhook = start();
+    let before = webhook.memory();
+    let idle: Vec<TcpStream> = (0..3000)
+        .map(|_| TcpStream::connect(webhook.address).unwrap())
+        .collect();
+    is_served(&webhook);
+    // 3,000 connections have 20 KiB each.
+    let grown = webhook.memory() - before;
+    assert!(grown < 60 * 1024, "{grown} KiB");
+    drop(idle);
+    is_served(&webhook);
+}
+
+#[test]
+fn large_bodies_share_a_bounded_memory_and_small_ones_need_none_of_it() {
+    let webhook = start();
+    let megabytes_8 = 8 * 1024 * 1024;
+    let head = format!("{HEAD}Content-Length: {megabytes_8}\r\n\r\n");
+    let large = vec![b' '; megabytes_8 - 1];
+    let since = Instant::now();
+    // 64 clients send all but the last byte: of 512 MiB, the webhook takes 64.
+    std::thread::scope(|scope| {
+        for _ in 0..64 {
+            scope.spawn(|| {
+                let mut client = webhook.connect();
+                client.sock.set_write_timeout(Some(2 * GIVEN_UP)).unwrap();
+                client.write_all(head.as_bytes()).unwrap();
+                // The webhook may give up before it has read everything.
+                let _ = client.write_all(&large);
+                read_to_end(&mut client);
+            });
+        }
+        while since.elapsed() < Duration::from_secs(8) {
+            is_served(&webhook);
+            let memory = webhook.memory();
+            assert!(memory < 192 * 1024, "{memory} KiB");
+        }
+    });
+    for sentence in [
+        "the body took too long; send it again",
+        "there are too many large bodies; send it again",
+    ] {
+        assert!(webhook.log().contains(sentence));
+    }
+    is_served(&webhook);
+}
+
+#[test]
+fn nesting_without_end_is_refused_and_a_compressed_bomb_is_not_unpacked() {
+    let webhook = start();
+    let depth = 200_000;
+    let lists = "[".repeat(depth) + &"]".repeat(depth);
+    let objects = "{\"a\":".repeat(depth) + "0" + &"}".repeat(depth);
+    let mut statuses = Vec::new();
+    for nested in [lists, objects] {
+        let review = json!({
+            "apiVersion": "admission.k8s.io/v1",
+            "kind": "AdmissionReview",
+            "request": {"uid": "u", "resource": {"version": "v1", "resource": "pods"}, "operation": "CREATE", "object": "HERE"},
+        });
+        let review = review.to_string().replace("\"HERE\"", &nested);
+        for body in [nested, review] {
+            let response = webhook.post("/mutate", "application/json", body.as_bytes());
+            statuses.push(response.status().as_u16());
+        }
+    }
+    // No pod is a list; nesting where nothing is read is skipped over without recursion.
+    assert_eq!(statuses, [422, 200, 422, 200]);
+    let mut bomb = webhook.connect();
+    let head = format!("{HEAD}Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f");
+    bomb.write_all(head.as_bytes()).unwrap();
+    let mut status = [0; 12];
+    bomb.read_exact(&mut status).unwrap();
+    assert_eq!(&status, b"HTTP/1.1 415");
+    is_served(&webhook);
+}

@@ -1,0 +1,103 @@
+//! Two or more programs behind one address, as a Service puts them: a real HAProxy that passes connections on
+//! to those that are ready.
+
+use std::fs;
+use std::net::TcpStream;
+use std::process::{Child, Command, Stdio};
+
+use tempfile::TempDir;
+
+use super::postgres::free_port;
+use super::program::{Authority, Start, Webhook, wait_for};
+
+/// The proxy.
+pub(crate) struct Haproxy {
+    child: Child,
+    /// Where it listens on loopback.
+    pub(crate) port: u16,
+    _folder: TempDir,
+}
+
+/// The ports of one program behind it: the webhook's, and that of its health.
+#[derive(Clone, Copy)]
+pub(crate) struct Slot(u16, u16);
+
+impl Slot {
+    /// Two free ports.
+    pub(crate) fn free() -> Self {
+        Self(free_port(), free_port())
+    }
+
+    /// Starts the program there.
+    pub(crate) fn start(self, authority: &Authority, policy: &str, database_url: &str) -> Webhook {
+        let Self(webhook, health) = self;
+        let (webhook, health) = (
+            format!("127.0.0.1:{webhook}"),
+            format!("127.0.0.1:{health}"),
+        );
+        let start = Start {
+            policy,
+            database_url,
+            // Longer than the proxy takes to see that it is not ready.
+            arguments: &[
+                "--listen",
+                &webhook,
+                "--health-listen",
+                &health,
+                "--drain-delay",
+                "1s",
+            ],
+            authority: Some(authority),
+            ..Start::default()
+        };
+        start.start()
+    }
+}
+
+impl Haproxy {
+    /// Starts it before these slots.
+    pub(crate) fn before(slots: &[Slot]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let port = free_port();
+        let mut settings = format!(
+            "defaults
+    mode tcp
+    timeout connect 2s
+    timeout client 60s
+    timeout server 60s
+    option redispatch
+listen webhook
+    bind 127.0.0.1:{port}
+    option httpchk GET /readyz
+    default-server check inter 100ms fall 1 rise 1
+"
+        );
+        for (index, Slot(webhook, health)) in slots.iter().enumerate() {
+            settings += &format!("    server s{index} 127.0.0.1:{webhook} port {health}\n");
+        }
+        let file = folder.path().join("haproxy.cfg");
+        fs::write(&file, settings).unwrap();
+        let child = Command::new("haproxy")
+            .args(["-db", "-q", "-f"])
+            .arg(file)
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        wait_for("HAProxy listens", || {
+            TcpStream::connect(("127.0.0.1", port)).ok()
+        });
+        Self {
+            child,
+            port,
+            _folder: folder,
+        }
+    }
+}
+
+impl Drop for Haproxy {
+    fn drop(&mut self) {
+        // Both fail only if it has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
