@@ -23,6 +23,7 @@ mod readme;
 mod recorded;
 mod redaction;
 mod review;
+mod soak;
 mod support;
 mod tls;
 mod validate;

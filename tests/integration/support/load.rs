@@ -87,6 +87,7 @@ impl Asker {
 
     /// Asks from several clients without a break, each at least once, until what goes on is over. Prints a
     /// line of the table in docs/reliability.md. That one is wrong or hangs fails the test.
+    #[expect(clippy::print_stdout, reason = "scripts/faults shows it")]
     pub(crate) fn ask_during(&self, name: &str, clients: usize, goes_on: impl FnOnce()) -> Tally {
         let over = AtomicBool::new(false);
         let client = || {
