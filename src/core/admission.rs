@@ -355,6 +355,24 @@ mod tests {
     }
 
     #[test]
+    fn a_field_that_stands_twice_is_refused_for_another_reader_may_take_the_other_one() {
+        let body = br#"{"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request":
+            {"uid": "u", "object": {"metadata": {}}, "object": {"spec": {}}}}"#;
+        let Decoded::Unreadable { uid, refusal } = decode(body).unwrap() else {
+            panic!("it was read");
+        };
+        assert_eq!(
+            (uid, refusal),
+            (
+                "u".to_owned(),
+                Refusal::Unreadable {
+                    place: "request".to_owned()
+                }
+            )
+        );
+    }
+
+    #[test]
     fn a_body_that_is_no_admission_review_is_told_from_one_of_another_version() {
         let request = json!({"uid": "u"});
         let other = |api_version: &str, kind: &str| {

@@ -139,6 +139,27 @@ fn the_query_and_its_parameters_come_from_the_policy() {
 }
 
 #[test]
+fn a_pod_that_names_a_workspace_of_another_namespace_finds_none() {
+    let postgres = Postgres::with(&format!(
+        "CREATE TABLE workspaces (id uuid, namespace text, llm_billing_mode text);
+         INSERT INTO workspaces VALUES ('{ID}', 'ws-acme', 'byok')"
+    ));
+    let webhook = start(
+        "lookup:
+           query: SELECT llm_billing_mode FROM workspaces WHERE id = $1 AND namespace = $2
+           parameters: [{label: molecule.ai/workspace-id, type: uuid}, {field: namespace}]",
+        &postgres.url(),
+    );
+    let mut review = create(&pod(ID, &json!([])));
+    for (namespace, mode) in [("ws-acme", "byok"), ("ws-other", "platform_managed")] {
+        review["request"]["namespace"] = namespace.into();
+        review["request"]["object"]["metadata"]["namespace"] = "ws-acme".into();
+        let answer = webhook.mutate(&review);
+        assert_eq!(answer["response"]["auditAnnotations"]["mode"], mode);
+    }
+}
+
+#[test]
 fn a_query_that_the_database_refuses_fails_check_and_start_in_the_databases_own_words() {
     let two = "parameters: [{label: molecule.ai/workspace-id, type: uuid}, {field: namespace}]";
     let text = "parameters: [{label: molecule.ai/workspace-id, type: text}]";

@@ -1,6 +1,6 @@
 //! The core asked in process, with the lookup's outcome given: what the server does, without the server.
 
-use llm_billing_webhook::core::admission::{Answer, Decoded, Task, decode};
+use llm_billing_webhook::core::admission::{Answer, BodyError, Decoded, Task, decode};
 use llm_billing_webhook::core::mode::Stored;
 use llm_billing_webhook::core::patch::operations;
 use llm_billing_webhook::core::plan::plan;
@@ -11,13 +11,17 @@ use serde_json::Value;
 
 /// The answer to a review.
 pub(crate) fn answer(policy: &Policy, stored: &Stored, review: &Value) -> Value {
-    let body = serde_json::to_vec(review).unwrap();
-    let decoded = decode(&body).unwrap();
+    answer_to(policy, stored, &serde_json::to_vec(review).unwrap()).unwrap()
+}
+
+/// The answer to a body.
+pub(crate) fn answer_to(policy: &Policy, stored: &Stored, body: &[u8]) -> Result<Value, BodyError> {
+    let decoded = decode(body)?;
     let uid = decoded.uid();
     let request = match &decoded {
         Decoded::Request(request) => request,
         Decoded::Unreadable { refusal, .. } => {
-            return serde_json::to_value(Answer::refused(uid, refusal)).unwrap();
+            return Ok(serde_json::to_value(Answer::refused(uid, refusal)).unwrap());
         }
     };
     let mut known = None;
@@ -42,7 +46,7 @@ pub(crate) fn answer(policy: &Policy, stored: &Stored, review: &Value) -> Value 
         Some((resolution, workspace)) => answer.with_resolution(resolution, workspace),
         None => answer,
     };
-    serde_json::to_value(answer).unwrap()
+    Ok(serde_json::to_value(answer).unwrap())
 }
 
 /// What a lookup finds that finds this mode.
