@@ -16,7 +16,7 @@ use axum::middleware::AddExtension;
 use axum_server::accept::Accept;
 use axum_server::tls_rustls::RustlsAcceptor;
 use axum_server::{Handle, Server};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_layer::Layer;
@@ -34,6 +34,8 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
 /// Connections at most, on each port. Each API server keeps one for each admission that it waits for.
 const MOST_CONNECTIONS: usize = 4096;
+/// Connections that wait to be accepted, at most. One that finds no room tries again after a whole second.
+const BACKLOG: u32 = 1024;
 /// How often the files of certificate and database URL are read: well within the minute that a kubelet takes
 /// to update a mounted Secret.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
@@ -67,7 +69,7 @@ impl Bound {
     /// The system's, with the address that it is about.
     pub fn bind(webhook: SocketAddr, health: SocketAddr) -> io::Result<Self> {
         let bind = |address: SocketAddr| {
-            let listener = TcpListener::bind(address).map_err(|error| {
+            let listener = listen(address).map_err(|error| {
                 io::Error::new(
                     error.kind(),
                     format!(
@@ -75,7 +77,6 @@ impl Bound {
                     ),
                 )
             })?;
-            listener.set_nonblocking(true)?;
             Ok::<_, io::Error>((listener.local_addr()?, listener))
         };
         let (webhook_address, webhook) = bind(webhook)?;
@@ -99,6 +100,8 @@ impl Bound {
         files: Option<(CertificateFiles, CertificatePem)>,
         drain: Drain,
     ) -> io::Result<()> {
+        // A connection is an open file, and many a container starts with a limit of 1,024.
+        rlimit::increase_nofile_limit(u64::MAX)?;
         let mut stop = Stop::new()?;
         let served = certificate.served();
         app.readiness.set_certificate_expiry(certificate.not_after);
@@ -155,6 +158,17 @@ impl Bound {
         info!("stopped");
         done
     }
+}
+
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    }?;
+    // The port of a process that has just ended can be had at once.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)?.into_std()
 }
 
 /// HTTP/1.1, which is what the API server speaks to webhooks, with an end to every wait for a request.
