@@ -150,7 +150,9 @@ fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
     if let Some(Ok(document)) = json {
         return Ok(vec![document]);
     }
-    let documents: Result<Vec<Value>, _> = serde_saphyr::from_multiple(text);
+    // As kubectl reads it: 0440 is an octal number.
+    let options = serde_saphyr::options! { legacy_octal_numbers: true };
+    let documents: Result<Vec<Value>, _> = serde_saphyr::from_multiple_with_options(text, options);
     let documents =
         documents.map_err(|error| match (json, error.without_snippet().location()) {
             (Some(Err(json)), _) => anyhow!(

@@ -244,6 +244,25 @@ fn text_that_only_looks_like_a_number_or_a_truth_stays_text() {
 }
 
 #[test]
+fn numbers_and_truths_are_read_as_kubectl_reads_them() {
+    let pod = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: p, labels: {molecule.ai/workspace-id: ""}}
+spec:
+  hostNetwork: yes
+  terminationGracePeriodSeconds: 0x1e
+  containers: [{name: c}]
+  volumes: [{name: v, secret: {secretName: s, defaultMode: 0440}}]
+"#;
+    let (_, json, _) = review(pod, &["-o", "json"]);
+    let after: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(after["spec"]["hostNetwork"], true);
+    assert_eq!(after["spec"]["terminationGracePeriodSeconds"], 30);
+    assert_eq!(after["spec"]["volumes"][0]["secret"]["defaultMode"], 0o440);
+}
+
+#[test]
 fn what_cannot_be_reviewed_is_named_with_its_place_and_nothing_else_is_lost() {
     let table = [
         (
