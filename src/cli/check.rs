@@ -1,12 +1,19 @@
-//! `check`: policy, certificate and database, before a rollout. Each is checked even if another is wrong.
+//! `check`: policy, certificate and database, before a rollout; the webhook in its cluster, after it. Each is
+//! checked even if another is wrong.
 
 use std::process::ExitCode;
 
 use clap::Args;
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use kube::api::PostParams;
+use serde_json::json;
+use uuid::Uuid;
 
 use super::{DatabaseArgs, PolicyArgs, print};
 use crate::cli::serve::TlsArgs;
-use crate::core::policy::Policy;
+use crate::cluster::{self, ClusterError};
+use crate::core::policy::{MODE_VARIABLE, Policy};
 use crate::database::Database;
 use crate::server::health::now;
 use crate::server::tls::Certificate;
@@ -20,6 +27,9 @@ pub(super) struct CheckArgs {
     tls: TlsArgs,
     #[command(flatten)]
     database: DatabaseArgs,
+    /// Creates a pod in this namespace by a server-side dry-run, and checks that the webhook acts on it
+    #[arg(long, env = "LLM_BILLING_DRY_RUN_IN", value_name = "NAMESPACE")]
+    dry_run_in: Option<String>,
 }
 
 /// The lines of the report, and whether anything is wrong.
@@ -46,6 +56,9 @@ pub(super) async fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
     let policy = check_policy(&args.policy, &mut report);
     check_certificate(&args.tls, &mut report);
     check_database(&args.database, policy.as_ref(), &mut report).await;
+    if let (Some(namespace), Some(policy)) = (&args.dry_run_in, &policy) {
+        check_cluster(namespace, policy, &mut report).await;
+    }
     print(&report.text)?;
     Ok(if report.failed {
         ExitCode::from(2)
@@ -132,4 +145,67 @@ async fn check_database(args: &DatabaseArgs, policy: Option<&Policy>, report: &m
         ),
         Err(error) => report.fail("database", &error),
     }
+}
+
+async fn check_cluster(namespace: &str, policy: &Policy, report: &mut Report) {
+    match mode_of_a_new_pod(namespace, policy).await {
+        Ok(Some(mode)) => report.line(
+            "ok",
+            "cluster",
+            &format!("a new pod in {namespace} has {MODE_VARIABLE}={mode}"),
+        ),
+        Ok(None) => {
+            report.failed = true;
+            report.line(
+                "error",
+                "cluster",
+                &format!(
+                    "a new pod in {namespace} has no {MODE_VARIABLE}; see the webhook configuration: its selectors, \
+                     failurePolicy and caBundle"
+                ),
+            );
+        }
+        Err(error) => report.fail("cluster", &error),
+    }
+}
+
+/// What the webhook makes of a pod of a workspace that nobody has. Nothing is stored.
+async fn mode_of_a_new_pod(
+    namespace: &str,
+    policy: &Policy,
+) -> Result<Option<String>, ClusterError> {
+    let pod = json!({
+        "metadata": {
+            "generateName": "llm-billing-check-",
+            "labels": {policy.workspace_label.as_str(): Uuid::nil().to_string()},
+        },
+        "spec": {
+            "containers": [{
+                "name": "check",
+                "image": "none",
+                // Allowed everywhere, even where pods are restricted most.
+                "securityContext": {
+                    "allowPrivilegeEscalation": false,
+                    "capabilities": {"drop": ["ALL"]},
+                    "runAsNonRoot": true,
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                },
+            }],
+        },
+    });
+    let pod: Pod = serde_json::from_value(pod)
+        .map_err(|error| ClusterError::Unreachable(error.to_string()))?;
+    let pods: Api<Pod> = Api::namespaced(cluster::connect().await?, namespace);
+    let params = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    let created = pods.create(&params, &pod).await?;
+    let containers = created.spec.map(|spec| spec.containers).unwrap_or_default();
+    let mut env = containers
+        .into_iter()
+        .flat_map(|one| one.env.unwrap_or_default());
+    Ok(env
+        .find(|variable| variable.name == MODE_VARIABLE)
+        .and_then(|variable| variable.value))
 }

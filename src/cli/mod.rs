@@ -41,7 +41,7 @@ Examples:
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serves the webhook over HTTPS, and health and metrics over HTTP
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Shows what the webhook would do with a manifest. Exit code: 0 nothing, 1 it would change, 2 refused or error
     Review(review::ReviewArgs),
     /// Shows a workspace's billing mode, its source and the reason
@@ -64,7 +64,7 @@ enum Command {
 /// Runs a command, prints its error if it has one, and says with which code to exit.
 pub async fn run(cli: Cli) -> ExitCode {
     let done = match cli.command {
-        Command::Serve(args) => serve::serve(args).await,
+        Command::Serve(args) => serve::serve(*args).await,
         Command::Review(args) => review::review(args).await,
         Command::Resolve(args) => workspace::resolve(args).await,
         Command::Workspace(command) => workspace::workspace(command).await,

@@ -11,12 +11,15 @@ use clap::Args;
 use tracing::warn;
 
 use super::{DatabaseArgs, PolicyArgs, dev};
+use crate::cluster;
 use crate::database::{Database, LookupError, UrlSource};
 use crate::metrics::Metrics;
+use crate::server::authority::Wanted;
 use crate::server::health::Readiness;
-use crate::server::tls::{Certificate, CertificateFiles, CertificatePem};
+use crate::server::shared::{Places, Shared};
+use crate::server::tls::{Certificate, CertificateFiles};
 use crate::server::webhook::{App, Bodies};
-use crate::server::{Bound, Drain};
+use crate::server::{Bound, Drain, Upkeep};
 use crate::telemetry::{self, LogFormat};
 
 #[derive(Debug, Args)]
@@ -37,6 +40,8 @@ pub(super) struct ServeArgs {
     policy: PolicyArgs,
     #[command(flatten)]
     tls: TlsArgs,
+    #[command(flatten)]
+    shared: SharedArgs,
     /// Longest body that is read, in bytes
     #[arg(long, env = "LLM_BILLING_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * 1024 * 1024)]
     max_body_bytes: usize,
@@ -80,6 +85,78 @@ impl TlsArgs {
     }
 }
 
+/// The certificate that the replicas make and renew themselves.
+#[derive(Debug, Args)]
+struct SharedArgs {
+    /// Secret in which all replicas share a CA and a certificate that they make and renew themselves, in
+    /// place of --tls-cert and --tls-key
+    #[arg(long, env = "LLM_BILLING_TLS_SECRET", value_name = "NAME")]
+    tls_secret: Option<String>,
+    /// Its namespace [default: the service account's, or the kubeconfig's]
+    #[arg(
+        long,
+        env = "LLM_BILLING_TLS_SECRET_NAMESPACE",
+        requires = "tls_secret",
+        value_name = "NAMESPACE"
+    )]
+    tls_secret_namespace: Option<String>,
+    /// Names by which the API server calls the webhook, such as SERVICE.NAMESPACE.svc
+    #[arg(
+        long,
+        env = "LLM_BILLING_TLS_DNS_NAME",
+        requires = "tls_secret",
+        value_delimiter = ',',
+        value_name = "NAME"
+    )]
+    tls_dns_name: Vec<String>,
+    /// MutatingWebhookConfigurations to write the CA into
+    #[arg(
+        long,
+        env = "LLM_BILLING_TLS_MUTATING_WEBHOOK",
+        requires = "tls_secret",
+        value_delimiter = ',',
+        value_name = "NAME"
+    )]
+    tls_mutating_webhook: Vec<String>,
+    /// ValidatingWebhookConfigurations to write the CA into
+    #[arg(
+        long,
+        env = "LLM_BILLING_TLS_VALIDATING_WEBHOOK",
+        requires = "tls_secret",
+        value_delimiter = ',',
+        value_name = "NAME"
+    )]
+    tls_validating_webhook: Vec<String>,
+    /// How long a certificate lives; it is renewed when a third of that is left
+    #[arg(long, env = "LLM_BILLING_TLS_LIFETIME", value_name = "DURATION", default_value = "90d", value_parser = humantime::parse_duration)]
+    tls_lifetime: Duration,
+    /// How long a CA lives; its successor is published before it can sign no certificate to the end any more
+    #[arg(long, env = "LLM_BILLING_TLS_CA_LIFETIME", value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
+    tls_ca_lifetime: Duration,
+}
+
+impl SharedArgs {
+    async fn shared(&self, secret: &str, client_ca: Option<PathBuf>) -> anyhow::Result<Shared> {
+        let wanted = Wanted::new(
+            self.tls_dns_name.clone(),
+            self.tls_lifetime,
+            self.tls_ca_lifetime,
+        )?;
+        let client = cluster::connect().await?;
+        let places = Places {
+            namespace: self
+                .tls_secret_namespace
+                .clone()
+                .unwrap_or_else(|| client.default_namespace().to_owned()),
+            secret: secret.to_owned(),
+            mutating: self.tls_mutating_webhook.clone(),
+            validating: self.tls_validating_webhook.clone(),
+            client_ca,
+        };
+        Ok(Shared::new(&client, places, wanted))
+    }
+}
+
 pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let format = args.log_format.unwrap_or(if args.dev {
         LogFormat::Pretty
@@ -91,8 +168,8 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         None if args.dev => dev::policy()?,
         policy => policy.unwrap_or_default(),
     };
-    let (certificate, files) = certificate(&args)?;
     let database = Database::connect_lazily(database(&args).await?, &policy.lookup)?;
+    let (certificate, upkeep) = certificate(&args).await?;
     refuse_wrong_query(&database).await?;
     let host = if args.dev {
         Ipv4Addr::LOCALHOST
@@ -121,25 +198,41 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         timeout: args.drain_timeout,
     };
     bound
-        .serve(Arc::new(app), certificate, files, drain)
+        .serve(Arc::new(app), certificate, upkeep, drain)
         .await
         .context("cannot serve")?;
     Ok(ExitCode::SUCCESS)
 }
 
-type WatchedFiles = Option<(CertificateFiles, CertificatePem)>;
-
-fn certificate(args: &ServeArgs) -> anyhow::Result<(Certificate, WatchedFiles)> {
-    let (files, pem) = match args.tls.files()? {
-        Some(files) => {
-            let pem = files.read().context("cannot load the certificate")?;
-            (Some(files), pem)
+async fn certificate(args: &ServeArgs) -> anyhow::Result<(Certificate, Upkeep)> {
+    const FAILED: &str = "cannot load the certificate";
+    let TlsArgs {
+        tls_cert,
+        tls_key,
+        client_ca,
+    } = &args.tls;
+    if let Some(secret) = &args.shared.tls_secret {
+        if tls_cert.is_some() || tls_key.is_some() {
+            bail!("--tls-secret takes the place of --tls-cert and --tls-key; leave it or them out");
         }
-        None if args.dev => (None, dev::certificate()?),
-        None => bail!("no certificate is given; set --tls-cert and --tls-key"),
-    };
-    let certificate = Certificate::from_pem(&pem).context("cannot load the certificate")?;
-    Ok((certificate, files.map(|files| (files, pem))))
+        let mut shared = args.shared.shared(secret, client_ca.clone()).await?;
+        let certificate = shared.obtain().await?;
+        return Ok((certificate, Upkeep::Shared(Box::new(shared))));
+    }
+    match args.tls.files()? {
+        Some(files) => {
+            let pem = files.read().context(FAILED)?;
+            let certificate = Certificate::from_pem(&pem).context(FAILED)?;
+            Ok((certificate, Upkeep::Files(files, pem)))
+        }
+        None if args.dev => {
+            let certificate = Certificate::from_pem(&dev::certificate()?).context(FAILED)?;
+            Ok((certificate, Upkeep::None))
+        }
+        None => {
+            bail!("no certificate is given; set --tls-cert and --tls-key, or --tls-secret")
+        }
+    }
 }
 
 async fn database(args: &ServeArgs) -> anyhow::Result<UrlSource> {

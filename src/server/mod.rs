@@ -1,7 +1,9 @@
 //! The life of the server: bind both ports, serve, drain. What is served is webhook.rs's and health.rs's
 //! business.
 
+pub mod authority;
 pub mod health;
+pub mod shared;
 pub mod tls;
 pub mod webhook;
 
@@ -23,7 +25,8 @@ use tower_layer::Layer;
 use tracing::{error, info, warn};
 
 use crate::database::LookupError;
-use crate::server::tls::{Certificate, CertificateFiles, CertificatePem};
+use crate::server::shared::Shared;
+use crate::server::tls::{Certificate, CertificateFiles, CertificatePem, Shown};
 use crate::server::webhook::App;
 use crate::telemetry;
 
@@ -49,6 +52,16 @@ pub struct Drain {
     pub delay: Duration,
     /// How long requests may go on after that.
     pub timeout: Duration,
+}
+
+/// Who looks after the certificate while it is served. Each has served one already.
+pub enum Upkeep {
+    /// Nobody.
+    None,
+    /// Whoever writes these files; what they held is beside them.
+    Files(CertificateFiles, CertificatePem),
+    /// The replicas themselves.
+    Shared(Box<Shared>),
 }
 
 /// Two bound ports; nothing is served yet.
@@ -97,15 +110,19 @@ impl Bound {
         self,
         app: Arc<App>,
         certificate: Certificate,
-        files: Option<(CertificateFiles, CertificatePem)>,
+        upkeep: Upkeep,
         drain: Drain,
     ) -> io::Result<()> {
         // A connection is an open file, and many a container starts with a limit of 1,024.
         rlimit::increase_nofile_limit(u64::MAX)?;
         let mut stop = Stop::new()?;
         let served = certificate.served();
-        app.readiness.set_certificate_expiry(certificate.not_after);
-        app.metrics.certificate_expiry(certificate.not_after);
+        let shown = Shown {
+            served: &served,
+            readiness: &app.readiness,
+            metrics: &app.metrics,
+        };
+        shown.show(&certificate);
 
         let (webhook_handle, health_handle) = (Handle::new(), Handle::new());
         let acceptor = RustlsAcceptor::new(served.clone())
@@ -140,11 +157,10 @@ impl Bound {
         };
         let health = health.serve(health::routes(Arc::clone(&app)).into_make_service());
         let reloading = async {
-            match files {
-                Some((files, seen)) => {
-                    tls::reload(&files, seen, &served, &app.readiness, &app.metrics).await
-                }
-                None => std::future::pending().await,
+            match upkeep {
+                Upkeep::None => std::future::pending().await,
+                Upkeep::Files(files, seen) => tls::reload(&files, seen, shown).await,
+                Upkeep::Shared(shared) => shared.keep(shown).await,
             }
         };
         let done = tokio::select! {

@@ -79,12 +79,6 @@ impl CertificateFiles {
     /// # Errors
     /// [`TlsError::Read`]
     pub fn read(&self) -> Result<CertificatePem, TlsError> {
-        let read = |path: &Path| {
-            fs::read(path).map_err(|source| TlsError::Read {
-                path: path.to_owned(),
-                source,
-            })
-        };
         Ok(CertificatePem {
             certificate: read(&self.certificate)?,
             key: read(&self.key)?,
@@ -144,15 +138,51 @@ impl Certificate {
     }
 }
 
-/// Reads the files again and again, for ever, and serves what changed. A pair that cannot be served leaves
-/// the old one in place, and is tried again when it changes once more.
-pub async fn reload(
-    files: &CertificateFiles,
-    mut seen: CertificatePem,
-    served: &RustlsConfig,
-    readiness: &Readiness,
-    metrics: &Metrics,
-) {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+    fs::read(path).map_err(|source| TlsError::Read {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// What serves a certificate, and what tells of it.
+#[derive(Clone, Copy)]
+pub(super) struct Shown<'a> {
+    pub(super) served: &'a RustlsConfig,
+    pub(super) readiness: &'a Readiness,
+    pub(super) metrics: &'a Metrics,
+}
+
+impl Shown<'_> {
+    /// Serves a certificate that changed; the old one stays in place of one that cannot be served.
+    pub(super) fn change(self, loaded: Result<Certificate, TlsError>) {
+        match loaded {
+            Ok(certificate) => {
+                self.served
+                    .reload_from_config(Arc::clone(&certificate.config));
+                self.show(&certificate);
+                self.metrics.certificate_reload("ok");
+                info!(not_after = certificate.not_after, "certificate reloaded");
+            }
+            Err(error) => {
+                self.metrics.certificate_reload("failed");
+                error!(
+                    error = telemetry::chain(&error),
+                    "the changed certificate cannot be served; the old one stays"
+                );
+            }
+        }
+    }
+
+    pub(super) fn show(self, certificate: &Certificate) {
+        self.readiness.set_certificate_expiry(certificate.not_after);
+        self.metrics.certificate_expiry(certificate.not_after);
+    }
+}
+
+/// Reads the files again and again, for ever, and serves what changed. A pair that cannot be served is tried
+/// again when it changes once more.
+pub(super) async fn reload(files: &CertificateFiles, mut seen: CertificatePem, shown: Shown<'_>) {
     let mut unreadable = false;
     loop {
         tokio::time::sleep(RELOAD_INTERVAL).await;
@@ -167,21 +197,6 @@ pub async fn reload(
             Err(error) => Err(error),
         };
         unreadable = matches!(loaded, Err(TlsError::Read { .. }));
-        match loaded {
-            Ok(certificate) => {
-                served.reload_from_config(Arc::clone(&certificate.config));
-                readiness.set_certificate_expiry(certificate.not_after);
-                metrics.certificate_expiry(certificate.not_after);
-                metrics.certificate_reload("ok");
-                info!(not_after = certificate.not_after, "certificate reloaded");
-            }
-            Err(error) => {
-                metrics.certificate_reload("failed");
-                error!(
-                    error = telemetry::chain(&error),
-                    "the changed certificate cannot be served; the old one stays"
-                );
-            }
-        }
+        shown.change(loaded);
     }
 }

@@ -9,6 +9,7 @@
 )]
 
 mod boundary;
+mod chart;
 mod check;
 mod contract;
 mod core_contract;
@@ -23,6 +24,7 @@ mod readme;
 mod recorded;
 mod redaction;
 mod review;
+mod shared;
 mod soak;
 mod support;
 mod tls;

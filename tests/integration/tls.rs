@@ -232,6 +232,6 @@ fn a_certificate_that_cannot_be_served_ends_the_start() {
     let none = run(&serve).2;
     assert_eq!(
         none,
-        "error: no certificate is given; set --tls-cert and --tls-key\n"
+        "error: no certificate is given; set --tls-cert and --tls-key, or --tls-secret\n"
     );
 }

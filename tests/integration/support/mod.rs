@@ -1,5 +1,7 @@
 //! What several test files share: fixtures, pods and reviews, and the real parts to ask.
 
+pub(crate) mod api_server;
+pub(crate) mod chart;
 pub(crate) mod haproxy;
 pub(crate) mod in_process;
 pub(crate) mod load;

@@ -149,6 +149,9 @@ pub(crate) struct Start<'a> {
     pub(crate) log: &'a str,
     /// Signs the certificate; absent, one that is made for it.
     pub(crate) authority: Option<&'a Authority>,
+    /// The program looks after its certificate itself, as the arguments say.
+    pub(crate) keeps_certificate: bool,
+    pub(crate) environment: &'a [(&'a str, &'a str)],
 }
 
 impl Start<'_> {
@@ -211,18 +214,21 @@ impl Start<'_> {
         command
             .args(any_port)
             .args(["--policy", &path("policy.yaml")])
-            .args([
-                "--tls-cert",
-                &path("tls.crt"),
-                "--tls-key",
-                &path("tls.key"),
-            ])
+            .args(if self.keeps_certificate {
+                vec![]
+            } else {
+                let (certificate, key) = (path("tls.crt"), path("tls.key"));
+                ["--tls-cert", &certificate, "--tls-key", &key]
+                    .map(str::to_owned)
+                    .to_vec()
+            })
             .args(if self.database_url.is_empty() {
                 vec![]
             } else {
                 vec!["--database-url", self.database_url]
             })
             .args(self.arguments)
+            .envs(self.environment.iter().copied())
             .env("LLM_BILLING_DRAIN_DELAY", "0s")
             .env(
                 "RUST_LOG",
@@ -278,10 +284,15 @@ impl Webhook {
 
     /// A TLS connection without an HTTP client, so that anything can be sent.
     pub(crate) fn connect(&self) -> StreamOwned<ClientConnection, TcpStream> {
+        self.connect_by(&self.authority.pem())
+    }
+
+    /// The same by a client that trusts these authorities alone.
+    fn connect_by(&self, authorities: &str) -> StreamOwned<ClientConnection, TcpStream> {
         let mut roots = RootCertStore::empty();
-        roots
-            .add(CertificateDer::from_pem_slice(self.authority.pem().as_bytes()).unwrap())
-            .unwrap();
+        for authority in CertificateDer::pem_slice_iter(authorities.as_bytes()) {
+            roots.add(authority.unwrap()).unwrap();
+        }
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let config = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -293,6 +304,12 @@ impl Webhook {
         let tcp = TcpStream::connect(self.address).unwrap();
         tcp.set_read_timeout(Some(PATIENCE)).unwrap();
         StreamOwned::new(tls, tcp)
+    }
+
+    /// Whether a client that trusts these authorities alone accepts what is served now.
+    pub(crate) fn is_trusted_by(&self, authorities: &str) -> bool {
+        let mut connection = self.connect_by(authorities);
+        connection.conn.complete_io(&mut connection.sock).is_ok()
     }
 
     /// Memory that the program has, in KiB.

@@ -1,0 +1,537 @@
+//! The authority (CA) and the serving certificate that all replicas share: what must be made or renewed, from
+//! what they hold and what time it is. Where it is kept and published is shared.rs's business.
+//!
+//! No client may ever meet a certificate that it does not trust yet, or not any more. So a new authority is
+//! published first and signs later, and an old one stays trusted until it expires: no certificate that it
+//! signed lives longer. Whether all replicas have changed over need not be known.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rcgen::{
+    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData,
+};
+use rustls::RootCertStore;
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::ServerCertVerifier;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use thiserror::Error;
+use time::OffsetDateTime;
+
+use super::tls::{Certificate, CertificatePem};
+
+/// How far back a new certificate's validity begins, for clients whose clocks are behind. A tenth of its life
+/// time if that is less.
+const BACKDATED: Duration = Duration::from_secs(60 * 60);
+
+/// What the replicas share, as PEM texts. Any of them may be empty, or no PEM at all: people edit Secrets. No
+/// `Debug`: the keys are in it.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Held {
+    /// The authorities that clients are to trust, the newest first.
+    pub authorities: String,
+    /// The key of the newest authority.
+    pub authority_key: String,
+    /// The serving certificate.
+    pub certificate: String,
+    /// Its key.
+    pub key: String,
+}
+
+/// What the serving certificate must be.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    names: Vec<String>,
+    certificate_lifetime: Duration,
+    authority_lifetime: Duration,
+}
+
+/// Why the wanted certificate cannot be had.
+#[derive(Debug, Error)]
+pub enum WantedError {
+    /// There is nothing to certify.
+    #[error(
+        "no DNS name is given; set --tls-dns-name to the names by which the API server calls the webhook"
+    )]
+    NoName,
+    /// A name is no DNS name.
+    #[error("{0:?} is no DNS name; correct --tls-dns-name")]
+    Name(String),
+    /// An authority must outlive the certificates that it signs, and its successor takes over before.
+    #[error("--tls-ca-lifetime must be at least twice --tls-lifetime, and that at least 5s")]
+    Lifetimes,
+}
+
+impl Wanted {
+    /// A certificate for these DNS names.
+    ///
+    /// # Errors
+    /// [`WantedError`]
+    pub fn new(
+        names: Vec<String>,
+        certificate_lifetime: Duration,
+        authority_lifetime: Duration,
+    ) -> Result<Self, WantedError> {
+        if names.is_empty() {
+            return Err(WantedError::NoName);
+        }
+        if let Some(name) = names
+            .iter()
+            .find(|name| ServerName::try_from(name.as_str()).is_err())
+        {
+            return Err(WantedError::Name(name.clone()));
+        }
+        if certificate_lifetime < Duration::from_secs(5)
+            || authority_lifetime < 2 * certificate_lifetime
+        {
+            return Err(WantedError::Lifetimes);
+        }
+        Ok(Self {
+            names,
+            certificate_lifetime,
+            authority_lifetime,
+        })
+    }
+
+    /// How often to look whether something must be done: 20 times in a certificate's life, and every ten
+    /// seconds at the least.
+    #[must_use]
+    pub fn interval(&self) -> Duration {
+        (self.certificate_lifetime / 20).min(Duration::from_secs(10))
+    }
+
+    /// What must be held from now on, if it is not what is held. `now` is in seconds since the epoch;
+    /// `is_settled` says that clients have had the time to learn the newest authority.
+    ///
+    /// # Errors
+    /// If no key or certificate can be made.
+    pub fn next(
+        &self,
+        held: &Held,
+        now: i64,
+        is_settled: bool,
+    ) -> Result<Option<Held>, rcgen::Error> {
+        let mut trusted = trusted(&held.authorities, now);
+        let mut next = held.clone();
+        let signer = trusted
+            .first()
+            .filter(|newest| newest.lasts(now, self.certificate_lifetime))
+            .and_then(|newest| newest.signer(&held.authority_key));
+        let is_new = signer.is_none();
+        let signer = match signer {
+            Some(signer) => signer,
+            None => {
+                let (authority, signer) = self.make_authority(now)?;
+                next.authority_key = signer.key().serialize_pem();
+                trusted.insert(0, authority);
+                signer
+            }
+        };
+        next.authorities = trusted.iter().map(|one| format!("{}\n", one.pem)).collect();
+        let renews = match self.serving(held, &trusted, now) {
+            None => true,
+            // Nobody trusts the new authority yet.
+            Some(_) if is_new => false,
+            Some(serving) => is_settled && (serving.is_due || !serving.is_of_the_newest),
+        };
+        if renews {
+            (next.certificate, next.key) = self.make_certificate(&signer, now)?;
+        }
+        Ok((next != *held).then_some(next))
+    }
+
+    /// What is kept, put right from what is remembered of it if nobody would accept a certificate by what is
+    /// kept alone: clients go on trusting what the replicas serve, even if the Secret is deleted.
+    #[must_use]
+    pub fn restored(&self, kept: Option<Held>, remembered: &Held, now: i64) -> Held {
+        let Some(mut held) = kept else {
+            return remembered.clone();
+        };
+        if self.is_accepted(&held, now) {
+            return held;
+        }
+        held.authorities += &remembered.authorities;
+        if !self.is_accepted(&held, now) {
+            held.certificate.clone_from(&remembered.certificate);
+            held.key.clone_from(&remembered.key);
+        }
+        held
+    }
+
+    /// Whether clients that trust the authorities that are held accept the certificate, by every name.
+    fn is_accepted(&self, held: &Held, now: i64) -> bool {
+        self.serving(held, &trusted(&held.authorities, now), now)
+            .is_some()
+    }
+
+    fn serving(&self, held: &Held, trusted: &[Authority], now: i64) -> Option<Serving> {
+        let pem = CertificatePem {
+            certificate: held.certificate.clone().into_bytes(),
+            key: held.key.clone().into_bytes(),
+            client_ca: None,
+        };
+        let certificate = Certificate::from_pem(&pem).ok()?;
+        let leaf = CertificateDer::from_pem_slice(&pem.certificate).ok()?;
+        let is_accepted = |authorities: &[Authority]| {
+            let verifier = verifier(authorities);
+            let at = UnixTime::since_unix_epoch(Duration::from_secs(now.unsigned_abs()));
+            verifier.is_some_and(|verifier| {
+                self.names.iter().all(|name| {
+                    ServerName::try_from(name.as_str()).is_ok_and(|name| {
+                        verifier
+                            .verify_server_cert(&leaf, &[], &name, &[], at)
+                            .is_ok()
+                    })
+                })
+            })
+        };
+        let third = i64::try_from(self.certificate_lifetime.as_secs() / 3).unwrap_or(i64::MAX);
+        is_accepted(trusted).then(|| Serving {
+            is_due: certificate.not_after.saturating_sub(now) < third,
+            is_of_the_newest: trusted.get(..1).is_some_and(is_accepted),
+        })
+    }
+
+    fn make_authority(&self, now: i64) -> Result<(Authority, Signer), rcgen::Error> {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        let name = format!("{}-ca@{now}", env!("CARGO_PKG_NAME"));
+        params.distinguished_name.push(DnType::CommonName, name);
+        let not_after = validity(&mut params, now, self.authority_lifetime);
+        let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
+        let pem = issuer.pem().trim().to_owned();
+        let der = issuer.der().clone();
+        // What is read back later is what signs now.
+        let signer =
+            Issuer::from_ca_cert_der(&der, KeyPair::try_from(issuer.key().serialize_der())?)?;
+        let authority = Authority {
+            pem,
+            der,
+            not_after,
+        };
+        Ok((authority, signer))
+    }
+
+    fn make_certificate(
+        &self,
+        signer: &Signer,
+        now: i64,
+    ) -> Result<(String, String), rcgen::Error> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::new(self.names.clone())?;
+        if let Some(name) = self.names.first() {
+            params.distinguished_name.push(DnType::CommonName, name);
+        }
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        params.use_authority_key_identifier_extension = true;
+        validity(&mut params, now, self.certificate_lifetime);
+        Ok((params.signed_by(&key, signer)?.pem(), key.serialize_pem()))
+    }
+}
+
+/// The certificate that is held, if clients accept it.
+struct Serving {
+    /// A third of its life or less is left.
+    is_due: bool,
+    is_of_the_newest: bool,
+}
+
+type Signer = Issuer<'static, KeyPair>;
+
+/// An authority that clients are to trust.
+struct Authority {
+    pem: String,
+    der: CertificateDer<'static>,
+    not_after: i64,
+}
+
+impl Authority {
+    fn lasts(&self, now: i64, time: Duration) -> bool {
+        let time = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
+        self.not_after.saturating_sub(now) >= time
+    }
+
+    /// What signs as this authority, if the key is its own.
+    fn signer(&self, key: &str) -> Option<Signer> {
+        let key = KeyPair::from_pem(key).ok()?;
+        let (_, certificate) = x509_parser::parse_x509_certificate(&self.der).ok()?;
+        let is_own = certificate.public_key().raw == key.subject_public_key_info();
+        Issuer::from_ca_cert_der(&self.der, key)
+            .ok()
+            .filter(|_| is_own)
+    }
+}
+
+/// The authorities in a text that have not expired, in its order. What else is in it is passed over.
+fn trusted(text: &str, now: i64) -> Vec<Authority> {
+    const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
+    const END: &str = "-----END CERTIFICATE-----";
+    let blocks = text.split(END).filter_map(|before| {
+        let begin = before.rfind(BEGIN)?;
+        Some(format!("{}{END}", before.get(begin..)?))
+    });
+    let authority = |pem: String| {
+        let der = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
+        let (_, parsed) = x509_parser::parse_x509_certificate(&der).ok()?;
+        let not_after = parsed.validity().not_after.timestamp();
+        Some(Authority {
+            pem,
+            der,
+            not_after,
+        })
+    };
+    blocks
+        .filter_map(authority)
+        .filter(|authority| authority.not_after > now)
+        .collect()
+}
+
+fn verifier(authorities: &[Authority]) -> Option<Arc<WebPkiServerVerifier>> {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(authorities.iter().map(|authority| authority.der.clone()));
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider)
+        .build()
+        .ok()
+}
+
+/// Sets when a certificate is valid; the end of it, in seconds since the epoch.
+fn validity(params: &mut CertificateParams, now: i64, lifetime: Duration) -> i64 {
+    let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
+    let at = |timestamp| OffsetDateTime::from_unix_timestamp(timestamp);
+    let from = now.saturating_sub(seconds(BACKDATED.min(lifetime / 10)));
+    let to = now.saturating_add(seconds(lifetime));
+    if let (Ok(from), Ok(to)) = (at(from), at(to)) {
+        (params.not_before, params.not_after) = (from, to);
+    }
+    params.not_after.unix_timestamp()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY: i64 = 24 * 60 * 60;
+    /// Some day in 2026.
+    const START: i64 = 1_790_000_000;
+
+    fn wanted(names: &[&str]) -> Wanted {
+        let names = names.iter().map(|&name| name.to_owned()).collect();
+        let days = |days: u64| Duration::from_secs(days * 24 * 60 * 60);
+        Wanted::new(names, days(90), days(365)).unwrap()
+    }
+
+    fn service() -> Wanted {
+        wanted(&["w.ns.svc", "w.ns.svc.cluster.local"])
+    }
+
+    fn first() -> Held {
+        service()
+            .next(&Held::default(), START, false)
+            .unwrap()
+            .unwrap()
+    }
+
+    fn count(held: &Held) -> usize {
+        held.authorities.matches("BEGIN CERTIFICATE").count()
+    }
+
+    /// Whether a client that trusts `authorities` accepts what `served` has.
+    fn accepts(authorities: &str, served: &Held, now: i64) -> bool {
+        let client = Held {
+            authorities: authorities.to_owned(),
+            ..served.clone()
+        };
+        service().is_accepted(&client, now)
+    }
+
+    #[test]
+    fn out_of_nothing_come_one_authority_and_a_certificate_that_its_clients_accept() {
+        let held = first();
+        assert_eq!(count(&held), 1);
+        assert!(service().is_accepted(&held, START));
+        // A client's clock may be behind, and by the end of its life nobody accepts it.
+        assert!(service().is_accepted(&held, START - 3000));
+        assert!(service().is_accepted(&held, START + 90 * DAY));
+        assert!(!service().is_accepted(&held, START + 90 * DAY + 1));
+        for settled in [false, true] {
+            assert!(service().next(&held, START + 1, settled).unwrap().is_none());
+        }
+    }
+
+    #[test]
+    fn a_certificate_is_renewed_when_a_third_of_its_life_is_left() {
+        let held = first();
+        let at = |day| service().next(&held, START + day * DAY, true).unwrap();
+        assert!(at(60).is_none());
+        let renewed = at(61).unwrap();
+        assert!(renewed.authorities == held.authorities);
+        assert!(renewed.authority_key == held.authority_key);
+        assert!(renewed.certificate != held.certificate && renewed.key != held.key);
+        assert!(accepts(&held.authorities, &renewed, START + 150 * DAY));
+    }
+
+    #[test]
+    fn a_new_authority_is_published_first_and_signs_once_clients_know_it() {
+        let mut held = first();
+        for day in [70, 140, 210] {
+            held = service()
+                .next(&held, START + day * DAY, true)
+                .unwrap()
+                .unwrap();
+        }
+        // 365 - 90: the old authority no longer outlives what it would sign.
+        let (before, now) = (START + 275 * DAY, START + 275 * DAY + 1);
+        assert!(service().next(&held, before, false).unwrap().is_none());
+        let published = service().next(&held, now, true).unwrap().unwrap();
+        assert_eq!(count(&published), 2);
+        assert!(published.authorities.ends_with(&held.authorities));
+        assert!(published.certificate == held.certificate && published.key == held.key);
+        assert!(service().next(&published, now, false).unwrap().is_none());
+
+        let signed = service().next(&published, now, true).unwrap().unwrap();
+        assert!(signed.authorities == published.authorities);
+        // Replicas that are behind are accepted, and so are those that are not.
+        assert!(accepts(&signed.authorities, &held, now));
+        assert!(accepts(&signed.authorities, &signed, now));
+        assert!(!accepts(&held.authorities, &signed, now));
+        assert!(service().next(&signed, now, true).unwrap().is_none());
+
+        let later = START + 366 * DAY;
+        let after = service().next(&signed, later, true).unwrap().unwrap();
+        assert_eq!(count(&after), 1);
+        assert!(signed.authorities.starts_with(&after.authorities));
+    }
+
+    #[test]
+    fn what_is_damaged_is_made_anew_and_what_clients_trust_stays_trusted() {
+        let (held, other) = (first(), first());
+        let damaged = |damage: &dyn Fn(&mut Held)| {
+            let mut damaged = held.clone();
+            damage(&mut damaged);
+            service()
+                .next(&damaged, START, false)
+                .unwrap()
+                .map(|next| (damaged, next))
+        };
+        for key in ["", "no PEM", other.authority_key.as_str()] {
+            let (_, next) = damaged(&|held| held.authority_key = key.to_owned()).unwrap();
+            assert_eq!(count(&next), 2);
+            // The certificate is of the authority that clients know.
+            assert!(next.certificate == held.certificate);
+        }
+        type Damage<'d> = &'d dyn Fn(&mut Held);
+        let unusable: [Damage<'_>; 4] = [
+            &|held| held.certificate.clear(),
+            &|held| held.key = "no PEM".to_owned(),
+            &|held| held.key = other.key.clone(),
+            &|held| held.certificate = other.certificate.clone(),
+        ];
+        for damage in unusable {
+            let (_, next) = damaged(damage).unwrap();
+            assert!(next.authorities == held.authorities);
+            assert!(accepts(&held.authorities, &next, START));
+        }
+        let (_, next) = damaged(&|held| held.authorities = "no PEM".to_owned()).unwrap();
+        assert_eq!(count(&next), 1);
+        assert!(service().is_accepted(&next, START));
+        let (_, next) = damaged(&|held| held.authorities.insert_str(0, "# ours\n")).unwrap();
+        assert!(next == held);
+    }
+
+    #[test]
+    fn what_is_deleted_or_damaged_comes_back_from_memory_unless_what_is_left_is_good() {
+        let (remembered, other) = (first(), first());
+        let restored = |kept| {
+            let restored = service().restored(kept, &remembered, START);
+            let next = service().next(&restored, START, true).unwrap();
+            next.unwrap_or(restored)
+        };
+        assert!(restored(None) == remembered);
+        // A kept authority is gone, and so is what it signed: both are trusted from now on.
+        let no_certificate = Held {
+            certificate: String::new(),
+            ..other.clone()
+        };
+        let next = restored(Some(no_certificate));
+        assert_eq!(count(&next), 2);
+        assert!(next.authorities.starts_with(&other.authorities));
+        assert!(accepts(&remembered.authorities, &remembered, START));
+        assert!(service().is_accepted(&next, START));
+        let next = restored(Some(Held::default()));
+        assert!(next.certificate == remembered.certificate);
+        assert_eq!(count(&next), 2);
+        // What somebody put in place of it, or left out of it, on purpose.
+        assert!(restored(Some(other.clone())) == other);
+    }
+
+    #[test]
+    fn another_name_is_another_certificate() {
+        let held = first();
+        let renamed = wanted(&["w.ns.svc", "other.ns.svc"]);
+        let next = renamed.next(&held, START, false).unwrap().unwrap();
+        assert!(next.authorities == held.authorities);
+        assert!(renamed.is_accepted(&next, START));
+        assert!(
+            wanted(&["w.ns.svc"])
+                .next(&held, START, true)
+                .unwrap()
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn through_years_of_rotation_clients_that_are_behind_accept_replicas_that_are_behind() {
+        // Three replicas and a client look at what is held at different times, days apart.
+        let mut held = first();
+        let mut replicas = [held.clone(), held.clone(), held.clone()];
+        let mut client = held.authorities.clone();
+        let mut known_since = START;
+        let mut authorities = 1;
+        for step in 0..800 {
+            let now = START + step * DAY;
+            let is_settled = now - known_since >= 2 * DAY;
+            if let Some(next) = service().next(&held, now, is_settled).unwrap() {
+                if next.authorities != held.authorities {
+                    known_since = now;
+                    authorities += usize::from(next.authority_key != held.authority_key);
+                }
+                held = next;
+            }
+            let behind = usize::try_from(step % 3).unwrap();
+            replicas[behind] = held.clone();
+            for replica in &replicas {
+                assert!(accepts(&client, replica, now), "step {step}");
+            }
+            client.clone_from(&held.authorities);
+        }
+        // A new one every 275 days.
+        assert_eq!(authorities, 3);
+    }
+
+    #[test]
+    fn what_cannot_be_wanted_is_refused_with_the_flag_to_correct() {
+        let of = |names: &[&str], lifetime, authority_lifetime| {
+            let names = names.iter().map(|&name| name.to_owned()).collect();
+            let seconds = Duration::from_secs;
+            Wanted::new(names, seconds(lifetime), seconds(authority_lifetime))
+                .err()
+                .map(|error| error.to_string())
+        };
+        assert_eq!(of(&["a.b.svc"], 5, 10), None);
+        assert!(of(&[], 5, 10).unwrap().contains("--tls-dns-name"));
+        assert!(
+            of(&["a b"], 5, 10)
+                .unwrap()
+                .starts_with("\"a b\" is no DNS name")
+        );
+        for (lifetime, authority_lifetime) in [(4, 10), (10, 19)] {
+            let error = of(&["a.b.svc"], lifetime, authority_lifetime);
+            assert!(error.unwrap().contains("--tls-ca-lifetime"));
+        }
+    }
+}

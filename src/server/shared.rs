@@ -1,0 +1,384 @@
+//! The authority and the certificate that all replicas share: kept in one Secret, published as `caBundle` in the
+//! webhook configurations, served. What must be made or renewed is authority.rs's business.
+//!
+//! No replica leads. Each looks at regular intervals and does what must be done; of two that do it at the same
+//! time, the API server refuses one, which then takes what the other has made.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use k8s_openapi::ByteString;
+use k8s_openapi::api::admissionregistration::v1::{
+    MutatingWebhookConfiguration, ValidatingWebhookConfiguration,
+};
+use k8s_openapi::api::core::v1::Secret;
+use kube::api::{Patch, PatchParams, PostParams};
+use kube::core::{ApiResource, DynamicObject, ObjectMeta};
+use kube::{Api, Client, Resource};
+use serde_json::Value;
+use thiserror::Error;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{error, info, warn};
+use uuid::Uuid;
+
+use super::authority::{Held, Wanted};
+use super::health::now;
+use super::tls::{self, Certificate, CertificatePem, Shown, TlsError};
+use crate::cluster::ClusterError;
+use crate::telemetry;
+
+/// Longest wait for the first certificate, after which the process ends and says why.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+/// Between two tries until then.
+const START_PAUSE: Duration = Duration::from_secs(1);
+/// Longest wait for all that is asked of the API server at a time.
+const ROUND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Looks after which an authority that was there each time is known to all API servers: they follow webhook
+/// configurations within a second or so, and looks are ten seconds apart.
+const SETTLING_LOOKS: u32 = 3;
+/// Replicas that start together meet again and again, but each time one of them is done.
+const MOST_CONFLICTS: usize = 16;
+
+/// Where the certificate is kept and published.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// The namespace of the Secret.
+    pub namespace: String,
+    /// The Secret; made if it is not there.
+    pub secret: String,
+    /// MutatingWebhookConfigurations whose `caBundle` is kept right.
+    pub mutating: Vec<String>,
+    /// The same for ValidatingWebhookConfigurations.
+    pub validating: Vec<String>,
+    /// A file with authorities whose clients alone may connect; read again when it changes.
+    pub client_ca: Option<PathBuf>,
+}
+
+/// The shared certificate, as one replica sees it. No `Debug`: keys are in it.
+pub struct Shared {
+    secrets: Api<Secret>,
+    places: Places,
+    configurations: Vec<Configuration>,
+    wanted: Wanted,
+    /// Tells this replica's creation of the Secret from another's.
+    manager: String,
+    held: Held,
+    served: Option<CertificatePem>,
+    /// Since when each look has found these authorities in all configurations.
+    published: Option<(String, Instant)>,
+}
+
+/// Why there is no certificate to serve, or why it is not kept.
+#[derive(Debug, Error)]
+pub enum SharedError {
+    /// The Secret cannot be read or written.
+    #[error("cannot keep the certificate in Secret {0}")]
+    Secret(String, #[source] ClusterError),
+    /// A webhook configuration cannot be read or patched.
+    #[error("cannot publish the certificate's authority in webhook configuration {0}")]
+    Publish(String, #[source] ClusterError),
+    /// No key or certificate can be made.
+    #[error("cannot make a certificate")]
+    Make(#[from] rcgen::Error),
+    /// What was made cannot be served.
+    #[error("cannot serve the certificate")]
+    Serve(#[from] TlsError),
+    /// The API server takes too long.
+    #[error("the API server did not answer in time")]
+    Timeout,
+}
+
+impl SharedError {
+    /// Whether it will not pass by itself: a role lacks a permission, say.
+    const fn is_final(&self) -> bool {
+        match self {
+            Self::Secret(_, error) | Self::Publish(_, error) => {
+                matches!(error, ClusterError::Refused(_))
+            }
+            Self::Make(_) | Self::Serve(_) => true,
+            Self::Timeout => false,
+        }
+    }
+}
+
+impl Shared {
+    /// Nothing is asked of the API server yet.
+    #[must_use]
+    pub fn new(client: &Client, places: Places, wanted: Wanted) -> Self {
+        let configurations = |kind: ApiResource, names: &[String]| -> Vec<Configuration> {
+            let one = |name: &String| Configuration {
+                api: Api::all_with(client.clone(), &kind),
+                name: name.clone(),
+                is_missing: false,
+            };
+            names.iter().map(one).collect()
+        };
+        let mutating = kind_of::<MutatingWebhookConfiguration>();
+        let validating = kind_of::<ValidatingWebhookConfiguration>();
+        Self {
+            secrets: Api::namespaced(client.clone(), &places.namespace),
+            configurations: [
+                configurations(mutating, &places.mutating),
+                configurations(validating, &places.validating),
+            ]
+            .concat(),
+            places,
+            wanted,
+            manager: format!("{}-{}", env!("CARGO_PKG_NAME"), Uuid::new_v4()),
+            held: Held::default(),
+            served: None,
+            published: None,
+        }
+    }
+
+    /// The first certificate, made if no replica has made one.
+    ///
+    /// # Errors
+    /// [`SharedError`], the last of many tries'.
+    pub async fn obtain(&mut self) -> Result<Certificate, SharedError> {
+        let started = Instant::now();
+        loop {
+            match self.look().await {
+                Ok(pem) => {
+                    let certificate = Certificate::from_pem(&pem)?;
+                    self.served = Some(pem);
+                    return Ok(certificate);
+                }
+                Err(error) if error.is_final() || started.elapsed() >= START_TIMEOUT => {
+                    return Err(error);
+                }
+                Err(error) => warn!(error = telemetry::chain(&error), "no certificate yet"),
+            }
+            sleep(START_PAUSE).await;
+        }
+    }
+
+    /// Looks after it, for ever.
+    pub(super) async fn keep(mut self, shown: Shown<'_>) {
+        let mut failing = false;
+        loop {
+            sleep(self.wanted.interval()).await;
+            let looked = self.look().await;
+            match &looked {
+                Ok(pem) if self.served.as_ref() == Some(pem) => {}
+                Ok(pem) => {
+                    shown.change(Certificate::from_pem(pem));
+                    self.served = Some(pem.clone());
+                }
+                // Said once, not every ten seconds.
+                Err(_) if failing => {}
+                Err(error) => {
+                    shown.metrics.certificate_reload("failed");
+                    error!(
+                        error = telemetry::chain(error),
+                        "the certificate cannot be kept; the old one stays"
+                    );
+                }
+            }
+            failing = looked.is_err();
+        }
+    }
+
+    /// Does what must be done, and tells what is to be served.
+    async fn look(&mut self) -> Result<CertificatePem, SharedError> {
+        let done = async {
+            self.agree().await?;
+            self.publish().await
+        };
+        timeout(ROUND_TIMEOUT, done)
+            .await
+            .unwrap_or(Err(SharedError::Timeout))?;
+        let client_ca = self
+            .places
+            .client_ca
+            .as_deref()
+            .map(tls::read)
+            .transpose()?;
+        Ok(CertificatePem {
+            certificate: self.held.certificate.clone().into_bytes(),
+            key: self.held.key.clone().into_bytes(),
+            client_ca,
+        })
+    }
+
+    /// Brings what is held and what is in the Secret to the same.
+    async fn agree(&mut self) -> Result<(), SharedError> {
+        let failed = |error| {
+            let Places {
+                namespace, secret, ..
+            } = &self.places;
+            SharedError::Secret(format!("{namespace}/{secret}"), error)
+        };
+        let mut conflicts = 0;
+        loop {
+            let kept = self.secrets.get_opt(&self.places.secret).await;
+            let kept = kept.map_err(|error| failed(error.into()))?;
+            let kept_held = kept.as_ref().map(held);
+            let now = now();
+            let restored = self.wanted.restored(kept_held.clone(), &self.held, now);
+            let is_settled = self.is_settled(&restored.authorities);
+            let next = self.wanted.next(&restored, now, is_settled)?;
+            let next = next.unwrap_or(restored);
+            if kept_held.as_ref() == Some(&next) {
+                self.held = next;
+                return Ok(());
+            }
+            match self.write(kept, &next).await {
+                Ok(()) => {
+                    info!(secret = self.places.secret, "certificate kept");
+                    self.held = next;
+                    return Ok(());
+                }
+                Err(ClusterError::Conflict(_)) if conflicts < MOST_CONFLICTS => conflicts += 1,
+                Err(error) => return Err(failed(error)),
+            }
+        }
+    }
+
+    async fn write(&self, kept: Option<Secret>, held: &Held) -> Result<(), ClusterError> {
+        let name = &self.places.secret;
+        let data = Some(
+            fields(held)
+                .map(|(field, text)| (field.to_owned(), ByteString(text.clone().into_bytes())))
+                .into(),
+        );
+        match kept {
+            // Replaces what was read, and nothing newer: the API server compares its version.
+            Some(kept) => {
+                let secret = Secret { data, ..kept };
+                let params = PostParams::default();
+                self.secrets.replace(name, &params, &secret).await?;
+            }
+            // Applied rather than posted: a role can be limited to this one name. Unforced, and by a manager of
+            // its own, it conflicts with what another replica has applied meanwhile.
+            None => {
+                let secret = Secret {
+                    metadata: ObjectMeta {
+                        name: Some(name.clone()),
+                        ..ObjectMeta::default()
+                    },
+                    data,
+                    ..Secret::default()
+                };
+                let params = PatchParams::apply(&self.manager);
+                let patch = Patch::Apply(&secret);
+                self.secrets.patch(name, &params, &patch).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the authorities into every configuration that lacks them.
+    async fn publish(&mut self) -> Result<(), SharedError> {
+        let authorities = &self.held.authorities;
+        for configuration in &mut self.configurations {
+            if let Err(error) = configuration.publish(authorities).await {
+                self.published = None;
+                return Err(SharedError::Publish(configuration.name.clone(), error));
+            }
+        }
+        let is_known = matches!(&self.published, Some((known, _)) if known == authorities);
+        if !is_known {
+            self.published = Some((authorities.clone(), Instant::now()));
+        }
+        Ok(())
+    }
+
+    fn is_settled(&self, authorities: &str) -> bool {
+        let time = self.wanted.interval() * SETTLING_LOOKS;
+        matches!(&self.published, Some((known, since)) if known == authorities && since.elapsed() >= time)
+    }
+}
+
+fn kind_of<K: Resource<DynamicType = ()>>() -> ApiResource {
+    ApiResource::erase::<K>(&())
+}
+
+/// The Secret's fields, by the names that certificates have in Secrets.
+fn fields(held: &Held) -> [(&'static str, &String); 4] {
+    [
+        ("ca.crt", &held.authorities),
+        ("ca.key", &held.authority_key),
+        ("tls.crt", &held.certificate),
+        ("tls.key", &held.key),
+    ]
+}
+
+fn held(secret: &Secret) -> Held {
+    let text = |field: &str| {
+        let bytes = secret.data.as_ref().and_then(|data| data.get(field));
+        bytes.map_or(String::new(), |bytes| {
+            String::from_utf8_lossy(&bytes.0).into_owned()
+        })
+    };
+    Held {
+        authorities: text("ca.crt"),
+        authority_key: text("ca.key"),
+        certificate: text("tls.crt"),
+        key: text("tls.key"),
+    }
+}
+
+/// A webhook configuration, all of whose webhooks are this program's.
+#[derive(Clone)]
+struct Configuration {
+    api: Api<DynamicObject>,
+    name: String,
+    is_missing: bool,
+}
+
+impl Configuration {
+    async fn publish(&mut self, authorities: &str) -> Result<(), ClusterError> {
+        let mut conflicts = 0;
+        loop {
+            let Some(mut found) = self.api.get_opt(&self.name).await? else {
+                // Nobody calls a webhook that is not configured.
+                if !self.is_missing {
+                    warn!(
+                        name = self.name,
+                        "the webhook configuration is not there; it gets its caBundle once it is"
+                    );
+                }
+                self.is_missing = true;
+                return Ok(());
+            };
+            self.is_missing = false;
+            if !set_ca_bundle(&mut found, authorities) {
+                return Ok(());
+            }
+            let params = PostParams::default();
+            match self.api.replace(&self.name, &params, &found).await {
+                Ok(_) => {
+                    info!(name = self.name, "caBundle written");
+                    return Ok(());
+                }
+                Err(kube::Error::Api(status))
+                    if status.code == 409 && conflicts < MOST_CONFLICTS =>
+                {
+                    conflicts += 1;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// Gives each webhook of a configuration the authorities; whether one lacked them.
+fn set_ca_bundle(found: &mut DynamicObject, authorities: &str) -> bool {
+    let ca_bundle = Value::String(STANDARD.encode(authorities));
+    let webhooks = found.data.get_mut("webhooks").and_then(Value::as_array_mut);
+    let mut was_lacking = false;
+    for webhook in webhooks.into_iter().flatten() {
+        let Some(client) = webhook
+            .get_mut("clientConfig")
+            .and_then(Value::as_object_mut)
+        else {
+            continue;
+        };
+        was_lacking |= client.get("caBundle") != Some(&ca_bundle);
+        client.insert("caBundle".to_owned(), ca_bundle.clone());
+    }
+    was_lacking
+}

@@ -1,0 +1,84 @@
+//! The chart, rendered by the real Helm.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+/// The release's name and namespace in every test.
+pub(crate) const RELEASE: &str = "llm-billing-webhook";
+
+pub(crate) fn chart() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("charts/llm-billing-webhook")
+}
+
+/// Runs Helm.
+pub(crate) fn helm(arguments: &[&str]) -> Output {
+    let mut command = Command::new("helm");
+    with_helm(command.args(arguments))
+        .output()
+        .expect("Helm is not installed; scripts/check installs it")
+}
+
+/// Lets a command find Helm where scripts/check puts it.
+pub(crate) fn with_helm(command: &mut Command) -> &mut Command {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or(std::env::home_dir().map(|home| home.join(".cache")));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = std::env::split_paths(&path).chain(cache.map(|cache| cache.join(RELEASE)));
+    command.env("PATH", std::env::join_paths(folders).unwrap())
+}
+
+/// The arguments that render the chart with these settings, such as `guard.enabled=true`.
+fn template<'a>(chart: &'a str, settings: &[&'a str]) -> Vec<&'a str> {
+    let mut arguments = vec!["template", RELEASE, chart, "--namespace", RELEASE];
+    arguments.extend(settings.iter().flat_map(|setting| ["--set", setting]));
+    arguments
+}
+
+/// What the chart makes of these settings, without hooks.
+pub(crate) fn render(settings: &[&str]) -> Vec<Value> {
+    let mut objects = render_with_hooks(settings);
+    objects.retain(|object| object["metadata"]["annotations"]["helm.sh/hook"].is_null());
+    objects
+}
+
+/// The same with the hooks of `helm test`.
+pub(crate) fn render_with_hooks(settings: &[&str]) -> Vec<Value> {
+    let chart = chart();
+    let done = helm(&template(chart.to_str().unwrap(), settings));
+    assert!(
+        done.status.success(),
+        "{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+    objects(&String::from_utf8(done.stdout).unwrap())
+}
+
+/// What Helm says of settings that it refuses.
+pub(crate) fn refusal(settings: &[&str]) -> String {
+    let chart = chart();
+    let done = helm(&template(chart.to_str().unwrap(), settings));
+    assert!(!done.status.success(), "{settings:?} is accepted");
+    String::from_utf8(done.stderr).unwrap()
+}
+
+/// The documents of a manifest.
+pub(crate) fn objects(manifest: &str) -> Vec<Value> {
+    // As Kubernetes reads it: 0440 is an octal number.
+    let options = serde_saphyr::options! { legacy_octal_numbers: true };
+    let documents: Vec<Value> =
+        serde_saphyr::from_multiple_with_options(manifest, options).unwrap();
+    documents
+        .into_iter()
+        .filter(|document| !document.is_null())
+        .collect()
+}
+
+/// The one object of a kind.
+pub(crate) fn of_kind<'o>(objects: &'o [Value], kind: &str) -> &'o Value {
+    let mut found = objects.iter().filter(|object| object["kind"] == kind);
+    let one = found.next();
+    assert!(found.next().is_none(), "{kind} is there twice");
+    one.unwrap_or_else(|| panic!("{kind} is not there"))
+}
