@@ -1,0 +1,400 @@
+//! The Helm chart and what is rendered from it: lint, settings that are refused, objects that Kubernetes' own types
+//! read without losing a field, the default's snapshot, and the files that are kept beside the chart.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use k8s_openapi::api::{
+    admissionregistration::v1 as admission, apps::v1 as apps, autoscaling::v2 as autoscaling,
+    core::v1 as core, networking::v1 as networking, policy::v1 as policy, rbac::v1 as rbac,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+use crate::support::api_server::{ApiServer, collection_of};
+use crate::support::chart::{RELEASE, chart, helm, of_kind, refusal, render};
+use crate::support::program::{Authority, run};
+
+const DATABASE: &str = "database.existingSecret=db";
+
+/// Settings that together use every part of the chart.
+const MATRIX: [&[&str]; 8] = [
+    &[DATABASE],
+    &[
+        DATABASE,
+        "guard.enabled=true",
+        "tls.clientCA.secretName=clients",
+        "database.caSecret.name=ca",
+    ],
+    &[
+        "database.sqlite.enabled=true",
+        "database.sqlite.workspaces.22222222-2222-4222-8222-222222222222=byok",
+        "replicas=1",
+    ],
+    &[DATABASE, "tls.mode=cert-manager", "guard.enabled=true"],
+    &[DATABASE, "tls.mode=provided", "tls.provided.secretName=tls"],
+    &[
+        DATABASE,
+        "scope=namespace",
+        "namespaceSelector.matchLabels.workspaces=yes",
+        "exemptNamespaces={db}",
+    ],
+    &[
+        DATABASE,
+        "autoscaling.enabled=true",
+        "networkPolicy.enabled=true",
+        "serviceMonitor.enabled=true",
+        "podMonitor.enabled=true",
+        "prometheusRule.enabled=true",
+        "dashboard.enabled=true",
+        "priorityClassName=system-cluster-critical",
+        "podDisruptionBudget.enabled=true",
+    ],
+    &[
+        DATABASE,
+        "image.digest=sha256:0000000000000000000000000000000000000000000000000000000000000000",
+        "imagePullSecrets[0].name=registry",
+        "extraArgs={--log-format=pretty}",
+        "extraEnv[0].name=RUST_LOG",
+        "extraEnv[0].value=debug",
+        "nodeSelector.pool=system",
+        "tolerations[0].operator=Exists",
+        "commonLabels.team=platform",
+        "podAnnotations.a=b",
+        "fullnameOverride=other",
+        "serviceAccount.create=false",
+        "rbac.create=false",
+    ],
+];
+
+#[test]
+fn the_chart_is_linted_without_a_remark() {
+    let done = helm(&[
+        "lint",
+        "--strict",
+        chart().to_str().unwrap(),
+        "--set",
+        DATABASE,
+    ]);
+    let said = String::from_utf8(done.stdout).unwrap() + &String::from_utf8(done.stderr).unwrap();
+    assert!(done.status.success(), "{said}");
+    assert!(!said.contains("[WARNING]"), "{said}");
+}
+
+#[test]
+fn every_rendered_object_is_read_by_kubernetes_own_types_without_losing_a_field() {
+    for settings in MATRIX {
+        for object in render(settings) {
+            let name = format!(
+                "{settings:?}: {} {}",
+                object["kind"], object["metadata"]["name"]
+            );
+            let Some(read) = typed(&object) else { continue };
+            assert_eq!(lost(&object, &read), Vec::<String>::new(), "{name}");
+        }
+    }
+}
+
+/// The object as its type reads it; `None` for kinds that Kubernetes does not bring itself.
+fn typed(object: &Value) -> Option<Value> {
+    fn of<T: DeserializeOwned + Serialize>(object: &Value) -> Option<Value> {
+        let read: T = serde_json::from_value(object.clone())
+            .unwrap_or_else(|error| panic!("{error}: {object}"));
+        Some(serde_json::to_value(read).unwrap())
+    }
+    let (api_version, kind) = (object["apiVersion"].as_str()?, object["kind"].as_str()?);
+    match (api_version, kind) {
+        ("v1", "ConfigMap") => of::<core::ConfigMap>(object),
+        ("v1", "Namespace") => of::<core::Namespace>(object),
+        ("v1", "Service") => of::<core::Service>(object),
+        ("v1", "ServiceAccount") => of::<core::ServiceAccount>(object),
+        ("apps/v1", "Deployment") => of::<apps::Deployment>(object),
+        ("autoscaling/v2", "HorizontalPodAutoscaler") => {
+            of::<autoscaling::HorizontalPodAutoscaler>(object)
+        }
+        ("networking.k8s.io/v1", "NetworkPolicy") => of::<networking::NetworkPolicy>(object),
+        ("policy/v1", "PodDisruptionBudget") => of::<policy::PodDisruptionBudget>(object),
+        ("rbac.authorization.k8s.io/v1", "Role") => of::<rbac::Role>(object),
+        ("rbac.authorization.k8s.io/v1", "RoleBinding") => of::<rbac::RoleBinding>(object),
+        ("rbac.authorization.k8s.io/v1", "ClusterRole") => of::<rbac::ClusterRole>(object),
+        ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding") => {
+            of::<rbac::ClusterRoleBinding>(object)
+        }
+        ("admissionregistration.k8s.io/v1", "MutatingWebhookConfiguration") => {
+            of::<admission::MutatingWebhookConfiguration>(object)
+        }
+        ("admissionregistration.k8s.io/v1", "ValidatingWebhookConfiguration") => {
+            of::<admission::ValidatingWebhookConfiguration>(object)
+        }
+        ("cert-manager.io/v1", "Certificate" | "Issuer")
+        | ("monitoring.coreos.com/v1", "ServiceMonitor" | "PodMonitor" | "PrometheusRule") => None,
+        other => panic!("{other:?} is not expected"),
+    }
+}
+
+/// The paths of what is in `object` and not, or not the same, in `read`.
+fn lost(object: &Value, read: &Value) -> Vec<String> {
+    let below = |key: String, object: &Value, read: &Value| -> Vec<String> {
+        lost(object, read)
+            .into_iter()
+            .map(|path| format!("{key}.{path}"))
+            .collect()
+    };
+    match (object, read) {
+        (Value::Object(object), Value::Object(read)) => object
+            .iter()
+            // An empty list or object need not be written.
+            .filter(|(_, value)| !value.is_null() && **value != json!([]) && **value != json!({}))
+            .flat_map(|(key, value)| {
+                below(key.clone(), value, read.get(key).unwrap_or(&Value::Null))
+            })
+            .collect(),
+        (Value::Array(object), Value::Array(read)) if object.len() == read.len() => object
+            .iter()
+            .zip(read)
+            .enumerate()
+            .flat_map(|(index, (object, read))| below(index.to_string(), object, read))
+            .collect(),
+        (object, read) if object == read => Vec::new(),
+        (object, read) => vec![format!(" {object} is read as {read}")],
+    }
+}
+
+#[test]
+fn a_real_api_server_accepts_every_rendered_object_field_by_field() {
+    let Some(api) = ApiServer::real("accepting what the chart renders") else {
+        return;
+    };
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": RELEASE}});
+    api.create_all([&namespace]);
+    for settings in MATRIX {
+        for object in render(settings) {
+            if typed(&object).is_none() {
+                continue;
+            }
+            let path = format!(
+                "{}?dryRun=All&fieldValidation=Strict",
+                collection_of(&object)
+            );
+            let (status, answer) = api.request("POST", &path, Some(&object));
+            assert_eq!(status, 201, "{settings:?}: {answer}");
+        }
+    }
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused_with_the_remedy_before_anything_is_installed() {
+    let table: [(&[&str], &str); 15] = [
+        (&[], "no database is given: set database.existingSecret"),
+        (&[DATABASE, "database.sqlite.enabled=true"], "are both set"),
+        (&["database.sqlite.enabled=true"], "set replicas=1"),
+        (
+            &[DATABASE, "scope=namespace"],
+            "set namespaceSelector.matchLabels",
+        ),
+        (&[DATABASE, "policy.unlabelled=deny"], "set scope=namespace"),
+        (
+            &[DATABASE, "tls.mode=provided"],
+            "set tls.provided.secretName",
+        ),
+        (
+            &[DATABASE, "tls.mode=self-signed"],
+            "'self-managed', 'cert-manager', 'provided'",
+        ),
+        (&[DATABASE, "scope=everywhere"], "'labelled', 'namespace'"),
+        (
+            &[DATABASE, "webhook.failurePolicy=fail"],
+            "'Fail', 'Ignore'",
+        ),
+        (&[DATABASE, "webhook.timeoutSeconds=31"], "timeoutSeconds"),
+        (&[DATABASE, "replicas=0"], "replicas"),
+        (&[DATABASE, "replica=3"], "replica"),
+        (&[DATABASE, "database.url=postgres://u:p@h/d"], "url"),
+        (&[DATABASE, "policy.envfrom=deny"], "envfrom"),
+        (
+            &[DATABASE, "policy.lookup.onError=allow"],
+            "value must be 'deny'",
+        ),
+    ];
+    for (settings, expected) in table {
+        let said = refusal(settings);
+        assert!(said.contains(expected), "{settings:?}: {said}");
+        assert!(!said.contains("postgres://"), "{said}");
+    }
+}
+
+#[test]
+fn the_default_render_is_that_of_its_snapshot() {
+    let objects = render(&[DATABASE]);
+    let whole: Vec<String> = objects
+        .iter()
+        .map(|object| serde_saphyr::to_string(object).unwrap())
+        .collect();
+    insta::with_settings!({snapshot_path => "../fixtures/snapshots", prepend_module_to_snapshot => false, omit_expression => true}, {
+        insta::assert_snapshot!("chart-default", whole.join("---\n"));
+    });
+}
+
+#[test]
+fn the_program_takes_the_arguments_and_the_policy_that_the_chart_gives_it() {
+    for settings in MATRIX {
+        let objects = render(settings);
+        let spec = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"];
+        let containers = ["initContainers", "containers"];
+        let containers = containers
+            .iter()
+            .flat_map(|list| spec[list].as_array().into_iter().flatten());
+        for container in containers {
+            let arguments = container["args"].as_array().unwrap().iter();
+            // An argument that it does not know is an error even where help is asked for.
+            let mut arguments: Vec<&str> = arguments
+                .map(|argument| argument.as_str().unwrap())
+                .collect();
+            arguments.push("--help");
+            let (code, _, stderr) = run(&arguments);
+            assert_eq!((code, stderr.as_str()), (0, ""), "{arguments:?}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("policy.yaml");
+        let policy = of_kind_named(&objects, "ConfigMap", "-policy")["data"]["policy.yaml"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        fs::write(&file, policy).unwrap();
+        let (code, stdout, _) = run(&["check", "--policy", file.to_str().unwrap()]);
+        assert_eq!(code, 0, "{stdout}");
+    }
+}
+
+fn of_kind_named<'o>(objects: &'o [Value], kind: &str, ending: &str) -> &'o Value {
+    let mut found = objects.iter().filter(|object| object["kind"] == kind);
+    found
+        .find(|object| {
+            object["metadata"]["name"]
+                .as_str()
+                .unwrap()
+                .ends_with(ending)
+        })
+        .unwrap()
+}
+
+#[test]
+fn a_pod_without_the_label_is_platform_managed_where_whole_namespaces_are_in_scope() {
+    let scope = [
+        "scope=namespace",
+        "namespaceSelector.matchLabels.workspaces=yes",
+    ];
+    let policy = |settings: &[&str]| -> Value {
+        let objects = render(&[&[DATABASE], settings].concat());
+        let text = of_kind_named(&objects, "ConfigMap", "-policy")["data"]["policy.yaml"]
+            .as_str()
+            .unwrap()
+            .to_owned();
+        serde_saphyr::from_str(&text).unwrap()
+    };
+    assert_eq!(policy(&[]), json!({}));
+    assert_eq!(policy(&scope), json!({"unlabelled": "platform_managed"}));
+    assert_eq!(
+        policy(&[&scope[..], &["policy.unlabelled=deny"]].concat()),
+        json!({"unlabelled": "deny"})
+    );
+    // Another policy is a rollout.
+    let checksum = |settings: &[&str]| {
+        let objects = render(&[&[DATABASE], settings].concat());
+        of_kind(&objects, "Deployment")["spec"]["template"]["metadata"]["annotations"].clone()
+    };
+    assert_ne!(checksum(&[]), checksum(&["policy.envFrom=deny"]));
+    assert_eq!(checksum(&[]), checksum(&["replicas=3"]));
+}
+
+#[test]
+fn no_token_and_no_permission_is_there_unless_the_replicas_keep_their_certificate() {
+    for (mode, has_token) in [
+        ("self-managed", true),
+        ("cert-manager", false),
+        ("provided", false),
+    ] {
+        let mode = format!("tls.mode={mode}");
+        let objects = render(&[DATABASE, &mode, "tls.provided.secretName=tls"]);
+        let spec = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"];
+        assert_eq!(spec["automountServiceAccountToken"], has_token, "{mode}");
+        assert_eq!(
+            of_kind(&objects, "ServiceAccount")["automountServiceAccountToken"],
+            false
+        );
+        let kinds: BTreeSet<&str> = objects
+            .iter()
+            .map(|object| object["kind"].as_str().unwrap())
+            .collect();
+        for kind in ["Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"] {
+            assert_eq!(kinds.contains(kind), has_token, "{mode} {kind}");
+        }
+    }
+}
+
+#[test]
+fn the_authority_of_a_provided_certificate_is_published_by_the_chart() {
+    let pem = Authority::new().pem();
+    let ca_bundle = format!("tls.provided.caBundle={pem}");
+    let objects = render(&[
+        DATABASE,
+        "tls.mode=provided",
+        "tls.provided.secretName=tls",
+        &ca_bundle,
+    ]);
+    let client = &of_kind(&objects, "MutatingWebhookConfiguration")["webhooks"][0]["clientConfig"];
+    assert_eq!(client["caBundle"], STANDARD.encode(pem));
+}
+
+#[test]
+fn the_charts_schema_has_the_policys_own() {
+    let schema = fs::read(chart().join("values.schema.json")).unwrap();
+    let schema: Value = serde_json::from_slice(&schema).unwrap();
+    let mut policy: Value = serde_json::from_str(&run(&["policy", "schema"]).1).unwrap();
+    let policy = policy.as_object_mut().unwrap();
+    policy.remove("$schema");
+    let definitions = policy.remove("$defs").unwrap();
+    let remedy = "values.schema.json is stale; put what `policy schema` prints into properties.policy and $defs";
+    assert!(schema["properties"]["policy"] == json!(policy), "{remedy}");
+    assert!(schema["$defs"] == definitions, "{remedy}");
+}
+
+#[test]
+fn the_plain_manifests_are_what_the_chart_renders() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut render = Command::new(root.join("scripts/manifests"));
+    let done = crate::support::chart::with_helm(render.arg("-"))
+        .output()
+        .unwrap();
+    assert!(
+        done.status.success(),
+        "{}",
+        String::from_utf8_lossy(&done.stderr)
+    );
+    let kept = fs::read_to_string(root.join("manifests/install.yaml")).unwrap();
+    assert!(
+        String::from_utf8(done.stdout).unwrap() == kept,
+        "manifests/install.yaml is stale; run scripts/manifests"
+    );
+}
+
+#[test]
+fn chart_crate_toolchain_and_image_name_the_same_versions() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |file: &str| fs::read_to_string(root.join(file)).unwrap();
+    let about: Value =
+        serde_saphyr::from_str(&read("charts/llm-billing-webhook/Chart.yaml")).unwrap();
+    assert_eq!(about["appVersion"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(about["version"], env!("CARGO_PKG_VERSION"));
+    let rust = env!("CARGO_PKG_RUST_VERSION");
+    assert!(read("rust-toolchain.toml").contains(&format!("\"{rust}\"")));
+    assert!(
+        read("Dockerfile").contains(&format!("rust:{rust}-")),
+        "the Dockerfile's Rust is not {rust}"
+    );
+}
