@@ -1,7 +1,15 @@
 //! The Kubernetes API as a client: how to reach it, and how its errors read. What is asked of it is the business
 //! of those who ask.
 
-use kube::{Client, Config};
+use axum::http;
+use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference, Pod};
+use k8s_openapi::api::policy::v1::Eviction;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{DeleteOptions, Preconditions, Time};
+use k8s_openapi::jiff::Timestamp;
+use kube::api::PostParams;
+use kube::core::ObjectMeta;
+use kube::{Api, Client, Config};
+use serde_json::Value;
 use thiserror::Error;
 
 /// What went wrong, in the API server's words where it has any. They name objects, and never what is in them.
@@ -32,13 +40,144 @@ impl From<kube::Error> for ClusterError {
     }
 }
 
-/// A client for the cluster that the environment tells of: a service account's token, else `KUBECONFIG`.
+/// A client for the cluster that the environment tells of: a service account's token, else `KUBECONFIG`. What the
+/// API server cannot do just now is tried again.
 ///
 /// # Errors
 /// [`ClusterError::Unknown`] and [`ClusterError::Unreachable`]
 pub async fn connect() -> Result<Client, ClusterError> {
-    let config = Config::infer()
-        .await
-        .map_err(|error| ClusterError::Unknown(error.to_string()))?;
+    Ok(Client::try_from(config().await?)?)
+}
+
+/// One that takes the first answer, for evictions: a disruption budget refuses them as if the server were busy.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_without_retries() -> Result<Client, ClusterError> {
+    let mut config = config().await?;
+    config.default_retry = false;
     Ok(Client::try_from(config)?)
+}
+
+async fn config() -> Result<Config, ClusterError> {
+    let config = Config::infer().await;
+    config.map_err(|error| ClusterError::Unknown(error.to_string()))
+}
+
+/// An object as it is stored, by its path, without the record of who manages which field.
+///
+/// # Errors
+/// [`ClusterError`]
+pub async fn get(client: &Client, path: &str) -> Result<Value, ClusterError> {
+    let request = http::Request::get(path)
+        .body(Vec::new())
+        .map_err(|error| ClusterError::Unreachable(error.to_string()))?;
+    let mut object: Value = client.request(request).await?;
+    if let Some(metadata) = object.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.remove("managedFields");
+    }
+    Ok(object)
+}
+
+/// A pod by what tells it from any other.
+#[derive(Clone, Copy, Debug)]
+pub struct PodName<'a> {
+    /// Its namespace.
+    pub namespace: &'a str,
+    /// Its name.
+    pub name: &'a str,
+    /// Tells it from a later pod of the same name.
+    pub uid: &'a str,
+}
+
+/// What became of an eviction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Evicted {
+    /// The pod is being ended.
+    Done,
+    /// A disruption budget keeps it for now; the API server's words.
+    Kept(String),
+    /// It is not there any more, or is another one.
+    Gone,
+}
+
+/// Evicts a pod through the Eviction API, which honours disruption budgets.
+///
+/// # Errors
+/// [`ClusterError`]
+pub async fn evict(
+    client: &Client,
+    pod: PodName<'_>,
+    dry_run: bool,
+) -> Result<Evicted, ClusterError> {
+    let eviction = Eviction {
+        metadata: ObjectMeta {
+            name: Some(pod.name.to_owned()),
+            namespace: Some(pod.namespace.to_owned()),
+            ..ObjectMeta::default()
+        },
+        delete_options: Some(DeleteOptions {
+            dry_run: dry_run.then(|| vec!["All".to_owned()]),
+            preconditions: Some(Preconditions {
+                uid: Some(pod.uid.to_owned()),
+                ..Preconditions::default()
+            }),
+            ..DeleteOptions::default()
+        }),
+    };
+    // kube's own eviction spells a field's name wrong, and loses dry-run and precondition.
+    let pods: Api<Pod> = Api::namespaced(client.clone(), pod.namespace);
+    let answered: Result<Value, _> = pods
+        .create_subresource("eviction", pod.name, &PostParams::default(), &eviction)
+        .await;
+    match answered {
+        Ok(_) => Ok(Evicted::Done),
+        Err(kube::Error::Api(status)) if status.code == 429 => Ok(Evicted::Kept(status.message)),
+        Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => Ok(Evicted::Gone),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Writes a warning where `kubectl describe pod` shows it.
+///
+/// # Errors
+/// [`ClusterError`]
+pub async fn warn_on_pod(
+    client: &Client,
+    pod: PodName<'_>,
+    reason: &str,
+    message: &str,
+) -> Result<(), ClusterError> {
+    let now = Some(Time(Timestamp::now()));
+    let text = |text: &str| Some(text.to_owned());
+    // The API server refuses more.
+    let message = message.get(..message.floor_char_boundary(1024));
+    let event = Event {
+        metadata: ObjectMeta {
+            generate_name: Some(format!("{}.", pod.name)),
+            ..ObjectMeta::default()
+        },
+        involved_object: ObjectReference {
+            api_version: text("v1"),
+            kind: text("Pod"),
+            namespace: text(pod.namespace),
+            name: text(pod.name),
+            uid: text(pod.uid),
+            ..ObjectReference::default()
+        },
+        type_: text("Warning"),
+        reason: text(reason),
+        message: message.map(str::to_owned),
+        source: Some(EventSource {
+            component: text(env!("CARGO_PKG_NAME")),
+            host: None,
+        }),
+        first_timestamp: now.clone(),
+        last_timestamp: now,
+        count: Some(1),
+        ..Event::default()
+    };
+    let events: Api<Event> = Api::namespaced(client.clone(), pod.namespace);
+    events.create(&PostParams::default(), &event).await?;
+    Ok(())
 }

@@ -11,6 +11,7 @@ use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 use std::{fmt, io};
 
+use futures_util::{StreamExt, TryStreamExt};
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions, PgTypeKind};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePoolOptions};
 use sqlx::{
@@ -153,7 +154,13 @@ impl LookupError {
 
 impl From<sqlx::Error> for LookupError {
     fn from(error: sqlx::Error) -> Self {
-        match &error {
+        Self::from_ref(&error)
+    }
+}
+
+impl LookupError {
+    fn from_ref(error: &sqlx::Error) -> Self {
+        match error {
             sqlx::Error::PoolTimedOut => Self::Timeout,
             sqlx::Error::Io(missing) if missing.kind() == io::ErrorKind::NotFound => {
                 Self::Unavailable(format!(
@@ -307,12 +314,16 @@ impl Current {
         parameters: &[ParameterValue],
         deadline: Instant,
     ) -> Result<Stored, sqlx::Error> {
+        let one = |begin| One {
+            query,
+            parameters,
+            begin,
+        };
         match &self.pool {
             AnyPool::Postgres { pool, begin } => {
-                let begin = begin.as_deref();
-                fetch(pool, query, parameters, begin, deadline).await
+                fetch(pool, &one(begin.as_deref()), deadline).await
             }
-            AnyPool::Sqlite(pool) => fetch(pool, query, parameters, None, deadline).await,
+            AnyPool::Sqlite(pool) => fetch(pool, &one(None), deadline).await,
         }
     }
 }
@@ -426,6 +437,37 @@ impl Database {
         result
     }
 
+    /// Looks many workspaces up, each by its parameters, and answers in their order: by one query where the
+    /// policy's allows it, else by one each, a few at a time.
+    ///
+    /// # Errors
+    /// [`LookupError`], if one of them fails.
+    pub async fn lookup_many(
+        &self,
+        many: &[Vec<ParameterValue>],
+    ) -> Result<Vec<Stored>, LookupError> {
+        if let AnyPool::Postgres { pool, begin } = self.current().pool
+            && let Some(query) = query_of_many(&self.query, &self.parameters)
+        {
+            let asked = Many {
+                query: &query,
+                parameters: &self.parameters,
+                many,
+                begin: begin.as_deref(),
+            };
+            match fetch(&pool, &asked, Instant::now() + self.timeout).await {
+                // The policy's own query is right; it just cannot stand in this one.
+                Err(error) if matches!(LookupError::from_ref(&error), LookupError::Refused(_)) => {}
+                answered => return answered.map_err(LookupError::from),
+            }
+        }
+        let one_by_one = many.iter().map(|parameters| self.lookup(parameters, None));
+        futures_util::stream::iter(one_by_one)
+            .buffered(MOST_CONNECTIONS as usize)
+            .try_collect()
+            .await
+    }
+
     /// Runs the policy's query as a lookup does, for an id that no workspace has.
     ///
     /// # Errors
@@ -493,16 +535,14 @@ fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sq
 /// has not ended, or it is stale. A server that restarted leaves stale connections, at most as many as
 /// there are, and each shows itself only when it is used; then the next one is tried. While it restarts, it
 /// refuses new connections, for which sqlx tries again, or cuts them off.
-async fn fetch<DB>(
+async fn fetch<DB, A>(
     pool: &Pool<DB>,
-    query: &str,
-    parameters: &[ParameterValue],
-    begin: Option<&str>,
+    asked: &A,
     deadline: Instant,
-) -> Result<Stored, sqlx::Error>
+) -> Result<A::Answer, sqlx::Error>
 where
     DB: sqlx::Database,
-    DB::Connection: Fetch,
+    A: Ask<DB::Connection>,
 {
     let mut tries_left = MOST_CONNECTIONS;
     loop {
@@ -514,7 +554,7 @@ where
             }
             acquired => acquired?,
         };
-        let fetched = timeout_at(deadline, connection.fetch(query, parameters, begin)).await;
+        let fetched = timeout_at(deadline, asked.ask(&mut connection)).await;
         match fetched.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
             Err(error) if is_stale(&error) && tries_left > 0 => {
                 drop(connection.detach());
@@ -566,29 +606,37 @@ fn is_statement_gone(error: &sqlx::Error) -> bool {
     code.is_some_and(|code| code == "26000")
 }
 
-/// How one kind of connection runs the policy's query, in a transaction if `begin` is there to begin one.
-trait Fetch {
-    fn fetch(
-        &mut self,
-        query: &str,
-        parameters: &[ParameterValue],
-        begin: Option<&str>,
-    ) -> impl Future<Output = Result<Stored, sqlx::Error>> + Send;
+/// What is asked over one connection of a kind.
+trait Ask<Connection> {
+    /// What it answers.
+    type Answer;
+
+    fn ask(
+        &self,
+        connection: &mut Connection,
+    ) -> impl Future<Output = Result<Self::Answer, sqlx::Error>> + Send;
 }
 
-impl Fetch for PgConnection {
-    async fn fetch(
-        &mut self,
-        query: &str,
-        parameters: &[ParameterValue],
-        begin: Option<&str>,
-    ) -> Result<Stored, sqlx::Error> {
-        let Some(begin) = begin else {
-            return select(self, query, parameters, true).await;
+/// One workspace's mode, by the policy's query, in a transaction if `begin` is there to begin one.
+struct One<'a> {
+    query: &'a str,
+    parameters: &'a [ParameterValue],
+    begin: Option<&'a str>,
+}
+
+impl Ask<PgConnection> for One<'_> {
+    type Answer = Stored;
+
+    async fn ask(&self, connection: &mut PgConnection) -> Result<Stored, sqlx::Error> {
+        let Self {
+            query, parameters, ..
+        } = self;
+        let Some(begin) = self.begin else {
+            return select(connection, query, parameters, true).await;
         };
         let mut types_are_known = false;
         loop {
-            let mut transaction = self.begin_with(AssertSqlSafe(begin)).await?;
+            let mut transaction = connection.begin_with(AssertSqlSafe(begin)).await?;
             let selected = select(&mut transaction, query, parameters, false).await;
             transaction.rollback().await?;
             match selected {
@@ -601,6 +649,104 @@ impl Fetch for PgConnection {
             }
         }
     }
+}
+
+/// Many workspaces' modes, by one query.
+struct Many<'a> {
+    query: &'a str,
+    parameters: &'a [Parameter],
+    many: &'a [Vec<ParameterValue>],
+    begin: Option<&'a str>,
+}
+
+impl Ask<PgConnection> for Many<'_> {
+    type Answer = Vec<Stored>;
+
+    async fn ask(&self, connection: &mut PgConnection) -> Result<Vec<Stored>, sqlx::Error> {
+        let mut statement =
+            sqlx::query_as(AssertSqlSafe(self.query)).persistent(self.begin.is_none());
+        for (place, parameter) in self.parameters.iter().enumerate() {
+            let values = self.many.iter().map(|one| one.get(place));
+            statement = if is_uuid(parameter) {
+                let uuid = |value| match value {
+                    Some(&ParameterValue::Uuid(uuid)) => Some(uuid),
+                    _ => None,
+                };
+                statement.bind(values.map(uuid).collect::<Vec<_>>())
+            } else {
+                let text = |value: Option<&ParameterValue>| match value {
+                    Some(ParameterValue::Text(text)) => Some(text.clone()),
+                    _ => None,
+                };
+                statement.bind(values.map(text).collect::<Vec<_>>())
+            };
+        }
+        let rows: Vec<(Option<String>, Option<bool>)> = match self.begin {
+            None => statement.fetch_all(connection).await?,
+            Some(begin) => {
+                let mut transaction = connection.begin_with(AssertSqlSafe(begin)).await?;
+                let rows = statement.fetch_all(&mut *transaction).await?;
+                transaction.rollback().await?;
+                rows
+            }
+        };
+        let stored = |(mode, is_there): (_, Option<bool>)| match is_there {
+            Some(_) => Stored::Row(mode),
+            None => Stored::NoRow,
+        };
+        Ok(rows.into_iter().map(stored).collect())
+    }
+}
+
+const fn is_uuid(parameter: &Parameter) -> bool {
+    matches!(
+        parameter,
+        Parameter::Label {
+            kind: ParameterType::Uuid,
+            ..
+        }
+    )
+}
+
+/// The policy's query, made to answer for many workspaces at once: its parameters become columns of what is
+/// asked. `None` if it has anything in which a `$1` could be something else than a parameter.
+fn query_of_many(query: &str, parameters: &[Parameter]) -> Option<String> {
+    if ["'", "\"", ";", "--", "/*", "$$"]
+        .iter()
+        .any(|quote| query.contains(quote))
+    {
+        return None;
+    }
+    let mut pieces = query.split('$');
+    let mut one = pieces.next()?.to_owned();
+    for piece in pieces {
+        let digits = piece.len() - piece.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+        let (number, rest) = piece.split_at(digits);
+        let is_parameter = number
+            .parse()
+            .is_ok_and(|number| (1..=parameters.len()).contains(&number));
+        if !is_parameter {
+            return None;
+        }
+        one += &format!("llm_billing_asked.p{number}{rest}");
+    }
+    let list = |each: &dyn Fn((usize, &Parameter)) -> String| -> String {
+        let all: Vec<String> = parameters.iter().enumerate().map(each).collect();
+        all.join(", ")
+    };
+    let arrays = list(&|(place, parameter)| {
+        let kind = if is_uuid(parameter) { "uuid" } else { "text" };
+        format!("${}::{kind}[]", place + 1)
+    });
+    let columns = list(&|(place, _)| format!("p{}", place + 1));
+    Some(format!(
+        "SELECT found.mode::text, found.is_there
+         FROM unnest({arrays}) WITH ORDINALITY AS llm_billing_asked({columns}, place)
+         LEFT JOIN LATERAL (
+             SELECT one.mode, true FROM ({one}) AS one(mode) LIMIT 1
+         ) AS found(mode, is_there) ON true
+         ORDER BY llm_billing_asked.place"
+    ))
 }
 
 async fn select(
@@ -630,22 +776,19 @@ async fn select(
     Ok(Stored::Row(mode))
 }
 
-impl Fetch for SqliteConnection {
-    async fn fetch(
-        &mut self,
-        query: &str,
-        parameters: &[ParameterValue],
-        _begin: Option<&str>,
-    ) -> Result<Stored, sqlx::Error> {
-        let mut statement = sqlx::query(AssertSqlSafe(query));
-        for parameter in parameters {
+impl Ask<SqliteConnection> for One<'_> {
+    type Answer = Stored;
+
+    async fn ask(&self, connection: &mut SqliteConnection) -> Result<Stored, sqlx::Error> {
+        let mut statement = sqlx::query(AssertSqlSafe(self.query));
+        for parameter in self.parameters {
             statement = match parameter {
                 // SQLite has no type for UUIDs; they are stored as their usual text.
                 ParameterValue::Uuid(uuid) => statement.bind(uuid.to_string()),
                 ParameterValue::Text(text) => statement.bind(text),
             };
         }
-        let Some(row) = statement.fetch_optional(self).await? else {
+        let Some(row) = statement.fetch_optional(connection).await? else {
             return Ok(Stored::NoRow);
         };
         let value = row.try_get_raw(0)?;

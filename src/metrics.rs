@@ -11,6 +11,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::audit::Swept;
+use crate::core::audit::Finding;
+use crate::core::mode::BillingMode;
+
 /// Labels of one admission.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Admission {
@@ -38,9 +42,101 @@ pub struct Webhook {
 /// Labels by how something ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Ending {
-    /// For lookups `found`, `not_found` or [`crate::database::LookupError::kind`]; for reloads `ok` or `failed`.
+    /// For lookups `found`, `not_found` or [`crate::database::LookupError::kind`]; for reloads and audits `ok` or
+    /// `failed`.
     pub result: &'static str,
 }
+
+/// Labels of pods whose env is not true.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Drift {
+    /// The mode that the database says.
+    pub mode: &'static str,
+    /// What was found, as [`crate::core::audit::Finding`] spells it.
+    pub finding: &'static str,
+}
+
+/// What audits found: of one server, or of one run of `audit`.
+#[derive(Clone, Debug, Default)]
+pub struct AuditMetrics {
+    drift: Family<Drift, Gauge>,
+    audited: Gauge,
+    audits: Family<Ending, Counter>,
+    last: Gauge,
+}
+
+impl AuditMetrics {
+    fn register(&self, registry: &mut Registry) {
+        registry.register(
+            "drift_pods",
+            "Running pods whose env is not true; one counts once for each finding",
+            self.drift.clone(),
+        );
+        registry.register(
+            "audited_pods",
+            "Running workspace pods that the last whole audit saw",
+            self.audited.clone(),
+        );
+        registry.register("audits", "Audits by how they ended", self.audits.clone());
+        registry.register_with_unit(
+            "last_audit_timestamp",
+            "When the last whole audit ended, since the epoch",
+            Unit::Seconds,
+            self.last.clone(),
+        );
+    }
+
+    /// Records a whole audit that ended `now`, in seconds since the epoch.
+    pub fn record(&self, swept: &Swept, now: i64) {
+        for mode in BillingMode::ALL {
+            for finding in Finding::ALL {
+                let count = swept.by_finding.get(&(mode.as_str(), finding));
+                let drift = Drift {
+                    mode: mode.as_str(),
+                    finding: finding.as_str(),
+                };
+                self.drift
+                    .get_or_create(&drift)
+                    .set(gauge(count.copied().unwrap_or_default()));
+            }
+        }
+        self.audited.set(gauge(swept.audited));
+        self.last.set(now);
+        self.ended("ok");
+    }
+
+    /// Records one that ended early: what the last whole one found stays.
+    pub fn fail(&self) {
+        self.ended("failed");
+    }
+
+    fn ended(&self, result: &'static str) {
+        self.audits.get_or_create(&Ending { result }).inc();
+    }
+
+    /// These metrics alone, in the text format.
+    ///
+    /// # Errors
+    /// None in practice: writing to a string does not fail.
+    pub fn encode(&self) -> Result<String, std::fmt::Error> {
+        let mut registry = Registry::with_prefix(PREFIX);
+        self.register(&mut registry);
+        encode(&registry)
+    }
+}
+
+fn gauge(count: usize) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+fn encode(registry: &Registry) -> Result<String, std::fmt::Error> {
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, registry)?;
+    Ok(text)
+}
+
+/// What the name of each metric begins with.
+const PREFIX: &str = "llm_billing";
 
 /// All metrics of one server.
 #[derive(Debug)]
@@ -51,6 +147,8 @@ pub struct Metrics {
     lookup_duration: Family<Ending, Histogram, fn() -> Histogram>,
     certificate_reloads: Family<Ending, Counter>,
     certificate_expiry: Gauge<f64, AtomicU64>,
+    /// What its audits found; registered by [`Metrics::with_audits`].
+    pub audits: AuditMetrics,
 }
 
 /// From 0.5 ms to 8 s: the API server waits 30 s at most, and 10 s by default.
@@ -60,7 +158,7 @@ fn buckets() -> Histogram {
 
 impl Default for Metrics {
     fn default() -> Self {
-        let mut registry = Registry::with_prefix("llm_billing");
+        let mut registry = Registry::with_prefix(PREFIX);
         let admissions = Family::default();
         let admission_duration = Family::new_with_constructor(buckets as fn() -> Histogram);
         let lookup_duration = Family::new_with_constructor(buckets as fn() -> Histogram);
@@ -97,11 +195,19 @@ impl Default for Metrics {
             lookup_duration,
             certificate_reloads,
             certificate_expiry,
+            audits: AuditMetrics::default(),
         }
     }
 }
 
 impl Metrics {
+    /// Metrics of a server that audits too: without audits, zeros would be a lie.
+    #[must_use]
+    pub fn with_audits(mut self) -> Self {
+        self.audits.register(&mut self.registry);
+        self
+    }
+
     /// Counts an admission and its duration.
     pub fn admission(&self, admission: Admission, took: Duration) {
         let webhook = Webhook {
@@ -141,8 +247,6 @@ impl Metrics {
     /// # Errors
     /// None in practice: writing to a string does not fail.
     pub fn encode(&self) -> Result<String, std::fmt::Error> {
-        let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &self.registry)?;
-        Ok(text)
+        encode(&self.registry)
     }
 }

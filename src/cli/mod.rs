@@ -1,6 +1,7 @@
 //! The command line: its tree, its exit codes, and the one place where an error is printed. Each command
 //! has a file of its own.
 
+mod audit;
 mod check;
 mod dev;
 mod policy;
@@ -9,12 +10,12 @@ mod serve;
 mod workspace;
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{Args, ColorChoice, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::core::policy::Policy;
@@ -36,6 +37,7 @@ const EXAMPLES: &str = "\
 Examples:
   llm-billing-webhook serve --dev                            try it, with nothing else installed
   llm-billing-webhook review -f pod.yaml --mode byok         what would it do with this manifest?
+  llm-billing-webhook audit -A --only-drift                  which pods run with an env that is not true?
   llm-billing-webhook check --policy policy.yaml             is everything right for a rollout?";
 
 #[derive(Debug, Subcommand)]
@@ -44,6 +46,8 @@ enum Command {
     Serve(Box<serve::ServeArgs>),
     /// Shows what the webhook would do with a manifest. Exit code: 0 nothing, 1 it would change, 2 refused or error
     Review(review::ReviewArgs),
+    /// Audits running pods against the database. Exit code: 0 all true, 1 drift, 2 error
+    Audit(Box<audit::AuditArgs>),
     /// Shows a workspace's billing mode, its source and the reason
     Resolve(workspace::ResolveArgs),
     /// Edits the embedded SQLite database; the platform's own is never written
@@ -66,6 +70,7 @@ pub async fn run(cli: Cli) -> ExitCode {
     let done = match cli.command {
         Command::Serve(args) => serve::serve(*args).await,
         Command::Review(args) => review::review(args).await,
+        Command::Audit(args) => audit::audit(*args).await,
         Command::Resolve(args) => workspace::resolve(args).await,
         Command::Workspace(command) => workspace::workspace(command).await,
         Command::Check(args) => check::check(args).await,
@@ -100,6 +105,15 @@ fn completions(shell: Shell) -> anyhow::Result<ExitCode> {
         &mut script,
     );
     print(&String::from_utf8_lossy(&script))
+}
+
+/// Whether to colour what goes to stdout.
+fn is_coloured(choice: ColorChoice) -> bool {
+    match choice {
+        ColorChoice::Always => true,
+        ColorChoice::Never => false,
+        ColorChoice::Auto => io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
+    }
 }
 
 /// Writes a command's whole output.

@@ -1,9 +1,11 @@
-//! `review`: what the webhook would do with a manifest, as a diff, a patch, or the result.
+//! `review`: what the webhook would do with a manifest or an object of the cluster, as a diff, a patch, or the
+//! result.
 
-use std::fs;
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::str::FromStr;
+use std::{fmt, fs};
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, ColorChoice, ValueEnum};
@@ -11,7 +13,8 @@ use json_patch::Patch;
 use serde_json::Value;
 use similar::{ChangeTag, TextDiff};
 
-use super::{DatabaseArgs, PolicyArgs, note, print, workspace};
+use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print, workspace};
+use crate::cluster;
 use crate::core::mode::{BillingMode, Resolution};
 use crate::core::patch::operations;
 use crate::core::plan::plan;
@@ -24,8 +27,18 @@ use crate::telemetry;
 pub(super) struct ReviewArgs {
     /// A Pod, Deployment, StatefulSet, DaemonSet, ReplicaSet, Job, CronJob, List, AdmissionReview or several
     /// of them, in YAML or JSON; `-` for standard input
-    #[arg(short, long, env = "LLM_BILLING_FILENAME", value_name = "FILE")]
-    filename: PathBuf,
+    #[arg(
+        short,
+        long,
+        env = "LLM_BILLING_FILENAME",
+        value_name = "FILE",
+        required_unless_present = "object",
+        conflicts_with = "object"
+    )]
+    filename: Option<PathBuf>,
+    /// An object of the cluster in place of a file, such as `pod/NAME` or `deployment/NAME`
+    #[arg(value_name = "KIND/NAME")]
+    object: Option<ObjectName>,
     /// What to print
     #[arg(
         short,
@@ -38,9 +51,10 @@ pub(super) struct ReviewArgs {
     /// Takes this for what the database says, and asks none
     #[arg(long, env = "LLM_BILLING_MODE", value_parser = workspace::mode)]
     mode: Option<BillingMode>,
-    /// The namespace of objects that name none
-    #[arg(short, long, env = "LLM_BILLING_NAMESPACE", default_value = "default")]
-    namespace: String,
+    /// The namespace of the object, or of objects in a file that name none [default: the kubeconfig's for an
+    /// object, `default` in a file]
+    #[arg(short, long, env = "LLM_BILLING_NAMESPACE")]
+    namespace: Option<String>,
     /// When to colour a diff
     #[arg(long, env = "LLM_BILLING_COLOR", value_enum, default_value = "auto")]
     color: ColorChoice,
@@ -63,13 +77,7 @@ enum Output {
 }
 
 pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
-    let shown = if args.filename == Path::new("-") {
-        "standard input".to_owned()
-    } else {
-        args.filename.display().to_string()
-    };
-    let text = read(&args.filename).with_context(|| format!("cannot read {shown}"))?;
-    let documents = parse(&text).with_context(|| format!("cannot read {shown}"))?;
+    let (shown, documents) = documents(&args).await?;
     let policy = args.policy.load()?.unwrap_or_default();
     let source = args.database.source()?;
     let database = source
@@ -77,7 +85,7 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
         .transpose()?;
     let subjects: Vec<Subject> = documents
         .into_iter()
-        .flat_map(|document| subjects(document, &args.namespace))
+        .flat_map(|document| subjects(document, args.namespace.as_deref().unwrap_or("default")))
         .collect();
     if !subjects.iter().any(Subject::makes_pods) {
         bail!(
@@ -85,11 +93,7 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
         );
     }
 
-    let colour = match args.color {
-        ColorChoice::Always => true,
-        ColorChoice::Never => false,
-        ColorChoice::Auto => io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
-    };
+    let colour = is_coloured(args.color);
     let (mut printed, mut changed, mut refused) = (String::new(), false, false);
     for subject in &subjects {
         let title = &subject.title;
@@ -129,6 +133,85 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
         (false, true) => ExitCode::from(1),
         (false, false) => ExitCode::SUCCESS,
     })
+}
+
+/// What is reviewed, and what to call it.
+async fn documents(args: &ReviewArgs) -> anyhow::Result<(String, Vec<Value>)> {
+    if let Some(object) = &args.object {
+        let shown = object.to_string();
+        let client = cluster::connect().await?;
+        let namespace = args.namespace.as_deref();
+        let path = object.path(namespace.unwrap_or_else(|| client.default_namespace()));
+        let document = cluster::get(&client, &path)
+            .await
+            .with_context(|| format!("cannot read {shown}"))?;
+        return Ok((shown, vec![document]));
+    }
+    let path = args.filename.as_deref().unwrap_or(Path::new("-"));
+    let shown = if path == Path::new("-") {
+        "standard input".to_owned()
+    } else {
+        path.display().to_string()
+    };
+    let failed = || format!("cannot read {shown}");
+    let text = read(path).with_context(failed)?;
+    let documents = parse(&text).with_context(failed)?;
+    Ok((shown, documents))
+}
+
+/// An object of the cluster, by kind and name as kubectl has them.
+#[derive(Clone, Debug)]
+struct ObjectName {
+    kind: Kind,
+    name: String,
+}
+
+/// Singular name, short name, and where the API has them.
+type Kind = &'static (&'static str, &'static str, &'static str, &'static str);
+
+const KINDS: [(&str, &str, &str, &str); 7] = [
+    ("pod", "po", "api/v1", "pods"),
+    ("deployment", "deploy", "apis/apps/v1", "deployments"),
+    ("statefulset", "sts", "apis/apps/v1", "statefulsets"),
+    ("daemonset", "ds", "apis/apps/v1", "daemonsets"),
+    ("replicaset", "rs", "apis/apps/v1", "replicasets"),
+    ("job", "job", "apis/batch/v1", "jobs"),
+    ("cronjob", "cj", "apis/batch/v1", "cronjobs"),
+];
+
+impl FromStr for ObjectName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let expected = || {
+            let kinds: Vec<&str> = KINDS.iter().map(|kind| kind.0).collect();
+            format!("expected KIND/NAME, with a kind of {}", kinds.join(", "))
+        };
+        let (kind, name) = text.split_once('/').ok_or_else(expected)?;
+        let is_kind =
+            |known: &&(&str, &str, &str, &str)| [known.0, known.1, known.3].contains(&kind);
+        let is_name = |c: char| c.is_ascii_alphanumeric() || "-.".contains(c);
+        match KINDS.iter().find(is_kind) {
+            Some(kind) if !name.is_empty() && name.chars().all(is_name) => Ok(Self {
+                kind,
+                name: name.to_owned(),
+            }),
+            _ => Err(expected()),
+        }
+    }
+}
+
+impl ObjectName {
+    fn path(&self, namespace: &str) -> String {
+        let (_, _, api, plural) = self.kind;
+        format!("/{api}/namespaces/{namespace}/{plural}/{}", self.name)
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.kind.0, self.name)
+    }
 }
 
 fn read(path: &Path) -> io::Result<String> {

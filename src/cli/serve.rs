@@ -19,7 +19,7 @@ use crate::server::health::Readiness;
 use crate::server::shared::{Places, Shared};
 use crate::server::tls::{Certificate, CertificateFiles};
 use crate::server::webhook::{App, Bodies};
-use crate::server::{Bound, Drain, Upkeep};
+use crate::server::{Audits, Bound, Drain, Upkeep};
 use crate::telemetry::{self, LogFormat};
 
 #[derive(Debug, Args)]
@@ -45,6 +45,9 @@ pub(super) struct ServeArgs {
     /// Longest body that is read, in bytes
     #[arg(long, env = "LLM_BILLING_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * 1024 * 1024)]
     max_body_bytes: usize,
+    /// Audits all running workspace pods, and again so long after each audit; needs the permission to list pods
+    #[arg(long, env = "LLM_BILLING_AUDIT_INTERVAL", value_name = "DURATION", value_parser = humantime::parse_duration)]
+    audit_interval: Option<Duration>,
     /// How long to go on accepting connections after SIGTERM, while the cluster takes the address out
     #[arg(long, env = "LLM_BILLING_DRAIN_DELAY", value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
     drain_delay: Duration,
@@ -171,6 +174,17 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let database = Database::connect_lazily(database(&args).await?, &policy.lookup)?;
     let (certificate, upkeep) = certificate(&args).await?;
     refuse_wrong_query(&database).await?;
+    let audits = match args.audit_interval {
+        Some(interval) => Some(Audits {
+            client: cluster::connect().await?,
+            interval,
+        }),
+        None => None,
+    };
+    let metrics = match audits {
+        Some(_) => Metrics::default().with_audits(),
+        None => Metrics::default(),
+    };
     let host = if args.dev {
         Ipv4Addr::LOCALHOST
     } else {
@@ -189,7 +203,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let app = App {
         policy,
         database,
-        metrics: Metrics::default(),
+        metrics,
         readiness: Readiness::default(),
         bodies: Bodies::up_to(args.max_body_bytes),
     };
@@ -198,7 +212,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         timeout: args.drain_timeout,
     };
     bound
-        .serve(Arc::new(app), certificate, upkeep, drain)
+        .serve(Arc::new(app), certificate, upkeep, audits, drain)
         .await
         .context("cannot serve")?;
     Ok(ExitCode::SUCCESS)

@@ -474,6 +474,7 @@ mod tests {
             request.task().map(|task| match task {
                 Task::Plan(_, Scope::Pod) => "pod",
                 Task::Plan(_, Scope::NewEphemeralContainers(_)) => "ephemeral",
+                Task::Plan(_, Scope::Running) => "running",
                 Task::Untouched => "untouched",
             })
         };

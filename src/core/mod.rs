@@ -8,6 +8,7 @@
 #![warn(clippy::indexing_slicing)]
 
 pub mod admission;
+pub mod audit;
 pub mod env;
 pub mod mode;
 pub mod patch;

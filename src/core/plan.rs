@@ -27,6 +27,8 @@ const MOST_WARNINGS: usize = 15;
 pub enum Scope<'a> {
     /// A pod at its creation: init containers and containers, and the annotations.
     Pod,
+    /// A running pod: its ephemeral containers too.
+    Running,
     /// An update of `pods/ephemeralcontainers`: those that the old pod lacks. All others are immutable,
     /// and so is the metadata.
     NewEphemeralContainers(Option<&'a Pod<'a>>),
@@ -170,7 +172,7 @@ pub fn plan<'a>(
         }
     }
     let (annotations, annotations_parent) = match scope {
-        Scope::Pod => plan_annotations(resolution, pod),
+        Scope::Pod | Scope::Running => plan_annotations(resolution, pod),
         Scope::NewEphemeralContainers(_) => (Vec::new(), AnnotationsParent::Annotations),
     };
     Ok(Plan {
@@ -193,6 +195,10 @@ impl Scope<'_> {
             Self::Pod => of(ContainerList::Init)
                 .chain(of(ContainerList::Main))
                 .collect(),
+            Self::Running => of(ContainerList::Init)
+                .chain(of(ContainerList::Main))
+                .chain(of(ContainerList::Ephemeral))
+                .collect(),
             Self::NewEphemeralContainers(old) => {
                 let old = old.map_or(&[][..], |old| old.containers(ContainerList::Ephemeral));
                 of(ContainerList::Ephemeral)
@@ -206,7 +212,7 @@ impl Scope<'_> {
     #[must_use]
     pub fn is_empty(self, pod: &Pod<'_>) -> bool {
         match self {
-            Self::Pod => false,
+            Self::Pod | Self::Running => false,
             Self::NewEphemeralContainers(_) => self.containers(pod).is_empty(),
         }
     }

@@ -20,7 +20,7 @@ pub enum Identity {
 }
 
 /// One parameter of the policy's query.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ParameterValue {
     /// A label's value that is a UUID.
     Uuid(Uuid),

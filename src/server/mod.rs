@@ -24,6 +24,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_layer::Layer;
 use tracing::{error, info, warn};
 
+use crate::audit::{Selection, Swept, sweep};
 use crate::database::LookupError;
 use crate::server::shared::Shared;
 use crate::server::tls::{Certificate, CertificateFiles, CertificatePem, Shown};
@@ -62,6 +63,14 @@ pub enum Upkeep {
     Files(CertificateFiles, CertificatePem),
     /// The replicas themselves.
     Shared(Box<Shared>),
+}
+
+/// Audits of the running pods while the webhook serves.
+pub struct Audits {
+    /// Lists the pods.
+    pub client: kube::Client,
+    /// From the end of one audit to the start of the next.
+    pub interval: Duration,
 }
 
 /// Two bound ports; nothing is served yet.
@@ -111,6 +120,7 @@ impl Bound {
         app: Arc<App>,
         certificate: Certificate,
         upkeep: Upkeep,
+        audits: Option<Audits>,
         drain: Drain,
     ) -> io::Result<()> {
         // A connection is an open file, and many a container starts with a limit of 1,024.
@@ -169,6 +179,7 @@ impl Bound {
             () = wait_for_database(&app) => Ok(()),
             () = follow_database_url(&app) => Ok(()),
             () = reloading => Ok(()),
+            () = audit(&app, audits) => Ok(()),
         };
         app.database.close().await;
         info!("stopped");
@@ -255,6 +266,33 @@ async fn follow_database_url(app: &App) {
             ),
         }
         failing = reread.is_err();
+    }
+}
+
+/// Audits all running workspace pods again and again, for ever.
+async fn audit(app: &App, audits: Option<Audits>) {
+    let Some(Audits { client, interval }) = audits else {
+        return std::future::pending().await;
+    };
+    let all = Selection::default();
+    loop {
+        let mut swept = Swept::default();
+        let (database, policy) = (&app.database, &app.policy);
+        match sweep(&client, database, policy, &all, &mut swept, drop).await {
+            Ok(()) => {
+                app.metrics.audits.record(&swept, health::now());
+                info!(audited = swept.audited, drifted = swept.drifted, "audit");
+            }
+            Err(error) => {
+                app.metrics.audits.fail();
+                error!(
+                    error = telemetry::chain(&error),
+                    audited = swept.audited,
+                    "the audit ended early; what the last one found stays"
+                );
+            }
+        }
+        tokio::time::sleep(interval).await;
     }
 }
 

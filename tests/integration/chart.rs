@@ -10,26 +10,35 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use k8s_openapi::api::{
     admissionregistration::v1 as admission, apps::v1 as apps, autoscaling::v2 as autoscaling,
-    core::v1 as core, networking::v1 as networking, policy::v1 as policy, rbac::v1 as rbac,
+    batch::v1 as batch, core::v1 as core, networking::v1 as networking, policy::v1 as policy,
+    rbac::v1 as rbac,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::support::api_server::{ApiServer, collection_of};
-use crate::support::chart::{RELEASE, chart, helm, of_kind, refusal, render};
+use crate::support::chart::{RELEASE, chart, helm, of_kind, refusal, render, with_tools};
 use crate::support::program::{Authority, run};
 
 const DATABASE: &str = "database.existingSecret=db";
 
 /// Settings that together use every part of the chart.
-const MATRIX: [&[&str]; 8] = [
+const MATRIX: [&[&str]; 9] = [
     &[DATABASE],
     &[
         DATABASE,
         "guard.enabled=true",
         "tls.clientCA.secretName=clients",
         "database.caSecret.name=ca",
+    ],
+    &[
+        DATABASE,
+        "audit.interval=10m",
+        "audit.cronJob.enabled=true",
+        "audit.cronJob.evict=true",
+        "database.caSecret.name=ca",
+        "tolerations[0].operator=Exists",
     ],
     &[
         "database.sqlite.enabled=true",
@@ -117,6 +126,7 @@ fn typed(object: &Value) -> Option<Value> {
         ("autoscaling/v2", "HorizontalPodAutoscaler") => {
             of::<autoscaling::HorizontalPodAutoscaler>(object)
         }
+        ("batch/v1", "CronJob") => of::<batch::CronJob>(object),
         ("networking.k8s.io/v1", "NetworkPolicy") => of::<networking::NetworkPolicy>(object),
         ("policy/v1", "PodDisruptionBudget") => of::<policy::PodDisruptionBudget>(object),
         ("rbac.authorization.k8s.io/v1", "Role") => of::<rbac::Role>(object),
@@ -244,11 +254,18 @@ fn the_default_render_is_that_of_its_snapshot() {
 fn the_program_takes_the_arguments_and_the_policy_that_the_chart_gives_it() {
     for settings in MATRIX {
         let objects = render(settings);
-        let spec = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"];
-        let containers = ["initContainers", "containers"];
-        let containers = containers
+        let templates = [
+            "/spec/template/spec",
+            "/spec/jobTemplate/spec/template/spec",
+        ];
+        let specs = objects
             .iter()
-            .flat_map(|list| spec[list].as_array().into_iter().flatten());
+            .flat_map(|object| templates.map(|template| object.pointer(template)));
+        let containers = specs.flatten().flat_map(|spec| {
+            let lists = ["initContainers", "containers"];
+            let containers = lists.map(|list| spec[list].as_array().cloned().unwrap_or_default());
+            containers.into_iter().flatten()
+        });
         for container in containers {
             let arguments = container["args"].as_array().unwrap().iter();
             // An argument that it does not know is an error even where help is asked for.
@@ -368,9 +385,7 @@ fn the_charts_schema_has_the_policys_own() {
 fn the_plain_manifests_are_what_the_chart_renders() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut render = Command::new(root.join("scripts/manifests"));
-    let done = crate::support::chart::with_helm(render.arg("-"))
-        .output()
-        .unwrap();
+    let done = with_tools(render.arg("-"), Path::new("")).output().unwrap();
     assert!(
         done.status.success(),
         "{}",

@@ -8,6 +8,7 @@
     reason = "a test that cannot go on has failed, and says so"
 )]
 
+mod audit;
 mod boundary;
 mod chart;
 mod check;

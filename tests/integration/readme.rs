@@ -1,46 +1,26 @@
 //! The README says what is so: its transcripts are run, and its first command does what it promises.
 
-use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::program::{program, shown};
+use crate::support::program::program;
+use crate::support::transcript::{page, printed, transcripts};
 use crate::support::{env_map, patched};
-
-fn readme() -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap()
-}
 
 #[test]
 fn each_transcript_in_the_readme_is_what_the_program_prints() {
-    let readme = readme();
-    let mut transcripts = 0;
-    for block in readme.split("```console\n").skip(1) {
-        let block = block.split("```").next().unwrap();
-        let Some((command, expected)) = block.split_once('\n') else {
-            continue;
-        };
-        let Some(arguments) = command.strip_prefix("$ llm-billing-webhook ") else {
-            continue;
-        };
-        let arguments: Vec<&str> = arguments.split(' ').collect();
-        let output = program(&arguments)
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .output()
-            .unwrap();
-        let (_, stdout, stderr) = shown(&output);
-        assert_eq!(format!("{stderr}{stdout}"), expected, "{command}");
-        transcripts += 1;
+    let transcripts = transcripts(&page("README.md"));
+    assert_eq!(transcripts.len(), 5);
+    for (command, expected) in transcripts {
+        assert_eq!(printed(&command, &[]), expected, "{command}");
     }
-    assert!(transcripts >= 4, "{transcripts}");
 }
 
 #[test]
 fn the_first_command_brings_up_a_server_whose_curl_line_gets_a_patch_that_is_right() {
-    assert!(readme().contains("cargo run --release -- serve --dev"));
+    assert!(page("README.md").contains("cargo run --release -- serve --dev"));
     let folder = tempfile::tempdir().unwrap();
     let ports = [
         "--listen",

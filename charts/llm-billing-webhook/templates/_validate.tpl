@@ -10,6 +10,9 @@
 {{- if and $sqlite (or (ne (int .Values.replicas) 1) .Values.autoscaling.enabled) }}
 {{- fail "database.sqlite is a file in one pod, and several replicas would not agree: set replicas=1 and leave autoscaling off" }}
 {{- end }}
+{{- if and $sqlite .Values.audit.cronJob.enabled }}
+{{- fail "database.sqlite is a file in one pod, which the audit's job cannot read: set audit.interval in place of audit.cronJob.enabled" }}
+{{- end }}
 {{- if and .Values.autoscaling.enabled (lt (int .Values.autoscaling.maxReplicas) (int .Values.autoscaling.minReplicas)) }}
 {{- fail "autoscaling.maxReplicas is less than autoscaling.minReplicas: raise it" }}
 {{- end }}

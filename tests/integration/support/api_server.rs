@@ -40,24 +40,30 @@ const TOKEN: &str = "administrator";
 impl ApiServer {
     /// Starts one.
     pub(crate) fn start() -> Self {
-        Self::of_assets().unwrap_or_else(|| Self {
-            url: format!("http://{}", stand_in()),
+        Self::of_assets().unwrap_or_else(Self::stand_in)
+    }
+
+    /// Starts the stand-in.
+    pub(crate) fn stand_in() -> Self {
+        Self {
+            url: format!("http://{}", serve()),
             client: agent(None),
             control_plane: None,
-        })
+        }
     }
 
     /// Starts the real one, or says aloud that what needs it is skipped.
     pub(crate) fn real(what: &str) -> Option<Self> {
         let real = Self::of_assets();
         if real.is_none() {
-            // Not by a macro, whose output the test harness keeps for itself.
-            let line = format!(
-                "skipped: {what}: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver\n"
-            );
-            std::io::stderr().write_all(line.as_bytes()).unwrap();
+            say_skipped(what);
         }
         real
+    }
+
+    /// Whether it is the real one.
+    pub(crate) fn is_real(&self) -> bool {
+        self.control_plane.is_some()
     }
 
     fn of_assets() -> Option<Self> {
@@ -152,6 +158,15 @@ impl ApiServer {
             self.create(&collection_of(object), object);
         }
     }
+}
+
+/// Says aloud that something needs the real API server, which is not there.
+pub(crate) fn say_skipped(what: &str) {
+    // Not by a macro, whose output the test harness keeps for itself.
+    let line = format!(
+        "skipped: {what}: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver\n"
+    );
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
 
 /// Where an object's kind is kept, by the rules of Kubernetes' paths.
@@ -309,7 +324,7 @@ struct Stored {
 type Shared = Arc<Mutex<Store>>;
 
 /// Serves on a thread of its own, which ends with the process.
-fn stand_in() -> SocketAddr {
+fn serve() -> SocketAddr {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let address = listener.local_addr().unwrap();
@@ -374,6 +389,7 @@ struct Target {
     namespace: Option<String>,
     resource: String,
     name: Option<String>,
+    sub_resource: Option<String>,
 }
 
 impl Target {
@@ -393,6 +409,7 @@ impl Target {
             namespace,
             resource: parts[0].to_owned(),
             name: parts.get(1).map(|&name| name.to_owned()),
+            sub_resource: parts.get(2).map(|&name| name.to_owned()),
         }
     }
 }
@@ -430,18 +447,9 @@ impl Asked {
             )
         };
         match self.method.as_str() {
-            "GET" if self.at.name.is_none() => {
-                let store = store.lock().unwrap();
-                let below = format!("{}/", self.at.whole);
-                let items = store.objects.iter().filter(|(path, _)| {
-                    path.strip_prefix(&below)
-                        .is_some_and(|name| !name.contains('/'))
-                });
-                let items: Vec<&Value> = items.map(|(_, stored)| &stored.object).collect();
-                Ok((
-                    200,
-                    json!({"metadata": {"resourceVersion": store.version.to_string()}, "items": items}),
-                ))
+            "GET" if self.at.name.is_none() => self.list(&store.lock().unwrap()),
+            "POST" if self.at.sub_resource.as_deref() == Some("eviction") => {
+                self.evict(&mut store.lock().unwrap())
             }
             "GET" => {
                 let store = store.lock().unwrap();
@@ -455,7 +463,10 @@ impl Asked {
                 let metadata = &self.body["metadata"];
                 let name = match metadata["name"].as_str() {
                     Some(name) => name.to_owned(),
-                    None => format!("{}x", metadata["generateName"].as_str().unwrap()),
+                    None => {
+                        let version = store.lock().unwrap().version;
+                        format!("{}{version}", metadata["generateName"].as_str().unwrap())
+                    }
                 };
                 self.body["metadata"]["name"] = name.as_str().into();
                 if let Some(namespace) = &self.at.namespace {
@@ -464,12 +475,22 @@ impl Asked {
                 if self.parameters.contains_key("dryRun") {
                     return Ok((201, self.body));
                 }
+                let uid = store.lock().unwrap().version;
+                self.body["metadata"]["uid"] = format!("uid-{uid}").into();
                 let path = format!("{}/{name}", self.at.whole);
                 let mut store = store.lock().unwrap();
                 if store.objects.contains_key(&path) {
                     return Err((409, "AlreadyExists", format!("{name:?} already exists")));
                 }
                 Ok((201, store.put(&path, self.body, None)))
+            }
+            "PUT" if self.at.sub_resource.as_deref() == Some("status") => {
+                let (path, _) = self.at.whole.rsplit_once('/').unwrap();
+                let mut store = store.lock().unwrap();
+                let old = store.objects.get(path).ok_or(missing(&self.at))?;
+                let mut object = old.object.clone();
+                object["status"] = self.body["status"].clone();
+                Ok((200, store.put(path, object, None)))
             }
             "PUT" => {
                 let mut store = store.lock().unwrap();
@@ -507,6 +528,120 @@ impl Asked {
         }
     }
 
+    /// A collection's objects that fit the selectors, a page at a time.
+    fn list(&self, store: &Store) -> Result<(u16, Value), Failure> {
+        let Target {
+            whole, resource, ..
+        } = &self.at;
+        let start = match &self.at.namespace {
+            Some(_) => format!("{whole}/"),
+            None => format!(
+                "{}/namespaces/",
+                whole.trim_end_matches(&format!("/{resource}"))
+            ),
+        };
+        let is_one = |path: &str| match (&self.at.namespace, path.strip_prefix(&start)) {
+            (Some(_), Some(name)) => !name.contains('/'),
+            (None, Some(rest)) => {
+                rest.split('/').nth(1) == Some(resource) && rest.split('/').count() == 3
+            }
+            (_, None) => false,
+        };
+        let parts = |parameter: &str| {
+            let text = self.parameters.get(parameter).cloned().unwrap_or_default();
+            let parts = text
+                .split(',')
+                .filter(|part| !part.is_empty())
+                .map(str::to_owned);
+            parts.collect::<Vec<String>>()
+        };
+        let (labels, fields) = (parts("labelSelector"), parts("fieldSelector"));
+        let fits = |object: &Value| {
+            let label = |part: &String| match part.split_once('=') {
+                Some((key, value)) => object["metadata"]["labels"][key] == value,
+                None => object["metadata"]["labels"].get(part).is_some(),
+            };
+            // Of fields, only phases are asked about.
+            let field = |part: &String| {
+                let phase = part.strip_prefix("status.phase!=").unwrap();
+                object["status"]["phase"] != phase
+            };
+            labels.iter().all(label) && fields.iter().all(field)
+        };
+        let after = self.parameters.get("continue").cloned().unwrap_or_default();
+        // In this namespace, time passes faster than whoever pages.
+        if !after.is_empty() && self.at.namespace.as_deref() == Some("expires") {
+            let message =
+                "The provided continue parameter is too old to display a consistent list result.";
+            return Err((410, "Expired", message.to_owned()));
+        }
+        let limit = self
+            .parameters
+            .get("limit")
+            .map_or(usize::MAX, |limit| limit.parse().unwrap());
+        let mut found = store
+            .objects
+            .range(start.clone()..)
+            .take_while(|(path, _)| path.starts_with(&start))
+            .filter(|(path, stored)| **path > after && is_one(path) && fits(&stored.object));
+        let page: Vec<_> = found.by_ref().take(limit).collect();
+        let last = page
+            .last()
+            .map_or(String::new(), |(path, _)| (*path).clone());
+        let next = if found.next().is_some() {
+            last
+        } else {
+            String::new()
+        };
+        let items: Vec<&Value> = page.iter().map(|(_, stored)| &stored.object).collect();
+        let version = store.version.to_string();
+        Ok((
+            200,
+            json!({"metadata": {"resourceVersion": version, "continue": next}, "items": items}),
+        ))
+    }
+
+    /// Ends a pod, unless it runs and a disruption budget selects it: none allows any, for nobody counts here what is
+    /// healthy.
+    fn evict(&self, store: &mut Store) -> Result<(u16, Value), Failure> {
+        let (pod, _) = self.at.whole.rsplit_once('/').unwrap();
+        let namespace = self.at.namespace.as_deref().unwrap();
+        let Some(stored) = store.objects.get(pod) else {
+            return Err((404, "NotFound", format!("{pod} not found")));
+        };
+        let options = &self.body["deleteOptions"];
+        let uid = &options["preconditions"]["uid"];
+        if uid.is_string() && *uid != stored.object["metadata"]["uid"] {
+            return Err((
+                409,
+                "Conflict",
+                "the UID in the precondition is another one".to_owned(),
+            ));
+        }
+        let budgets = format!("/apis/policy/v1/namespaces/{namespace}/poddisruptionbudgets/");
+        let labels = &stored.object["metadata"]["labels"];
+        let runs = stored.object["status"]["phase"] == "Running";
+        let is_kept = runs
+            && store.objects.iter().any(|(path, budget)| {
+                let wanted = budget.object["spec"]["selector"]["matchLabels"].as_object();
+                let selects = |wanted: &serde_json::Map<_, _>| {
+                    wanted.iter().all(|(key, value)| labels[key] == *value)
+                };
+                path.starts_with(&budgets) && wanted.is_some_and(selects)
+            });
+        if is_kept {
+            let message = "Cannot evict pod as it would violate the pod's disruption budget.";
+            return Err((429, "TooManyRequests", message.to_owned()));
+        }
+        if options["dryRun"].is_null() {
+            store.objects.remove(pod);
+        }
+        Ok((
+            201,
+            json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}),
+        ))
+    }
+
     /// RBAC for whoever is impersonated; the administrator may do anything.
     fn authorize(&self, store: &Shared, verb: &str) -> Result<(), Failure> {
         let Some(user) = &self.user else {
@@ -519,6 +654,10 @@ impl Asked {
             ..
         } = &self.at;
         let name = self.at.name.as_deref().unwrap_or_default();
+        let resource = match &self.at.sub_resource {
+            Some(sub_resource) => format!("{resource}/{sub_resource}"),
+            None => resource.clone(),
+        };
         let store = store.lock().unwrap();
         let has = |list: &Value, wanted: &str| {
             let mut items = list.as_array().into_iter().flatten();
@@ -528,7 +667,7 @@ impl Asked {
             let names = &rule["resourceNames"];
             has(&rule["verbs"], verb)
                 && has(&rule["apiGroups"], group)
-                && has(&rule["resources"], resource)
+                && has(&rule["resources"], &resource)
                 && (names.is_null() || has(names, name))
         };
         let rbac = "/apis/rbac.authorization.k8s.io/v1";

@@ -15,17 +15,20 @@ pub(crate) fn chart() -> PathBuf {
 /// Runs Helm.
 pub(crate) fn helm(arguments: &[&str]) -> Output {
     let mut command = Command::new("helm");
-    with_helm(command.args(arguments))
+    with_tools(command.args(arguments), Path::new(""))
         .output()
         .expect("Helm is not installed; scripts/check installs it")
 }
 
-/// Lets a command find Helm where scripts/check puts it.
-pub(crate) fn with_helm(command: &mut Command) -> &mut Command {
+/// Lets a command find Helm and kubectl where scripts/check puts them, and before all else what is in `folder`.
+pub(crate) fn with_tools<'c>(command: &'c mut Command, folder: &Path) -> &'c mut Command {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or(std::env::home_dir().map(|home| home.join(".cache")));
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let folders = std::env::split_paths(&path).chain(cache.map(|cache| cache.join(RELEASE)));
+    let folders = [folder.to_owned()].into_iter();
+    let folders = folders
+        .chain(std::env::split_paths(&path))
+        .chain(cache.map(|cache| cache.join(RELEASE)));
     command.env("PATH", std::env::join_paths(folders).unwrap())
 }
 

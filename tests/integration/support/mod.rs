@@ -7,6 +7,7 @@ pub(crate) mod in_process;
 pub(crate) mod load;
 pub(crate) mod postgres;
 pub(crate) mod program;
+pub(crate) mod transcript;
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -123,11 +123,8 @@ impl Cluster {
     /// Ends one of this role's server processes with signal 9, by its id.
     pub(crate) fn kill_a_backend(&self, role: &str) {
         let of_role = format!("SELECT pid FROM pg_stat_activity WHERE usename = '{role}' LIMIT 1");
-        let mut psql = self.psql("postgres", &of_role);
-        psql.args(["--tuples-only", "--no-align"])
-            .stdout(Stdio::piped());
-        let pid = String::from_utf8(psql.output().unwrap().stdout).unwrap();
-        run_to_success(as_postgres("kill").args(["-9", pid.trim()]));
+        let pid = self.query("postgres", &of_role);
+        run_to_success(as_postgres("kill").args(["-9", &pid]));
     }
 
     /// Where it listens on loopback.
@@ -139,6 +136,14 @@ impl Cluster {
     pub(crate) fn become_standby(&self) {
         fs::write(self.folder.join("data/standby.signal"), "").unwrap();
         self.pg_ctl(&["restart", "--mode=fast"]);
+    }
+
+    fn query(&self, database: &str, query: &str) -> String {
+        let mut psql = self.psql(database, query);
+        psql.args(["--tuples-only", "--no-align"])
+            .stdout(Stdio::piped());
+        let found = String::from_utf8(psql.output().unwrap().stdout).unwrap();
+        found.trim().to_owned()
     }
 
     fn execute(&self, database: &str, statements: &str) {
@@ -201,6 +206,11 @@ impl Postgres {
     /// Runs statements as the owner.
     pub(crate) fn execute(&self, statements: &str) {
         self.cluster.execute(&self.name, statements);
+    }
+
+    /// What a query of one value finds, asked as the owner.
+    pub(crate) fn query(&self, query: &str) -> String {
+        self.cluster.query(&self.name, query)
     }
 
     /// The URL for the role that may only read.

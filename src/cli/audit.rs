@@ -1,0 +1,428 @@
+//! `audit`: running pods against the database, as a table or for machines; and their eviction.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, BufRead, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::{Args, ColorChoice, ValueEnum};
+use kube::Client;
+use serde_json::json;
+
+use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print};
+use crate::audit::{Audited, Selection, SweepError, Swept, sweep};
+use crate::cluster::{self, Evicted, PodName};
+use crate::core::audit::Finding;
+use crate::database::Database;
+use crate::metrics::AuditMetrics;
+use crate::server::health::now;
+use crate::telemetry;
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(super) struct AuditArgs {
+    /// The namespace whose pods are audited [default: the kubeconfig's, or the service account's]
+    #[arg(
+        short,
+        long,
+        env = "LLM_BILLING_NAMESPACE",
+        conflicts_with = "all_namespaces"
+    )]
+    namespace: Option<String>,
+    /// Audits the pods of all namespaces
+    #[arg(short = 'A', long, env = "LLM_BILLING_ALL_NAMESPACES")]
+    all_namespaces: bool,
+    /// Audits only pods that fit this label selector too
+    #[arg(short = 'l', long, env = "LLM_BILLING_SELECTOR")]
+    selector: Option<String>,
+    /// Audits only the pods of this workspace
+    #[arg(long, env = "LLM_BILLING_WORKSPACE", value_name = "ID")]
+    workspace: Option<String>,
+    /// How to print the pods
+    #[arg(
+        short,
+        long,
+        env = "LLM_BILLING_OUTPUT",
+        value_enum,
+        default_value = "table"
+    )]
+    output: Output,
+    /// Adds source, reason and what there is to each finding to the table
+    #[arg(long, env = "LLM_BILLING_WIDE")]
+    wide: bool,
+    /// Leaves out the pods whose env is true
+    #[arg(long, env = "LLM_BILLING_ONLY_DRIFT")]
+    only_drift: bool,
+    /// When to colour the table
+    #[arg(long, env = "LLM_BILLING_COLOR", value_enum, default_value = "auto")]
+    color: ColorChoice,
+    /// Writes what was found into this file, for Prometheus' node exporter to collect
+    #[arg(long, env = "LLM_BILLING_METRICS_FILE", value_name = "FILE")]
+    metrics_file: Option<PathBuf>,
+    /// Writes a warning event on each pod whose env is not true
+    #[arg(long, env = "LLM_BILLING_EVENTS")]
+    events: bool,
+    #[command(flatten)]
+    eviction: EvictionArgs,
+    #[command(flatten)]
+    policy: PolicyArgs,
+    #[command(flatten)]
+    database: DatabaseArgs,
+}
+
+/// The pods are made anew by their controllers, and pass the webhook then.
+#[derive(Debug, Args)]
+struct EvictionArgs {
+    /// Evicts the pods whose env is not true, as far as disruption budgets allow; asks first
+    #[arg(long, env = "LLM_BILLING_EVICT")]
+    evict: bool,
+    /// Evicts without asking
+    #[arg(long, env = "LLM_BILLING_YES", requires = "evict")]
+    yes: bool,
+    /// Has the API server say what an eviction would do, and evicts none
+    #[arg(long, env = "LLM_BILLING_DRY_RUN", requires = "evict")]
+    dry_run: bool,
+    /// Evicts pods too that no controller would make anew
+    #[arg(long, env = "LLM_BILLING_EVICT_BARE", requires = "evict")]
+    evict_bare: bool,
+    /// Evictions in a minute, at most
+    #[arg(
+        long,
+        env = "LLM_BILLING_EVICTIONS_PER_MINUTE",
+        value_name = "COUNT",
+        default_value = "60",
+        value_parser = clap::value_parser!(u32).range(1..)
+    )]
+    evictions_per_minute: u32,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  llm-billing-webhook audit -A --only-drift --wide           which pods run with an env that is not true?
+  llm-billing-webhook audit -n ws-acme --evict --dry-run     what would an eviction do?";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// Aligned columns
+    Table,
+    /// One JSON object with the pods and a summary
+    Json,
+    /// The same in YAML
+    Yaml,
+    /// One line a pod
+    Csv,
+}
+
+pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
+    let policy = args.policy.load()?.unwrap_or_default();
+    let database = Database::connect_lazily(args.database.required()?, &policy.lookup)?;
+    if args.eviction.evict
+        && !args.eviction.dry_run
+        && !args.eviction.yes
+        && !io::stdin().is_terminal()
+    {
+        bail!("--evict asks first, and nobody is there to answer; add --yes or --dry-run");
+    }
+    let client = cluster::connect().await?;
+    let namespace = args.namespace.clone();
+    let namespace = namespace.unwrap_or_else(|| client.default_namespace().to_owned());
+    let selection = Selection {
+        namespace: (!args.all_namespaces).then_some(namespace),
+        labels: args.selector.clone(),
+        workspace: args.workspace.clone(),
+    };
+
+    let mut swept = Swept::default();
+    let mut shown = Vec::new();
+    let shows_progress = io::stderr().is_terminal();
+    let mut seen = 0;
+    let each = |audited: Audited| {
+        seen += 1;
+        if shows_progress && seen % 100 == 0 {
+            // Nothing is lost if nobody can see it.
+            let _ = write!(io::stderr(), "\r{seen} pods audited");
+        }
+        if !args.only_drift || !audited.findings.is_empty() {
+            shown.push(audited);
+        }
+    };
+    let ended = sweep(&client, &database, &policy, &selection, &mut swept, each).await;
+    if shows_progress && seen >= 100 {
+        note("\r\x1b[K")?;
+    }
+    print(&text(&shown, &swept, &ended, &args)?)?;
+    note(&summary(&swept, &shown))?;
+    write_metrics(args.metrics_file.as_deref(), &swept, &ended)?;
+    if let Err(error) = ended {
+        return Err(error).with_context(|| {
+            format!(
+                "the audit ended early, after {} pods; the others were not audited",
+                swept.audited
+            )
+        });
+    }
+    let drifted: Vec<&Audited> = shown
+        .iter()
+        .filter(|pod| !pod.findings.is_empty())
+        .collect();
+    let mut failed = false;
+    if args.events {
+        failed |= !warn_on_pods(&client, &drifted).await?;
+    }
+    if args.eviction.evict && !drifted.is_empty() {
+        let client = cluster::connect_without_retries().await?;
+        failed |= !evict(&client, &drifted, &args.eviction).await?;
+    }
+    Ok(match (failed, drifted.is_empty()) {
+        (true, _) => ExitCode::from(2),
+        (false, false) => ExitCode::from(1),
+        (false, true) => ExitCode::SUCCESS,
+    })
+}
+
+fn name_of(pod: &Audited) -> PodName<'_> {
+    PodName {
+        namespace: &pod.namespace,
+        name: &pod.pod,
+        uid: &pod.uid,
+    }
+}
+
+fn listed(findings: &[Finding]) -> String {
+    let names: Vec<&str> = findings.iter().map(|finding| finding.as_str()).collect();
+    names.join(",")
+}
+
+fn text(
+    pods: &[Audited],
+    swept: &Swept,
+    ended: &Result<(), SweepError>,
+    args: &AuditArgs,
+) -> anyhow::Result<String> {
+    let whole = || {
+        let error = ended.as_ref().err().map(|error| telemetry::chain(error));
+        let summary = json!({"audited": swept.audited, "drifted": swept.drifted, "complete": ended.is_ok(), "error": error});
+        json!({"pods": pods, "summary": summary})
+    };
+    Ok(match args.output {
+        Output::Json => format!("{}\n", serde_json::to_string_pretty(&whole())?),
+        Output::Yaml => serde_saphyr::to_string(&whole())?,
+        Output::Csv => csv(pods)?,
+        Output::Table => table(pods, args.wide, is_coloured(args.color)),
+    })
+}
+
+const COLUMNS: [&str; 7] = [
+    "NAMESPACE",
+    "POD",
+    "OWNER",
+    "WORKSPACE",
+    "DATABASE",
+    "ENV",
+    "FINDINGS",
+];
+const WIDE_COLUMNS: [&str; 3] = ["SOURCE", "REASON", "DETAILS"];
+
+fn cells(pod: &Audited) -> [String; 10] {
+    let or_dash = |text: &str| {
+        if text.is_empty() {
+            "-".to_owned()
+        } else {
+            text.to_owned()
+        }
+    };
+    [
+        pod.namespace.clone(),
+        pod.pod.clone(),
+        or_dash(pod.owner.as_deref().unwrap_or_default()),
+        or_dash(&pod.workspace),
+        pod.mode.to_string(),
+        pod.mode_in_env.clone(),
+        or_dash(&listed(&pod.findings)),
+        pod.source.as_str().to_owned(),
+        pod.reason.as_str().to_owned(),
+        or_dash(&pod.details.join("; ")),
+    ]
+}
+
+/// Columns as wide as their widest cell; the last one is as wide as it is.
+fn table(pods: &[Audited], wide: bool, colour: bool) -> String {
+    if pods.is_empty() {
+        return String::new();
+    }
+    let columns = if wide {
+        COLUMNS.len() + WIDE_COLUMNS.len()
+    } else {
+        COLUMNS.len()
+    };
+    let head = COLUMNS
+        .iter()
+        .chain(&WIDE_COLUMNS)
+        .map(|&name| name.to_owned());
+    let mut rows: Vec<Vec<String>> = vec![head.take(columns).collect()];
+    rows.extend(
+        pods.iter()
+            .map(|pod| cells(pod).into_iter().take(columns).collect()),
+    );
+    let mut widths = vec![0; columns];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let mut text = String::new();
+    for (index, row) in rows.iter().enumerate() {
+        let padded = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, &width)| format!("{cell:<width$}"));
+        let line = padded.collect::<Vec<_>>().join("  ");
+        let is_drifted = index > 0
+            && pods
+                .get(index - 1)
+                .is_some_and(|pod| !pod.findings.is_empty());
+        let line = line.trim_end();
+        text += &match (colour, index, is_drifted) {
+            (true, 0, _) => format!("\x1b[1m{line}\x1b[0m\n"),
+            (true, _, true) => format!("\x1b[31m{line}\x1b[0m\n"),
+            _ => format!("{line}\n"),
+        };
+    }
+    text
+}
+
+fn csv(pods: &[Audited]) -> anyhow::Result<String> {
+    let mut writer = csv::Writer::from_writer(Vec::new());
+    let head = COLUMNS
+        .iter()
+        .chain(&WIDE_COLUMNS)
+        .map(|name| name.to_lowercase());
+    writer.write_record(head)?;
+    for pod in pods {
+        writer.write_record(cells(pod))?;
+    }
+    Ok(String::from_utf8(writer.into_inner()?)?)
+}
+
+fn summary(swept: &Swept, shown: &[Audited]) -> String {
+    let mut counts: BTreeMap<Finding, usize> = BTreeMap::new();
+    for finding in shown.iter().flat_map(|pod| &pod.findings) {
+        *counts.entry(*finding).or_default() += 1;
+    }
+    let counts: Vec<String> = counts
+        .iter()
+        .map(|(finding, count)| format!("{} {count}", finding.as_str()))
+        .collect();
+    let Swept {
+        audited, drifted, ..
+    } = swept;
+    match drifted {
+        0 => format!("{audited} pods audited, the env of all is true"),
+        _ => format!(
+            "{audited} pods audited, the env of {drifted} is not true: {}",
+            counts.join(", ")
+        ),
+    }
+}
+
+/// Replaces the file whole, so that nobody reads half of it. An audit that ended early leaves it as it is, to grow
+/// old: what it saw is not what there is.
+fn write_metrics(
+    file: Option<&Path>,
+    swept: &Swept,
+    ended: &Result<(), SweepError>,
+) -> anyhow::Result<()> {
+    let (Some(file), Ok(())) = (file, ended) else {
+        return Ok(());
+    };
+    let metrics = AuditMetrics::default();
+    metrics.record(swept, now());
+    let new = file.with_extension("new");
+    let written = fs::write(&new, metrics.encode()?).and_then(|()| fs::rename(&new, file));
+    written.with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// Whether all events were written.
+async fn warn_on_pods(client: &Client, pods: &[&Audited]) -> anyhow::Result<bool> {
+    let mut all = true;
+    for pod in pods {
+        let message = format!(
+            "the env of this pod is not true ({}): {}",
+            listed(&pod.findings),
+            pod.details.join("; ")
+        );
+        let written = cluster::warn_on_pod(client, name_of(pod), "LlmBillingDrift", &message).await;
+        if let Err(error) = written {
+            all = false;
+            note(&format!(
+                "error: no event on {}/{}: {}",
+                pod.namespace,
+                pod.pod,
+                telemetry::chain(&error)
+            ))?;
+        }
+    }
+    Ok(all)
+}
+
+/// Whether nothing failed; a pod that is kept for a reason is no failure.
+async fn evict(client: &Client, pods: &[&Audited], args: &EvictionArgs) -> anyhow::Result<bool> {
+    let kept_because = |pod: &Audited| match &pod.owner {
+        _ if pod.findings.contains(&Finding::Refused) => {
+            Some("the webhook would refuse the pod that takes its place")
+        }
+        None if !args.evict_bare => Some("no controller would make it anew; see --evict-bare"),
+        Some(owner) if owner.starts_with("Node/") => {
+            Some("it is a static pod, which its node would start again as it is")
+        }
+        None | Some(_) => None,
+    };
+    let candidates = pods
+        .iter()
+        .filter(|pod| kept_because(pod).is_none())
+        .count();
+    if !args.yes && !args.dry_run && candidates > 0 && !is_confirmed(candidates)? {
+        note("nothing is evicted")?;
+        return Ok(true);
+    }
+    let pause = Duration::from_secs(60) / args.evictions_per_minute;
+    let (mut all, mut first) = (true, true);
+    for pod in pods {
+        let name = format!("{}/{}", pod.namespace, pod.pod);
+        if let Some(reason) = kept_because(pod) {
+            note(&format!("kept {name}: {reason}"))?;
+            continue;
+        }
+        if !first {
+            tokio::time::sleep(pause).await;
+        }
+        first = false;
+        match cluster::evict(client, name_of(pod), args.dry_run).await {
+            Ok(Evicted::Done) if args.dry_run => note(&format!("would evict {name}"))?,
+            Ok(Evicted::Done) => note(&format!("evicted {name}"))?,
+            Ok(Evicted::Kept(words)) => note(&format!("kept {name}: {words}"))?,
+            Ok(Evicted::Gone) => note(&format!("gone {name}: it has ended already"))?,
+            Err(error) => {
+                all = false;
+                note(&format!(
+                    "error: cannot evict {name}: {}",
+                    telemetry::chain(&error)
+                ))?;
+            }
+        }
+    }
+    Ok(all)
+}
+
+fn is_confirmed(pods: usize) -> io::Result<bool> {
+    write!(
+        io::stderr(),
+        "Evict {pods} pods, to be made anew by their controllers? [y/N] "
+    )?;
+    let mut answer = String::new();
+    io::stdin().lock().read_line(&mut answer)?;
+    Ok(["y", "yes"].contains(&answer.trim().to_lowercase().as_str()))
+}

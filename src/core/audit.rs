@@ -1,0 +1,352 @@
+//! What an audit finds in one running pod: the webhook's own plan for it, told as findings. Which pods there are,
+//! and what becomes of them, is not core's business.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+
+use super::env::Variable;
+use super::mode::{BillingMode, Resolution, Source};
+use super::plan::{ContainerPlan, MODE_ANNOTATION, Plan, SOURCE_ANNOTATION, Scope, plan};
+use super::pod::{ContainerList, Pod, Text};
+use super::policy::{MODE_VARIABLE, Policy, RESOLVED_VARIABLE};
+
+/// Why a pod's env is not true.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finding {
+    /// A container does not say the mode that the database says.
+    WrongMode,
+    /// A platform_managed container has a vendor key that is not the proxy's, or its envFrom could bring one.
+    VendorKey,
+    /// A platform_managed container lacks a proxy variable, or has another value for it.
+    ProxyVariable,
+    /// The pod was made by a fallback, and the database now says another mode.
+    FallbackInForce,
+    /// The webhook has left no trace on the pod.
+    NotSeen,
+    /// The webhook would refuse the pod.
+    Refused,
+}
+
+impl Finding {
+    /// Every finding.
+    pub const ALL: [Self; 6] = [
+        Self::WrongMode,
+        Self::VendorKey,
+        Self::ProxyVariable,
+        Self::FallbackInForce,
+        Self::NotSeen,
+        Self::Refused,
+    ];
+
+    /// The finding as tables and metrics spell it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::WrongMode => "wrong_mode",
+            Self::VendorKey => "vendor_key",
+            Self::ProxyVariable => "proxy_variable",
+            Self::FallbackInForce => "fallback_in_force",
+            Self::NotSeen => "not_seen",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// What an audit says of one pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// The mode that the containers say, `-` if none does; several, if they disagree.
+    pub mode_in_env: String,
+    /// Empty if the pod's env is true.
+    pub findings: BTreeSet<Finding>,
+    /// What there is to each finding, by names and never by values.
+    pub details: Vec<String>,
+}
+
+/// Audits a running pod of a workspace whose mode is resolved.
+#[must_use]
+pub fn audit(policy: &Policy, resolution: Resolution, pod: &Pod<'_>) -> Verdict {
+    let mut findings = BTreeSet::new();
+    let mut details = Vec::new();
+    match plan(policy, resolution, pod, Scope::Running) {
+        Ok(plan) => find_in(&plan, policy, &mut findings, &mut details),
+        Err(refusal) => {
+            findings.insert(Finding::Refused);
+            details.push(refusal.to_string());
+        }
+    }
+    let annotations = pod
+        .metadata
+        .as_ref()
+        .and_then(|metadata| metadata.annotations.as_ref());
+    let annotation = |key: &str| annotations?.get(key)?.as_ref().map(Text::as_str);
+    match (annotation(MODE_ANNOTATION), annotation(SOURCE_ANNOTATION)) {
+        (None, None) => {
+            findings.insert(Finding::NotSeen);
+        }
+        (mode, Some(source))
+            if source == Source::ConstantFallback.as_str()
+                && mode != Some(resolution.mode.as_str()) =>
+        {
+            findings.insert(Finding::FallbackInForce);
+        }
+        _ => {}
+    }
+    Verdict {
+        mode_in_env: mode_in_env(pod),
+        findings,
+        details,
+    }
+}
+
+fn find_in(
+    plan: &Plan<'_>,
+    policy: &Policy,
+    findings: &mut BTreeSet<Finding>,
+    details: &mut Vec<String>,
+) {
+    for container in &plan.containers {
+        let variables = container.variables();
+        findings.extend(
+            variables
+                .iter()
+                .map(|name| finding(container, name, policy)),
+        );
+        let names: Vec<&str> = variables.into_iter().collect();
+        details.push(format!(
+            "container {:?}: {}",
+            container.name,
+            names.join(", ")
+        ));
+    }
+}
+
+/// Why a variable of a container is not settled.
+fn finding(container: &ContainerPlan<'_>, name: &str, policy: &Policy) -> Finding {
+    if [MODE_VARIABLE, RESOLVED_VARIABLE].contains(&name) {
+        return Finding::WrongMode;
+    }
+    let is_there = container
+        .entries
+        .iter()
+        .flatten()
+        .any(|entry| *entry == name);
+    let is_masked = container
+        .changes
+        .add
+        .iter()
+        .any(|variable| *variable == Variable::mask(name));
+    if policy.vendor_keys.contains(name) && (is_there || is_masked) {
+        Finding::VendorKey
+    } else {
+        Finding::ProxyVariable
+    }
+}
+
+/// What the containers say, as far as it is a mode: no other value is told.
+fn mode_in_env(pod: &Pod<'_>) -> String {
+    let lists = [
+        ContainerList::Init,
+        ContainerList::Main,
+        ContainerList::Ephemeral,
+    ];
+    let entries = lists
+        .into_iter()
+        .flat_map(|list| pod.containers(list))
+        .flat_map(|container| container.env.iter().flatten())
+        .filter(|entry| entry.name.as_str() == MODE_VARIABLE);
+    let said: BTreeSet<&str> = entries
+        .map(|entry| {
+            let value = entry.value.as_ref().map_or("", |value| value.as_str());
+            BillingMode::from_column(value).map_or("other", BillingMode::as_str)
+        })
+        .collect();
+    if said.is_empty() {
+        return "-".to_owned();
+    }
+    said.into_iter().collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::core::mode::Reason;
+
+    const PROXY: &str = "proxy: {baseUrl: u, usageToken: {value: t}}";
+
+    fn verdict(policy: &str, resolution: Resolution, pod: &Value) -> Verdict {
+        let text = pod.to_string();
+        let pod = serde_json::from_str(&text).unwrap();
+        audit(&Policy::parse(policy).unwrap(), resolution, &pod)
+    }
+
+    fn variable(name: &str, value: &str) -> Value {
+        json!({"name": name, "value": value})
+    }
+
+    fn mode(mode: &str) -> Vec<Value> {
+        vec![
+            variable("MOLECULE_LLM_BILLING_MODE", mode),
+            variable("MOLECULE_LLM_BILLING_MODE_RESOLVED", mode),
+        ]
+    }
+
+    fn managed() -> Vec<Value> {
+        let mut env = mode("platform_managed");
+        env.extend([
+            variable("MOLECULE_LLM_BASE_URL", "u"),
+            variable("MOLECULE_LLM_USAGE_TOKEN", "t"),
+            variable("OPENAI_API_KEY", "t"),
+            variable("OPENAI_BASE_URL", "u"),
+        ]);
+        env
+    }
+
+    fn pod(seen: (&str, &str), env: &[Value]) -> Value {
+        json!({
+            "metadata": {"annotations": {MODE_ANNOTATION: seen.0, SOURCE_ANNOTATION: seen.1}},
+            "spec": {"containers": [{"name": "agent", "env": env}]},
+        })
+    }
+
+    const CHOSEN: (&str, &str) = ("platform_managed", "workspace_override");
+    const FELL_BACK: (&str, &str) = ("platform_managed", "constant_fallback");
+
+    #[test]
+    fn each_way_in_which_env_is_not_true_has_a_finding_that_names_container_and_variables() {
+        let managed_mode = Resolution::chosen(BillingMode::PlatformManaged);
+        let byok = Resolution::chosen(BillingMode::Byok);
+        let with = |more: Value| [managed(), vec![more]].concat();
+        let without = |name: &str| {
+            let mut env = managed();
+            env.retain(|entry| entry["name"] != name);
+            env
+        };
+        let mut own_key = managed();
+        own_key[4] = variable("OPENAI_API_KEY", "sk-own");
+        let mut other_url = managed();
+        other_url[2] = variable("MOLECULE_LLM_BASE_URL", "http://other");
+        let table: [(Resolution, Value, &[Finding], &[&str]); 10] = [
+            (managed_mode, pod(CHOSEN, &managed()), &[], &[]),
+            (
+                byok,
+                pod(("byok", "workspace_override"), &mode("byok")),
+                &[],
+                &[],
+            ),
+            (
+                managed_mode,
+                pod(CHOSEN, &with(variable("HF_TOKEN", "x"))),
+                &[Finding::VendorKey],
+                &[r#"container "agent": HF_TOKEN"#],
+            ),
+            (
+                managed_mode,
+                pod(CHOSEN, &own_key),
+                &[Finding::VendorKey],
+                &[r#"container "agent": OPENAI_API_KEY"#],
+            ),
+            (
+                managed_mode,
+                pod(CHOSEN, &without("OPENAI_API_KEY")),
+                &[Finding::ProxyVariable],
+                &[r#"container "agent": OPENAI_API_KEY"#],
+            ),
+            (
+                managed_mode,
+                pod(CHOSEN, &other_url),
+                &[Finding::ProxyVariable],
+                &[r#"container "agent": MOLECULE_LLM_BASE_URL"#],
+            ),
+            (
+                byok,
+                pod(CHOSEN, &managed()),
+                &[Finding::WrongMode],
+                &[
+                    r#"container "agent": MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED"#,
+                ],
+            ),
+            (
+                byok,
+                pod(FELL_BACK, &managed()),
+                &[Finding::WrongMode, Finding::FallbackInForce],
+                &[
+                    r#"container "agent": MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED"#,
+                ],
+            ),
+            // The fallback is what the database says by now.
+            (managed_mode, pod(FELL_BACK, &managed()), &[], &[]),
+            (
+                byok,
+                json!({"spec": {"containers": [{"name": "agent", "env": mode("byok")}]}}),
+                &[Finding::NotSeen],
+                &[],
+            ),
+        ];
+        for (resolution, pod, findings, details) in table {
+            let verdict = verdict(PROXY, resolution, &pod);
+            assert_eq!(
+                verdict.findings,
+                findings.iter().copied().collect(),
+                "{pod}"
+            );
+            assert_eq!(verdict.details, details, "{pod}");
+        }
+    }
+
+    #[test]
+    fn a_key_that_env_from_could_bring_is_a_vendor_key_and_debug_containers_are_audited_too() {
+        let resolution = Resolution::chosen(BillingMode::PlatformManaged);
+        let mut running = pod(CHOSEN, &managed());
+        running["spec"]["containers"][0]["envFrom"] =
+            json!([{"prefix": "HF_", "secretRef": {"name": "s"}}]);
+        let expected = BTreeSet::from([Finding::VendorKey]);
+        assert_eq!(verdict(PROXY, resolution, &running).findings, expected);
+        let mut running = pod(CHOSEN, &managed());
+        running["spec"]["ephemeralContainers"] = json!([{"name": "debugger"}]);
+        let verdict = verdict(PROXY, resolution, &running);
+        let expected = BTreeSet::from([Finding::WrongMode, Finding::ProxyVariable]);
+        assert_eq!(verdict.findings, expected);
+        assert!(verdict.details[0].starts_with(r#"container "debugger": "#));
+    }
+
+    #[test]
+    fn a_pod_that_the_webhook_would_refuse_is_found_with_its_reason() {
+        let resolution = Resolution::fallback(Reason::WorkspaceNotFound);
+        let verdict = verdict("", resolution, &pod(FELL_BACK, &managed()));
+        assert_eq!(verdict.findings, BTreeSet::from([Finding::Refused]));
+        assert!(verdict.details[0].starts_with("MISSING_PLATFORM_PROXY: "));
+    }
+
+    #[test]
+    fn the_mode_in_env_is_what_the_containers_say_and_no_other_value_is_told() {
+        let said = |values: &[Option<&str>]| {
+            let containers: Vec<Value> = values
+                .iter()
+                .map(|value| {
+                    let env = value.map(|value| vec![variable("MOLECULE_LLM_BILLING_MODE", value)]);
+                    json!({"name": "c", "env": env.unwrap_or_default()})
+                })
+                .collect();
+            let pod = json!({"spec": {"containers": containers}});
+            verdict("", Resolution::chosen(BillingMode::Byok), &pod).mode_in_env
+        };
+        assert_eq!(said(&[]), "-");
+        assert_eq!(said(&[None]), "-");
+        assert_eq!(said(&[Some("byok"), None, Some("byok")]), "byok");
+        assert_eq!(said(&[Some("disabled"), Some("byok")]), "byok,disabled");
+        assert_eq!(said(&[Some("sk-secret")]), "other");
+    }
+
+    #[test]
+    fn every_finding_is_spelt_alike_in_text_and_in_json() {
+        for finding in Finding::ALL {
+            let json = serde_json::to_value(finding).unwrap();
+            assert_eq!(json, finding.as_str());
+        }
+    }
+}

@@ -1,0 +1,840 @@
+//! Running pods against the database: what is found, how it is told, and what an eviction does. What the core finds in
+//! one pod is tested beside it.
+
+use std::fs;
+use std::process::Command;
+use std::time::Instant;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+
+use crate::support::api_server::{ApiServer, collection_of, say_skipped};
+use crate::support::chart::{RELEASE, render};
+use crate::support::load::BYOK;
+use crate::support::postgres::Postgres;
+use crate::support::program::{Start, Webhook, program, shown, wait_for};
+use crate::support::transcript::{page, printed, transcripts};
+use crate::support::{PROXY, WORKSPACE_LABEL};
+
+/// Workspaces, by what happens to their pods.
+const TRUE: &str = "11111111-1111-4111-8111-111111111111";
+const OLD: &str = "22222222-2222-4222-8222-222222222222";
+const FLIPPED: &str = "33333333-3333-4333-8333-333333333333";
+const OUTAGE: &str = "44444444-4444-4444-8444-444444444444";
+const NAMESPACE: &str = "ws-acme";
+
+/// A cluster whose pods pass a running webhook, and the database behind it.
+struct Platform {
+    api: ApiServer,
+    postgres: Postgres,
+    webhook: Webhook,
+    folder: tempfile::TempDir,
+    kubeconfig: String,
+    policy: String,
+}
+
+impl Platform {
+    fn start() -> Self {
+        let schema = format!(
+            "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);
+             INSERT INTO workspaces VALUES
+                 ('{TRUE}', 'platform_managed'), ('{OLD}', 'platform_managed'), ('{FLIPPED}', 'byok'), ('{OUTAGE}', 'byok')"
+        );
+        let postgres = Postgres::with(&schema);
+        let start = Start {
+            policy: PROXY,
+            database_url: &postgres.url(),
+            ..Start::default()
+        };
+        let webhook = start.start();
+        let (api, folder) = (ApiServer::start(), tempfile::tempdir().unwrap());
+        let kubeconfig = api.kubeconfig(folder.path(), None);
+        let kubeconfig = kubeconfig.to_str().unwrap().to_owned();
+        let policy = webhook.folder.path().join("policy.yaml");
+        let platform = Self {
+            api,
+            postgres,
+            policy: policy.to_str().unwrap().to_owned(),
+            webhook,
+            folder,
+            kubeconfig,
+        };
+        for name in [NAMESPACE, "expires", RELEASE] {
+            let namespace =
+                json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
+            platform.api.create_all([&namespace]);
+        }
+        platform
+    }
+
+    /// Pods pass the webhook from now on.
+    fn configure(&self) {
+        let configuration = json!({
+            "apiVersion": "admissionregistration.k8s.io/v1",
+            "kind": "MutatingWebhookConfiguration",
+            "metadata": {"name": "llm-billing"},
+            "webhooks": [{
+                "name": "mutate.llm-billing.molecule.ai",
+                "admissionReviewVersions": ["v1"],
+                "sideEffects": "None",
+                "objectSelector": {"matchExpressions": [{"key": WORKSPACE_LABEL, "operator": "Exists"}]},
+                "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "resources": ["pods"], "operations": ["CREATE"]}],
+                "clientConfig": {
+                    "url": format!("https://localhost:{}/mutate", self.webhook.address.port()),
+                    "caBundle": STANDARD.encode(self.webhook.authority.pem()),
+                },
+            }],
+        });
+        self.api.create_all([&configuration]);
+        // A real API server learns of it a moment later.
+        wait_for("pods pass the webhook", || {
+            let pod = pod("probe", TRUE, None);
+            let path = format!("{}?dryRun=All", collection_of(&pod));
+            let created = self.api.request("POST", &path, Some(&pod)).1;
+            created["metadata"]["annotations"]
+                .get("molecule.ai/llm-billing-mode")
+                .map(|_| ())
+        });
+    }
+
+    /// Four pods: one whose env is true, and one for each way in which it comes not to be.
+    fn drift(&self) {
+        self.api
+            .create_all([&pod("old", OLD, Some("ReplicaSet/old"))]);
+        self.configure();
+        self.api.create_all([
+            &pod("true", TRUE, None),
+            &pod("flipped", FLIPPED, Some("ReplicaSet/flipped")),
+        ]);
+        self.postgres
+            .execute("ALTER TABLE workspaces RENAME TO gone");
+        self.api
+            .create_all([&pod("outage", OUTAGE, Some("Job/outage"))]);
+        self.postgres
+            .execute("ALTER TABLE gone RENAME TO workspaces");
+        self.set(FLIPPED, "disabled");
+    }
+
+    fn set(&self, workspace: &str, mode: &str) {
+        self.postgres.execute(&format!(
+            "UPDATE workspaces SET llm_billing_mode = '{mode}' WHERE id = '{workspace}'"
+        ));
+    }
+
+    fn command(&self, arguments: &[&str], kubeconfig: &str) -> Command {
+        let mut command = program(&["audit", "--policy", &self.policy]);
+        command
+            .args(["--database-url", &self.postgres.url()])
+            .args(arguments)
+            .env("KUBECONFIG", kubeconfig)
+            .stdin(std::process::Stdio::null());
+        command
+    }
+
+    /// Audits: exit code, stdout, stderr.
+    fn audit(&self, arguments: &[&str]) -> (i32, String, String) {
+        shown(&self.command(arguments, &self.kubeconfig).output().unwrap())
+    }
+
+    fn pod_names(&self) -> Vec<String> {
+        let pods = self
+            .api
+            .get(&format!("/api/v1/namespaces/{NAMESPACE}/pods"))
+            .unwrap();
+        let pods = pods["items"].as_array().unwrap().iter();
+        pods.map(|pod| pod["metadata"]["name"].as_str().unwrap().to_owned())
+            .collect()
+    }
+}
+
+/// A pod that brings a key of its own, and perhaps has a controller.
+fn pod(name: &str, workspace: &str, owner: Option<&str>) -> Value {
+    let mut pod = json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": NAMESPACE, "labels": {WORKSPACE_LABEL: workspace, "app": name}},
+        "spec": {"containers": [{"name": "agent", "image": "busybox", "env": [{"name": "OPENAI_API_KEY", "value": "sk-own-0123456789"}]}]},
+    });
+    if let Some((kind, name)) = owner.and_then(|owner| owner.split_once('/')) {
+        let api = if kind == "Job" { "batch/v1" } else { "apps/v1" };
+        pod["metadata"]["ownerReferences"] = json!([{"apiVersion": api, "kind": kind, "name": name, "uid": "u", "controller": true}]);
+    }
+    pod
+}
+
+#[test]
+fn a_pod_older_than_the_webhook_a_flipped_mode_and_an_outage_are_found_each_with_its_finding() {
+    let platform = Platform::start();
+    platform.drift();
+    let (code, stdout, stderr) = platform.audit(&["-n", NAMESPACE, "-o", "json"]);
+    assert_eq!(code, 1, "{stderr}");
+    assert_eq!(
+        stderr,
+        "4 pods audited, the env of 3 is not true: wrong_mode 3, vendor_key 1, proxy_variable 1, fallback_in_force 1, not_seen 1\n"
+    );
+    let said: Value = serde_json::from_str(&stdout).unwrap();
+    let one = |pod: &str,
+               owner: Value,
+               workspace: &str,
+               modes: (&str, &str),
+               findings: Value,
+               details: Value| {
+        json!({
+            "namespace": NAMESPACE, "pod": pod, "owner": owner, "workspace": workspace,
+            "mode": modes.0, "source": "workspace_override", "reason": "override", "mode_in_env": modes.1,
+            "findings": findings, "details": details,
+        })
+    };
+    let mode = "container \"agent\": MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED";
+    let all = "container \"agent\": MOLECULE_LLM_ANTHROPIC_BASE_URL, MOLECULE_LLM_BASE_URL, MOLECULE_LLM_BILLING_MODE, \
+        MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_USAGE_TOKEN, MOLECULE_LLM_USAGE_URL, OPENAI_API_KEY, OPENAI_BASE_URL";
+    let expected = json!({
+        "pods": [
+            one("flipped", json!("ReplicaSet/flipped"), FLIPPED, ("disabled", "byok"), json!(["wrong_mode"]), json!([mode])),
+            one("old", json!("ReplicaSet/old"), OLD, ("platform_managed", "-"), json!(["wrong_mode", "vendor_key", "proxy_variable", "not_seen"]), json!([all])),
+            one("outage", json!("Job/outage"), OUTAGE, ("byok", "platform_managed"), json!(["wrong_mode", "fallback_in_force"]), json!([mode])),
+            one("true", Value::Null, TRUE, ("platform_managed", "platform_managed"), json!([]), json!([])),
+        ],
+        "summary": {"audited": 4, "drifted": 3, "complete": true, "error": null},
+    });
+    assert_eq!(said, expected);
+
+    let yaml = platform.audit(&["-n", NAMESPACE, "-o", "yaml"]).1;
+    assert_eq!(serde_saphyr::from_str::<Value>(&yaml).unwrap(), expected);
+    let csv = platform.audit(&["-A", "-l", "app=outage", "-o", "csv"]).1;
+    assert_eq!(
+        csv,
+        "namespace,pod,owner,workspace,database,env,findings,source,reason,details\n\
+         ws-acme,outage,Job/outage,44444444-4444-4444-8444-444444444444,byok,platform_managed,\"wrong_mode,fallback_in_force\",\
+         workspace_override,override,\"container \"\"agent\"\": MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED\"\n"
+    );
+    let (code, table, _) = platform.audit(&["-n", NAMESPACE, "--only-drift"]);
+    assert_eq!(code, 1);
+    assert_eq!(
+        table,
+        "NAMESPACE  POD      OWNER               WORKSPACE                             DATABASE          ENV               FINDINGS\n\
+         ws-acme    flipped  ReplicaSet/flipped  33333333-3333-4333-8333-333333333333  disabled          byok              wrong_mode\n\
+         ws-acme    old      ReplicaSet/old      22222222-2222-4222-8222-222222222222  platform_managed  -                 wrong_mode,vendor_key,proxy_variable,not_seen\n\
+         ws-acme    outage   Job/outage          44444444-4444-4444-8444-444444444444  byok              platform_managed  wrong_mode,fallback_in_force\n"
+    );
+    let wide = platform.audit(&[
+        "-n",
+        NAMESPACE,
+        "--workspace",
+        TRUE,
+        "--wide",
+        "--color",
+        "always",
+    ]);
+    assert_eq!(wide.0, 0);
+    assert_eq!(
+        wide.1,
+        "\u{1b}[1mNAMESPACE  POD   OWNER  WORKSPACE                             DATABASE          ENV               FINDINGS  SOURCE              REASON    DETAILS\u{1b}[0m\n\
+         ws-acme    true  -      11111111-1111-4111-8111-111111111111  platform_managed  platform_managed  -         workspace_override  override  -\n"
+    );
+    assert_eq!(wide.2, "1 pods audited, the env of all is true\n");
+    assert!(
+        ![stdout, csv, table, yaml].concat().contains("sk-own"),
+        "a value is shown"
+    );
+}
+
+#[test]
+fn evicted_pods_come_back_true_and_those_that_must_stay_are_kept_with_the_reason() {
+    let platform = Platform::start();
+    platform.api.create_all([&pod("bare", OLD, None)]);
+    platform.drift();
+    let budget = json!({
+        "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "outage", "namespace": NAMESPACE},
+        "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "outage"}}},
+    });
+    platform.api.create_all([&budget]);
+    // A budget counts pods that run.
+    let outage = format!("/api/v1/namespaces/{NAMESPACE}/pods/outage");
+    let mut running = platform.api.get(&outage).unwrap();
+    running["status"] =
+        json!({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]});
+    let (status, answer) = platform
+        .api
+        .request("PUT", &format!("{outage}/status"), Some(&running));
+    assert_eq!(status, 200, "{answer}");
+    let before = platform.pod_names();
+
+    let (code, _, stderr) = platform.audit(&["-n", NAMESPACE, "--evict"]);
+    assert_eq!(
+        (code, stderr.as_str()),
+        (
+            2,
+            "error: --evict asks first, and nobody is there to answer; add --yes or --dry-run\n"
+        )
+    );
+
+    let evict = |more: &[&str]| {
+        let arguments = [
+            &["-n", NAMESPACE, "--evict", "--evictions-per-minute", "6000"],
+            more,
+        ]
+        .concat();
+        let (code, _, stderr) = platform.audit(&arguments);
+        assert_eq!(code, 1, "{stderr}");
+        let mut lines = stderr.lines().skip(1).map(str::to_owned);
+        lines
+            .next()
+            .into_iter()
+            .chain(lines)
+            .collect::<Vec<String>>()
+    };
+    let kept = "kept ws-acme/bare: no controller would make it anew; see --evict-bare";
+    let budget =
+        "kept ws-acme/outage: Cannot evict pod as it would violate the pod's disruption budget.";
+    let said = evict(&["--dry-run"]);
+    assert_eq!(
+        said,
+        [
+            kept,
+            "would evict ws-acme/flipped",
+            "would evict ws-acme/old",
+            budget
+        ]
+    );
+    assert_eq!(platform.pod_names(), before);
+
+    let started = Instant::now();
+    let said = evict(&["--yes"]);
+    assert_eq!(
+        said,
+        [
+            kept,
+            "evicted ws-acme/flipped",
+            "evicted ws-acme/old",
+            budget
+        ]
+    );
+    assert!(started.elapsed().as_millis() >= 20, "two pauses at least");
+    wait_for("the pods have ended", || {
+        (platform.pod_names() == ["bare", "outage", "true"]).then_some(())
+    });
+
+    platform.api.delete(&format!(
+        "/apis/policy/v1/namespaces/{NAMESPACE}/poddisruptionbudgets/outage"
+    ));
+    let said = evict(&["--yes", "--evict-bare"]);
+    assert_eq!(said, ["evicted ws-acme/bare", "evicted ws-acme/outage"]);
+    wait_for("the pods have ended", || {
+        (platform.pod_names() == ["true"]).then_some(())
+    });
+
+    // Their controllers make them anew.
+    platform.api.create_all([
+        &pod("flipped", FLIPPED, Some("ReplicaSet/flipped")),
+        &pod("old", OLD, Some("ReplicaSet/old")),
+        &pod("outage", OUTAGE, Some("Job/outage")),
+    ]);
+    let (code, stdout, stderr) = platform.audit(&["-A", "--only-drift", "--evict", "--yes"]);
+    assert_eq!(
+        (code, stdout.as_str(), stderr.as_str()),
+        (0, "", "4 pods audited, the env of all is true\n")
+    );
+}
+
+#[test]
+fn an_audit_that_cannot_see_everything_is_an_error_and_never_a_clean_bill() {
+    let platform = Platform::start();
+    platform.configure();
+    platform.api.create_all([&pod("true", TRUE, None)]);
+    let nobody = platform
+        .api
+        .kubeconfig(platform.folder.path(), Some("nobody"));
+    let forbidden = platform
+        .command(&["-n", NAMESPACE], nobody.to_str().unwrap())
+        .output()
+        .unwrap();
+    let (code, stdout, stderr) = shown(&forbidden);
+    assert_eq!((code, stdout.as_str()), (2, ""));
+    assert!(stderr.contains("error: the audit ended early, after 0 pods; the others were not audited: cannot list the pods in namespace ws-acme: the API server refuses: "), "{stderr}");
+    assert!(stderr.contains("nobody"), "{stderr}");
+
+    let nowhere = platform.command(&["-A"], "/nonexistent").output().unwrap();
+    let (code, _, stderr) = shown(&nowhere);
+    assert_eq!(code, 2);
+    assert!(
+        stderr.starts_with("error: no cluster is known here; "),
+        "{stderr}"
+    );
+
+    platform
+        .postgres
+        .execute("ALTER TABLE workspaces RENAME TO gone");
+    let file = platform.folder.path().join("metrics.prom");
+    let (code, stdout, stderr) =
+        platform.audit(&["-A", "-o", "json", "--metrics-file", file.to_str().unwrap()]);
+    assert_eq!(code, 2);
+    let said: Value = serde_json::from_str(&stdout).unwrap();
+    let error = "cannot look up the modes of the workspaces in all namespaces: the database refuses the policy's query: relation \"workspaces\" does not exist";
+    assert_eq!(
+        said["summary"],
+        json!({"audited": 0, "drifted": 0, "complete": false, "error": error})
+    );
+    assert!(stderr.ends_with(&format!("{error}\n")), "{stderr}");
+    assert!(!file.exists());
+}
+
+#[test]
+fn a_list_that_expires_between_two_pages_tells_how_far_the_audit_came() {
+    // Only the stand-in expires on demand.
+    let api = ApiServer::stand_in();
+    let folder = tempfile::tempdir().unwrap();
+    let database = folder.path().join("modes.sqlite");
+    crate::support::sqlite(
+        &database,
+        "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)",
+    );
+    for index in 0..501 {
+        let mut pod = pod(&format!("p{index:04}"), TRUE, None);
+        pod["metadata"]["namespace"] = "expires".into();
+        api.create_all([&pod]);
+    }
+    let mut command = program(&["audit", "-n", "expires", "--only-drift", "-o", "csv"]);
+    command
+        .args([
+            "--database-url",
+            &format!("sqlite://{}", database.display()),
+        ])
+        .env("KUBECONFIG", api.kubeconfig(folder.path(), None));
+    let (code, stdout, stderr) = shown(&command.output().unwrap());
+    assert_eq!(code, 2);
+    assert_eq!(stdout.lines().count(), 501);
+    assert!(stderr.ends_with(
+        "error: the audit ended early, after 500 pods; the others were not audited: the list of pods in namespace expires expired \
+         before its end, for there are many or the database is slow; audit one namespace at a time\n"
+    ), "{stderr}");
+}
+
+#[test]
+fn many_workspaces_are_looked_up_by_one_query_where_the_policys_allows_it() {
+    let platform = Platform::start();
+    platform.api.create_all([
+        &pod("known", FLIPPED, None),
+        &pod("null", OUTAGE, None),
+        &pod("unknown", "99999999-9999-4999-8999-999999999999", None),
+        &pod("invalid", "not-a-uuid", None),
+        &pod("empty", "", None),
+    ]);
+    platform.postgres.execute(&format!(
+        "UPDATE workspaces SET llm_billing_mode = NULL WHERE id = '{OUTAGE}';
+         ALTER TABLE workspaces ADD namespace text;
+         UPDATE workspaces SET namespace = '{NAMESPACE}'"
+    ));
+    let reasons = |query: &str, parameters: &str, url: &str| {
+        let policy = format!("lookup: {{query: \"{query}\", parameters: [{parameters}]}}\n{PROXY}");
+        let file = platform.folder.path().join("policy.yaml");
+        fs::write(&file, policy).unwrap();
+        let mut command = program(&["audit", "-A", "-o", "json"]);
+        command
+            .args(["--policy", file.to_str().unwrap(), "--database-url", url])
+            .env("KUBECONFIG", &platform.kubeconfig)
+            .env("RUST_LOG", "off");
+        let (code, stdout, stderr) = shown(&command.output().unwrap());
+        assert_eq!(code, 1, "{stderr}");
+        let said: Value = serde_json::from_str(&stdout).unwrap();
+        let pods = said["pods"].as_array().unwrap().iter();
+        pods.map(|pod| {
+            format!(
+                "{} {} {}",
+                pod["pod"].as_str().unwrap(),
+                pod["mode"].as_str().unwrap(),
+                pod["reason"].as_str().unwrap()
+            )
+        })
+        .collect::<Vec<_>>()
+    };
+    let expected = [
+        "empty platform_managed missing_workspace_id",
+        "invalid platform_managed invalid_workspace_id",
+        "known byok override",
+        "null platform_managed no_override",
+        "unknown platform_managed workspace_not_found",
+    ];
+    let label = "{label: molecule.ai/workspace-id, type: uuid}";
+    let with_namespace = format!("{label}, {{field: namespace}}");
+    let select = "SELECT llm_billing_mode FROM workspaces WHERE id = $1";
+    let url = platform.postgres.url();
+    for (query, parameters) in [
+        (select.to_owned(), label),
+        (
+            format!("{select} AND namespace = $2"),
+            with_namespace.as_str(),
+        ),
+        // With more columns than the mode, and an enum.
+        (
+            "SELECT llm_billing_mode, id FROM workspaces WHERE id = $1 ORDER BY 1".to_owned(),
+            label,
+        ),
+        // With a literal, in which a $1 could stand: one query each.
+        (format!("{select} AND '$1' <> 'x'"), label),
+    ] {
+        assert_eq!(reasons(&query, parameters, &url), expected, "{query}");
+    }
+    let pooled = format!("{url}&statement-cache-capacity=0");
+    assert_eq!(reasons(select, label, &pooled), expected);
+
+    for index in 0..100 {
+        let id = format!("{index:08}-0000-4000-8000-000000000000");
+        platform
+            .api
+            .create_all([&pod(&format!("p{index}"), &id, None)]);
+    }
+    let transactions = |query: &str| {
+        let count = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()";
+        let count = || -> usize { platform.postgres.query(count).parse().unwrap() };
+        let before = count();
+        reasons(query, label, &url);
+        count() - before
+    };
+    let (at_once, one_by_one) = (
+        transactions(select),
+        transactions(&format!("{select} AND '$1' <> 'x'")),
+    );
+    assert!(at_once < 20, "{at_once}");
+    assert!(one_by_one >= 100, "{one_by_one}");
+}
+
+#[test]
+fn what_was_found_is_a_file_for_prometheus_and_a_warning_on_each_pod() {
+    let platform = Platform::start();
+    platform.drift();
+    let file = platform.folder.path().join("drift.prom");
+    let arguments = ["-A", "--metrics-file", file.to_str().unwrap(), "--events"];
+    let (code, _, stderr) = platform.audit(&arguments);
+    assert_eq!(code, 1, "{stderr}");
+    let metrics = fs::read_to_string(&file).unwrap();
+    for line in [
+        "llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 1\n",
+        "llm_billing_drift_pods{mode=\"byok\",finding=\"fallback_in_force\"} 1\n",
+        "llm_billing_drift_pods{mode=\"platform_managed\",finding=\"vendor_key\"} 1\n",
+        "llm_billing_drift_pods{mode=\"platform_managed\",finding=\"refused\"} 0\n",
+        "llm_billing_audited_pods 4\n",
+        "llm_billing_last_audit_timestamp_seconds ",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in {metrics}");
+    }
+    assert!(!metrics.contains(OLD));
+    let events = platform
+        .api
+        .get(&format!("/api/v1/namespaces/{NAMESPACE}/events"))
+        .unwrap();
+    let mut messages: Vec<String> = events["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|event| event["reason"] == "LlmBillingDrift")
+        .map(|event| {
+            format!(
+                "{}: {}",
+                event["involvedObject"]["name"].as_str().unwrap(),
+                event["message"].as_str().unwrap()
+            )
+        })
+        .collect();
+    messages.sort();
+    assert_eq!(messages.len(), 3);
+    assert_eq!(
+        messages[0],
+        "flipped: the env of this pod is not true (wrong_mode): container \"agent\": MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED"
+    );
+}
+
+#[test]
+fn a_server_that_audits_shows_the_drift_with_the_permissions_that_the_chart_gives_it() {
+    let platform = Platform::start();
+    platform.drift();
+    let objects = render(&[
+        "database.existingSecret=db",
+        "audit.interval=1h",
+        "tls.mode=provided",
+        "tls.provided.secretName=t",
+    ]);
+    let kinds = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding"];
+    let of_kinds = objects
+        .iter()
+        .filter(|object| kinds.iter().any(|kind| object["kind"] == *kind));
+    platform.api.create_all(of_kinds);
+    let user = format!("system:serviceaccount:{RELEASE}:{RELEASE}");
+    let kubeconfig = platform.api.kubeconfig(platform.folder.path(), Some(&user));
+    let start = Start {
+        policy: PROXY,
+        database_url: &platform.postgres.url(),
+        arguments: &["--audit-interval", "100ms"],
+        environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
+        ..Start::default()
+    };
+    let webhook = start.start();
+    let line = webhook.wait_for_log("\"audit\"");
+    assert!(line.contains("\"audited\":4,\"drifted\":3"), "{line}");
+    let shows = |text: &str| {
+        wait_for(text, || {
+            webhook.health("/metrics").1.contains(text).then_some(())
+        })
+    };
+    shows("llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 1\n");
+    platform.set(FLIPPED, "byok");
+    shows("llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 0\n");
+    platform.api.delete(&format!(
+        "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{RELEASE}-audit"
+    ));
+    shows("llm_billing_audits_total{result=\"failed\"} ");
+    shows("llm_billing_audited_pods 4\n");
+    assert!(webhook.log().contains("what the last one found stays"));
+}
+
+#[test]
+fn each_permission_that_the_chart_gives_to_the_audits_job_is_needed_and_they_are_enough() {
+    let platform = Platform::start();
+    platform.drift();
+    let objects = render(&[
+        "database.existingSecret=db",
+        "audit.cronJob.enabled=true",
+        "audit.cronJob.evict=true",
+    ]);
+    let of_job = |object: &&Value| {
+        object["kind"] != "CronJob" && object["metadata"]["name"] == "llm-billing-webhook-audit-job"
+    };
+    platform.api.create_all(objects.iter().filter(of_job));
+    let job = objects
+        .iter()
+        .find(|object| object["kind"] == "CronJob")
+        .unwrap();
+    let container = &job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0];
+    let arguments: Vec<&str> = container["args"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| one.as_str().unwrap())
+        .collect();
+    let own = |argument: &&&str| **argument != "audit" && !argument.contains("/etc/llm-billing/");
+    let arguments: Vec<&str> = arguments.iter().filter(own).copied().collect();
+    let user = format!("system:serviceaccount:{RELEASE}:llm-billing-webhook-audit-job");
+    let kubeconfig = platform.api.kubeconfig(platform.folder.path(), Some(&user));
+    let audit = || {
+        shown(
+            &platform
+                .command(&arguments, kubeconfig.to_str().unwrap())
+                .output()
+                .unwrap(),
+        )
+    };
+    let role = "/apis/rbac.authorization.k8s.io/v1/clusterroles/llm-billing-webhook-audit-job";
+    let rules = platform.api.get(role).unwrap()["rules"]
+        .as_array()
+        .unwrap()
+        .clone();
+    assert_eq!(rules.len(), 3);
+    for rule in &rules {
+        assert_eq!(rule["verbs"].as_array().unwrap().len(), 1);
+        platform.api.change(role, |role| {
+            role["rules"]
+                .as_array_mut()
+                .unwrap()
+                .retain(|one| one != rule)
+        });
+        let (code, _, stderr) = audit();
+        assert_eq!(code, 2, "{stderr}");
+        let resource = rule["resources"][0].as_str().unwrap();
+        assert!(
+            stderr.contains("is forbidden") && stderr.contains(resource),
+            "{resource}: {stderr}"
+        );
+        platform
+            .api
+            .change(role, |role| role["rules"] = rules.clone().into());
+        // Those that went although something else was forbidden.
+        for (name, workspace, owner) in [
+            ("flipped", FLIPPED, "ReplicaSet/flipped"),
+            ("old", OLD, "ReplicaSet/old"),
+        ] {
+            let _ = platform.api.request(
+                "POST",
+                &format!("/api/v1/namespaces/{NAMESPACE}/pods"),
+                Some(&pod(name, workspace, Some(owner))),
+            );
+        }
+        platform.set(
+            FLIPPED,
+            ["byok", "disabled"][usize::from(resource != "pods")],
+        );
+    }
+    platform.set(FLIPPED, "platform_managed");
+    let (code, _, stderr) = audit();
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("evicted ws-acme/flipped"), "{stderr}");
+}
+
+#[test]
+fn an_object_of_the_cluster_is_reviewed_like_a_manifest() {
+    let platform = Platform::start();
+    platform.drift();
+    let deployment = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "ws", "namespace": NAMESPACE},
+        "spec": {
+            "selector": {"matchLabels": {"app": "ws"}},
+            "template": {
+                "metadata": {"labels": {WORKSPACE_LABEL: FLIPPED, "app": "ws"}},
+                "spec": {"containers": [{"name": "agent", "image": "busybox"}]},
+            },
+        },
+    });
+    platform.api.create_all([&deployment]);
+    let review = |arguments: &[&str]| {
+        let mut command = program(&[
+            "review",
+            "--policy",
+            &platform.policy,
+            "--database-url",
+            &platform.postgres.url(),
+        ]);
+        command
+            .args(arguments)
+            .env("KUBECONFIG", &platform.kubeconfig);
+        shown(&command.output().unwrap())
+    };
+    let (code, stdout, stderr) = review(&["-n", NAMESPACE, "pod/true"]);
+    assert_eq!(
+        (code, stdout.as_str(), stderr.as_str()),
+        (
+            0,
+            "",
+            "Pod ws-acme/true: platform_managed (workspace_override, override)\n"
+        )
+    );
+    let (code, stdout, _) = review(&["-n", NAMESPACE, "po/old", "-o", "json"]);
+    assert_eq!(code, 1);
+    let after: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(
+        after["spec"]["containers"][0]["env"][0]["value"],
+        "platform_managed"
+    );
+    assert_eq!(after["metadata"].get("managedFields"), None);
+    let (code, stdout, _) = review(&["-n", NAMESPACE, "deployment/ws", "-o", "patch"]);
+    assert_eq!(code, 1);
+    assert!(
+        stdout.contains("/spec/template/spec/containers/0/env"),
+        "{stdout}"
+    );
+    let (code, _, stderr) = review(&["-n", NAMESPACE, "pod/none"]);
+    assert_eq!(code, 2);
+    assert!(
+        stderr.starts_with(
+            "error: cannot read pod/none: the API server refuses: pods \"none\" not found"
+        ),
+        "{stderr}"
+    );
+    for (arguments, expected) in [
+        (
+            vec!["service/x"],
+            "expected KIND/NAME, with a kind of pod, deployment",
+        ),
+        (vec!["pod"], "expected KIND/NAME"),
+        (vec!["pod/a/b"], "expected KIND/NAME"),
+        (vec!["pod/x", "-f", "y"], "cannot be used with"),
+        (vec![], "required arguments were not provided"),
+    ] {
+        let (code, _, stderr) = review(&arguments);
+        assert_eq!(code, 2);
+        assert!(stderr.contains(expected), "{arguments:?}: {stderr}");
+    }
+}
+
+#[test]
+fn each_transcript_on_the_page_about_audits_is_what_the_programs_print() {
+    let platform = Platform::start();
+    platform.drift();
+    platform
+        .postgres
+        .execute(&format!("INSERT INTO workspaces VALUES ('{BYOK}', 'byok')"));
+    let url = platform.postgres.url();
+    let environment = [
+        ("LLM_BILLING_POLICY", "tests/fixtures/policy.yaml"),
+        ("LLM_BILLING_DATABASE_URL", url.as_str()),
+        ("KUBECONFIG", platform.kubeconfig.as_str()),
+    ];
+    let transcripts = transcripts(&page("docs/audit.md"));
+    assert_eq!(transcripts.len(), 5);
+    for (command, expected) in transcripts {
+        // The stand-in does not tell kubectl which kinds there are. As a plugin, the program asks itself.
+        if command.starts_with("kubectl apply") && !platform.api.is_real() {
+            say_skipped(&command);
+            continue;
+        }
+        assert_eq!(printed(&command, &environment), expected, "{command}");
+    }
+}
+
+#[test]
+fn a_sweep_keeps_no_more_than_a_page_and_asks_a_query_a_page() {
+    let pods: usize = std::env::var("AUDIT_PODS").map_or(1_500, |pods| pods.parse().unwrap());
+    let platform = Platform::start();
+    platform.postgres.execute(&format!(
+        "INSERT INTO workspaces SELECT ('00000000-0000-4000-8000-' || lpad(i::text, 12, '0'))::uuid, 'byok' FROM generate_series(1, {}) i",
+        pods / 2
+    ));
+    // As large as a workspace's pods are, with the mode that most of them have.
+    let recorded = &crate::support::recorded_reviews()["claude-code-pod"]["request"]["object"];
+    let threads = 8;
+    std::thread::scope(|scope| {
+        for thread in 0..threads {
+            let api = &platform.api;
+            scope.spawn(move || {
+                for index in (thread..pods).step_by(threads) {
+                    let mut pod = recorded.clone();
+                    pod["metadata"] = json!({
+                        "name": format!("ws-{index:06}"),
+                        "namespace": NAMESPACE,
+                        "labels": {WORKSPACE_LABEL: format!("00000000-0000-4000-8000-{:012}", index / 2 + 1)},
+                        "annotations": {"molecule.ai/llm-billing-mode": "byok", "molecule.ai/llm-billing-source": "workspace_override"},
+                    });
+                    let env = pod["spec"]["containers"][0]["env"].as_array_mut().unwrap();
+                    for name in ["MOLECULE_LLM_BILLING_MODE", "MOLECULE_LLM_BILLING_MODE_RESOLVED"] {
+                        env.push(json!({"name": name, "value": "byok"}));
+                    }
+                    api.create_all([&pod]);
+                }
+            });
+        }
+    });
+    let count = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()";
+    let count = || -> usize { platform.postgres.query(count).parse().unwrap() };
+    let before = count();
+    let started = Instant::now();
+    let mut command = platform.command(&["-A", "--only-drift"], &platform.kubeconfig);
+    let mut child = command
+        .stderr(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut peak = 0;
+    while child.try_wait().unwrap().is_none() {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let now = line.map_or(0, |line| {
+            line.trim().trim_end_matches(" kB").parse().unwrap()
+        });
+        peak = std::cmp::max(peak, now);
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let took = started.elapsed();
+    let (code, _, stderr) = shown(&child.wait_with_output().unwrap());
+    assert_eq!(
+        (code, stderr),
+        (0, format!("{pods} pods audited, the env of all is true\n"))
+    );
+    // Those of the psql that counts are among them.
+    let queries = count() - before;
+    println!(
+        "{pods} pods of {} workspaces: {took:.1?}, {peak} KiB at most, {queries} transactions",
+        pods / 2
+    );
+    assert!(queries <= pods.div_ceil(500) + 5, "{queries}");
+    // The same whether there are three pages or forty.
+    assert!(peak < 64 * 1024, "{peak} KiB");
+}

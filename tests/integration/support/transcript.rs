@@ -1,0 +1,56 @@
+//! The transcripts in README and docs: blocks of commands with what they print, run and compared.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use super::chart::with_tools;
+use super::program::program;
+
+/// A page by its path in the repository.
+pub(crate) fn page(path: &str) -> String {
+    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+}
+
+/// Each `$ command` of a page's console blocks, with what is printed below it. A block without a `$` is for the reader.
+pub(crate) fn transcripts(page: &str) -> Vec<(String, String)> {
+    let blocks = page.split("```console\n").skip(1);
+    let blocks = blocks.map(|block| block.split("```").next().unwrap());
+    let mut transcripts = Vec::new();
+    for block in blocks.filter(|block| block.starts_with("$ ")) {
+        for line in block.lines() {
+            match (line.strip_prefix("$ "), transcripts.last_mut()) {
+                (Some(command), _) => transcripts.push((command.to_owned(), String::new())),
+                (None, Some((_, printed))) => *printed += &format!("{line}\n"),
+                (None, None) => unreachable!("a block starts with a command"),
+            }
+        }
+    }
+    transcripts
+}
+
+/// What a command prints at a shell in the repository's folder, where the program is installed, as a plugin of kubectl
+/// too.
+pub(crate) fn printed(command: &str, environment: &[(&str, &str)]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let installed = env!("CARGO_BIN_EXE_llm-billing-webhook");
+    for name in ["llm-billing-webhook", "kubectl-llm_billing"] {
+        symlink(installed, folder.path().join(name)).unwrap();
+    }
+    // Begun as the program is, with none of its settings.
+    let clean = program(&[]);
+    let mut shell = std::process::Command::new("sh");
+    for (name, value) in clean.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    let output = with_tools(&mut shell, folder.path())
+        .args(["-c", &format!("exec 2>&1; {command}")])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
