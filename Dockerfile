@@ -9,11 +9,10 @@ FROM ${BUILD_IMAGE} AS build
 WORKDIR /build
 # rust-toolchain.toml stays outside: it names lints and a formatter besides, which would be downloaded.
 COPY Cargo.toml Cargo.lock ./
-# The dependencies alone, around an empty program: a layer that only a changed Cargo.lock makes anew. The test is there
-# because Cargo.toml names it.
-RUN mkdir -p src tests/integration \
+# The dependencies alone, around an empty program: a layer that only a changed Cargo.toml or Cargo.lock makes anew.
+RUN mkdir src \
     && echo 'fn main() {}' > src/main.rs \
-    && touch src/lib.rs tests/integration/main.rs \
+    && touch src/lib.rs \
     && cargo build --release --locked --bin llm-billing-webhook
 COPY src src
 # Cargo compares times, and the sources' may be older than the empty program's.

@@ -121,7 +121,7 @@ service:
   namespace: {{ .context.Release.Namespace }}
   name: {{ include "llm-billing-webhook.fullname" .context }}
   path: {{ .path }}
-  port: 443
+  port: {{ .context.Values.webhook.servicePort }}
 {{- if and (eq .context.Values.tls.mode "provided") .context.Values.tls.provided.caBundle }}
 caBundle: {{ .context.Values.tls.provided.caBundle | b64enc }}
 {{- end }}

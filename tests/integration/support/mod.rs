@@ -2,11 +2,14 @@
 
 pub(crate) mod api_server;
 pub(crate) mod chart;
+#[allow(dead_code, reason = "tests/e2e uses the rest")]
+pub(crate) mod control_plane;
 pub(crate) mod haproxy;
 pub(crate) mod in_process;
 pub(crate) mod load;
 pub(crate) mod postgres;
 pub(crate) mod program;
+pub(crate) mod stand_in;
 pub(crate) mod transcript;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,362 @@
+//! How the API server asks: again after other webhooks, in time, by selectors; and what it hands on to people and to its
+//! audit log.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::Router;
+use axum::routing::post;
+use axum_server::tls_rustls::RustlsConfig;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use serde_json::{Value, json};
+
+use crate::support::program::{Authority, wait_for};
+use crate::support::{WORKSPACE_LABEL, fixtures};
+use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_true, env_of, pod, policy};
+
+/// A mutating webhook of somebody else's, that appends a vendor key to the first container, or a sidecar with one.
+fn start_meddler(patch: &'static str, authority: &Authority) -> (u16, Arc<AtomicUsize>) {
+    let (certificate, key) = authority.issue("localhost");
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&calls);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    listener.set_nonblocking(true).unwrap();
+    let answer = async move |body: String| {
+        let review: Value = serde_json::from_str(&body).unwrap();
+        counted.fetch_add(1, Ordering::Relaxed);
+        let containers = review["request"]["object"]["spec"]["containers"].to_string();
+        let mut response = json!({"uid": review["request"]["uid"], "allowed": true});
+        // Each time that its work is not there.
+        if !containers.contains("XAI_API_KEY") {
+            response["patchType"] = "JSONPatch".into();
+            response["patch"] = STANDARD.encode(patch).into();
+        }
+        let review = json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response});
+        ([("content-type", "application/json")], review.to_string())
+    };
+    std::thread::spawn(move || {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(
+                vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()],
+                PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
+            );
+        let config = RustlsConfig::from_config(Arc::new(config.unwrap()));
+        let routes = Router::new().route("/", post(answer)).into_make_service();
+        // Ends with the process.
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime
+            .block_on(async {
+                axum_server::from_tcp_rustls(listener, config)
+                    .unwrap()
+                    .serve(routes)
+                    .await
+            })
+            .unwrap();
+    });
+    (port, calls)
+}
+
+/// Registers it to be called after the project's own.
+fn register_meddler(world: &World, port: u16, authority: &Authority, reinvocation: &str) {
+    let configuration = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "MutatingWebhookConfiguration",
+        "metadata": {"name": "zz-meddler"},
+        "webhooks": [{
+            "name": "meddler.example.test",
+            "admissionReviewVersions": ["v1"],
+            "sideEffects": "None",
+            "reinvocationPolicy": reinvocation,
+            "objectSelector": {"matchLabels": {"meddled": "yes"}},
+            "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "resources": ["pods"], "operations": ["CREATE"]}],
+            "clientConfig": {"url": format!("https://localhost:{port}/"), "caBundle": STANDARD.encode(authority.pem())},
+        }],
+    });
+    world.api.create_all([&configuration]);
+}
+
+fn meddled(name: &str) -> Value {
+    let mut pod = pod(name, MANAGED, &json!([{"name": "KEEP", "value": "1"}]));
+    pod["metadata"]["labels"]["meddled"] = "yes".into();
+    pod
+}
+
+const KEY: &str = r#"[{"op": "add", "path": "/spec/containers/0/env/-", "value": {"name": "XAI_API_KEY", "value": "sk"}}]"#;
+const SIDECAR: &str = r#"[{"op": "add", "path": "/spec/containers/-",
+    "value": {"name": "sidecar", "image": "busybox", "env": [{"name": "XAI_API_KEY", "value": "sk"}]}}]"#;
+
+/// Waits until the other webhook is asked too, and creates a pod.
+fn create_meddled(world: &World, calls: &AtomicUsize) -> (u16, Value) {
+    let path = format!("/api/v1/namespaces/{NAMESPACE}/pods");
+    wait_for("the other webhook is asked", || {
+        let _ = world.api.request(
+            "POST",
+            &format!("{path}?dryRun=All"),
+            Some(&meddled("probe")),
+        );
+        (calls.load(Ordering::Relaxed) > 0).then_some(())
+    });
+    world.api.request("POST", &path, Some(&meddled("meddled")))
+}
+
+#[test]
+fn what_a_later_webhook_appends_is_settled_by_being_asked_again() {
+    for patch in [KEY, SIDECAR] {
+        let Some(world) = World::start() else { return };
+        let postgres = World::workspaces();
+        let _webhook = world.install(&postgres, &policy(""), &["guard.enabled=true"]);
+        let authority = Authority::new();
+        let (port, calls) = start_meddler(patch, &authority);
+        register_meddler(&world, port, &authority, "Never");
+        let (status, created) = create_meddled(&world, &calls);
+        assert_eq!(status, 201, "{created}");
+        for container in created["spec"]["containers"].as_array().unwrap() {
+            assert_true(container, "platform_managed");
+            assert!(
+                env_of(container)
+                    .iter()
+                    .all(|(name, _)| name != "XAI_API_KEY"),
+                "{container}"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_acts_after_that_is_refused_by_the_guard_and_stored_without_it() {
+    for (guard, expected) in [("guard.enabled=true", 403), ("guard.enabled=false", 201)] {
+        let Some(world) = World::start() else { return };
+        let postgres = World::workspaces();
+        let _webhook = world.install(&postgres, &policy(""), &[guard]);
+        let authority = Authority::new();
+        let (port, calls) = start_meddler(KEY, &authority);
+        // It is asked again as well, last of all.
+        register_meddler(&world, port, &authority, "IfNeeded");
+        let (status, answer) = create_meddled(&world, &calls);
+        assert_eq!(status, expected, "{answer}");
+        if expected == 403 {
+            let message = answer["message"].as_str().unwrap();
+            let expected = "admission webhook \"validate.llm-billing.molecule.ai\" denied the request: \
+                ENV_NOT_SETTLED: container \"agent\" has not settled XAI_API_KEY; ";
+            assert!(message.starts_with(expected), "{message}");
+        }
+    }
+}
+
+#[test]
+fn warnings_reach_whoever_uses_kubectl() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    postgres.execute("INSERT INTO workspaces VALUES ('66666666-6666-6666-6666-666666666666', 'platform_managed')");
+    let _webhook = world.install(&postgres, &policy(""), &[]);
+    let file = fixtures("workloads/09-references.yaml");
+    let (code, _, stderr) = world.kubectl(&["apply", "-f", file.to_str().unwrap()]);
+    assert_eq!(code, 0, "{stderr}");
+    for expected in [
+        "Warning: container \"agent\": command[2] refers to $(ZAI_API_KEY), which platform_managed takes away\n",
+        "Warning: container \"agent\": env ALIAS brings vendor key ANTHROPIC_API_KEY under another name, and stays\n",
+    ] {
+        assert!(stderr.contains(expected), "{stderr}");
+    }
+}
+
+#[test]
+fn a_denial_reads_well_at_kubectl_and_in_the_events_of_a_workload() {
+    let Some(mut world) = World::start() else {
+        return;
+    };
+    let postgres = World::workspaces();
+    let _webhook = world.install(&postgres, "", &[]);
+    let labels = format!("--labels={WORKSPACE_LABEL}={MANAGED}");
+    let (code, _, stderr) =
+        world.kubectl(&["-n", NAMESPACE, "run", "denied", "--image=busybox", &labels]);
+    assert_eq!(code, 1);
+    let denial = "admission webhook \"mutate.llm-billing.molecule.ai\" denied the request: MISSING_PLATFORM_PROXY: \
+        the workspace is platform_managed and no LLM proxy is configured; set proxy.baseUrl and proxy.usageToken in the \
+        webhook's policy, or the workspace's mode to byok or disabled";
+    assert_eq!(stderr, format!("Error from server (Forbidden): {denial}\n"));
+    if !world.start_controllers() {
+        return;
+    }
+    let deployment = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "denied", "namespace": NAMESPACE},
+        "spec": {
+            "selector": {"matchLabels": {"app": "denied"}},
+            "template": {
+                "metadata": {"labels": {"app": "denied", WORKSPACE_LABEL: MANAGED}},
+                "spec": {"containers": [{"name": "agent", "image": "busybox"}]},
+            },
+        },
+    });
+    world.api.create_all([&deployment]);
+    wait_for("the ReplicaSet tells why it has no pods", || {
+        let events = world.kubectl_ok(&["-n", NAMESPACE, "events", "--types=Warning"]);
+        (events.contains("FailedCreate")
+            && events.contains("ReplicaSet/denied-")
+            && events.contains(denial))
+        .then_some(())
+    });
+}
+
+#[test]
+fn the_audit_log_has_the_resolution_and_no_value_that_was_left_alone() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    let _webhook = world.install(&postgres, &policy(""), &[]);
+    let env = json!([{"name": "HF_TOKEN", "value": "taken-away-0123456789"}, {"name": "KEEP", "value": "left-alone-0123456789"}]);
+    world.api.create_all([&pod("audited", MANAGED, &env)]);
+    let event = wait_for("the audit log has the pod", || {
+        let log = world.api.control_plane.as_ref().unwrap().audit_log();
+        log.into_iter()
+            .find(|event| event["objectRef"]["name"] == "audited")
+    });
+    let annotations = &event["annotations"];
+    let own = |name: &str| annotations[&format!("mutate.llm-billing.molecule.ai/{name}")].clone();
+    assert_eq!(
+        ["mode", "source", "reason", "workspace"].map(own),
+        [
+            json!("platform_managed"),
+            json!("workspace_override"),
+            json!("override"),
+            json!(MANAGED)
+        ]
+    );
+    // The request is logged as it came; the patch is the webhook's.
+    let text = annotations.to_string();
+    assert!(
+        text.contains("MOLECULE_LLM_BASE_URL"),
+        "the patch is not in {text}"
+    );
+    for value in ["left-alone", "taken-away"] {
+        assert!(!text.contains(value), "{value} is in {text}");
+    }
+}
+
+#[test]
+fn while_the_database_is_down_pods_are_created_with_a_warning_or_refused_as_the_policy_says() {
+    for on_error in ["platform_managed", "deny"] {
+        let Some(world) = World::start() else { return };
+        let postgres = World::workspaces();
+        let fields = format!("lookup: {{onError: {on_error}}}");
+        let _webhook = world.install(&postgres, &policy(&fields), &[]);
+        postgres.execute("ALTER TABLE workspaces RENAME TO gone");
+        let labels = format!("--labels={WORKSPACE_LABEL}={BYOK}");
+        let (code, _, stderr) =
+            world.kubectl(&["-n", NAMESPACE, "run", "down", "--image=busybox", &labels]);
+        if on_error == "deny" {
+            assert_eq!(code, 1);
+            assert!(
+                stderr.contains("denied the request: LOOKUP_FAILED: "),
+                "{stderr}"
+            );
+            assert_eq!(world.stored("down"), None);
+        } else {
+            assert_eq!(code, 0, "{stderr}");
+            assert!(
+                stderr.starts_with("Warning: the workspace's billing mode could not be looked up"),
+                "{stderr}"
+            );
+            assert_true(
+                &world.stored("down").unwrap()["spec"]["containers"][0],
+                "platform_managed",
+            );
+        }
+    }
+}
+
+#[test]
+fn while_the_webhook_is_down_pods_are_refused_or_let_in_as_they_are_as_the_failure_policy_says() {
+    for (failure_policy, expected) in [("Fail", 500), ("Ignore", 201)] {
+        let Some(world) = World::start() else { return };
+        let postgres = World::workspaces();
+        let setting = format!("webhook.failurePolicy={failure_policy}");
+        drop(world.install(&postgres, &policy(""), &[&setting]));
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/pods");
+        let env = json!([{"name": "HF_TOKEN", "value": "own"}]);
+        let (status, answer) = world
+            .api
+            .request("POST", &path, Some(&pod("alone", BYOK, &env)));
+        assert_eq!(status, expected, "{answer}");
+        if expected == 201 {
+            let names = env_of(&answer["spec"]["containers"][0]);
+            assert_eq!(names, [("HF_TOKEN".to_owned(), "own".to_owned())]);
+        } else {
+            let message = answer["message"].as_str().unwrap();
+            assert!(
+                message.contains("failed calling webhook \"mutate.llm-billing.molecule.ai\""),
+                "{message}"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_answer_comes_before_the_api_servers_time_is_up_even_if_the_lookup_has_more() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    let slow = "lookup: {timeout: 20s, query: \"SELECT CASE WHEN id::text = '22222222-2222-4222-8222-222222222222' AND \
+        pg_sleep(15) IS NOT NULL THEN 'byok' ELSE llm_billing_mode END FROM workspaces WHERE id = $1\"}";
+    let _webhook = world.install(&postgres, &policy(slow), &["webhook.timeoutSeconds=2"]);
+    let path = format!("/api/v1/namespaces/{NAMESPACE}/pods");
+    let (status, created) = world
+        .api
+        .request("POST", &path, Some(&pod("slow", BYOK, &json!([]))));
+    assert_eq!(status, 201, "{created}");
+    assert_true(&created["spec"]["containers"][0], "platform_managed");
+    assert_eq!(
+        created["metadata"]["annotations"]["molecule.ai/llm-billing-source"],
+        "constant_fallback"
+    );
+}
+
+#[test]
+fn only_pods_in_scope_are_asked_about() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    let env = json!([{"name": "HF_TOKEN", "value": "own"}]);
+    world.create_namespace("exempt", &json!({"workspaces": "yes"}));
+    world.create_namespace("scoped", &json!({"workspaces": "yes"}));
+    let create = |namespace: &str, workspace: Option<&str>| {
+        let mut pod = pod("in-scope", workspace.unwrap_or_default(), &env);
+        pod["metadata"]["namespace"] = namespace.into();
+        if workspace.is_none() {
+            pod["metadata"].as_object_mut().unwrap().remove("labels");
+        }
+        let path = format!("/api/v1/namespaces/{namespace}/pods?dryRun=All");
+        let (status, created) = world.api.request("POST", &path, Some(&pod));
+        assert_eq!(status, 201, "{created}");
+        created["spec"]["containers"][0].clone()
+    };
+    let is_untouched =
+        |container: &Value| env_of(container) == [("HF_TOKEN".to_owned(), "own".to_owned())];
+
+    let _webhook = world.install(&postgres, &policy(""), &["exemptNamespaces={exempt}"]);
+    assert_true(&create("scoped", Some(BYOK)), "byok");
+    assert!(is_untouched(&create("scoped", None)));
+    assert!(is_untouched(&create("exempt", Some(BYOK))));
+    assert!(is_untouched(&create("kube-system", Some(BYOK))));
+
+    let namespaces = [
+        "scope=namespace",
+        "namespaceSelector.matchLabels.workspaces=yes",
+        "exemptNamespaces={exempt}",
+    ];
+    let fields = "unlabelled: platform_managed";
+    let _webhook = world.install(&postgres, &policy(fields), &namespaces);
+    wait_for("whole namespaces are asked about", || {
+        (!is_untouched(&create("scoped", None))).then_some(())
+    });
+    assert_true(&create("scoped", None), "platform_managed");
+    assert_true(&create("scoped", Some(BYOK)), "byok");
+    assert!(is_untouched(&create("exempt", None)));
+    assert!(is_untouched(&create(NAMESPACE, Some(BYOK))));
+}

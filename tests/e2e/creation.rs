@@ -1,0 +1,228 @@
+//! Every way to create a pod, and what is stored of it.
+
+use serde_json::{Value, json};
+
+use crate::support::WORKSPACE_LABEL;
+use crate::support::program::wait_for;
+use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_true, env_of, pod, policy};
+
+/// Workspace label and the mode that it stands for: each mode and each fallback.
+const CASES: [(&str, &str); 8] = [
+    (MANAGED, "platform_managed"),
+    (BYOK, "byok"),
+    ("33333333-3333-4333-8333-333333333333", "disabled"),
+    ("44444444-4444-4444-8444-444444444444", "platform_managed"),
+    ("55555555-5555-4555-8555-555555555555", "platform_managed"),
+    ("66666666-6666-4666-8666-666666666666", "platform_managed"),
+    ("not-a-uuid", "platform_managed"),
+    ("", "platform_managed"),
+];
+
+fn own_key() -> Value {
+    json!([{"name": "HF_TOKEN", "value": "own"}, {"name": "KEEP", "value": "1"}])
+}
+
+/// A workload's template of a pod, and the labels that select it.
+fn template(case: usize, kind: &str, workspace: &str) -> Value {
+    json!({
+        "metadata": {"labels": {WORKSPACE_LABEL: workspace, "case": case.to_string(), "of": kind}},
+        "spec": {
+            "restartPolicy": if ["Job", "CronJob"].contains(&kind) { "Never" } else { "Always" },
+            "initContainers": [{"name": "init", "image": "busybox", "env": own_key()}],
+            "containers": [{"name": "agent", "image": "busybox", "env": own_key()}],
+        },
+    })
+}
+
+fn workload(case: usize, kind: &str, workspace: &str) -> Value {
+    let name = format!("{}-{case}", kind.to_lowercase());
+    let template = template(case, kind, workspace);
+    let selector = json!({"matchLabels": {"case": case.to_string(), "of": kind}});
+    let (api_version, spec) = match kind {
+        "Deployment" | "DaemonSet" => (
+            "apps/v1",
+            json!({"selector": selector, "template": template}),
+        ),
+        "StatefulSet" => (
+            "apps/v1",
+            json!({"serviceName": name, "selector": selector, "template": template}),
+        ),
+        "Job" => ("batch/v1", json!({"template": template})),
+        _ => (
+            "batch/v1",
+            json!({"schedule": "0 0 1 1 *", "jobTemplate": {"spec": {"template": template}}}),
+        ),
+    };
+    json!({"apiVersion": api_version, "kind": kind, "metadata": {"name": name, "namespace": NAMESPACE}, "spec": spec})
+}
+
+#[test]
+fn every_way_to_create_a_pod_stores_a_true_env_in_each_mode_and_each_fallback() {
+    let Some(mut world) = World::start() else {
+        return;
+    };
+    let postgres = World::workspaces();
+    let _webhook = world.install(&postgres, &policy(""), &["guard.enabled=true"]);
+    let has_controllers = world.start_controllers();
+    // A DaemonSet has a pod for each node.
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node"}});
+    world.api.create_all([&node]);
+    let kinds = ["Deployment", "StatefulSet", "DaemonSet", "Job", "CronJob"];
+    for (case, (workspace, _)) in CASES.iter().enumerate() {
+        let applied = world.write(
+            "pod.json",
+            &pod(&format!("applied-{case}"), workspace, &own_key()).to_string(),
+        );
+        world.kubectl_ok(&["apply", "-f", &applied]);
+        let created = world.write(
+            "pod.json",
+            &pod(&format!("created-{case}"), workspace, &own_key()).to_string(),
+        );
+        world.kubectl_ok(&["create", "-f", &created]);
+        let labels = format!("--labels={WORKSPACE_LABEL}={workspace}");
+        world.kubectl_ok(&[
+            "-n",
+            NAMESPACE,
+            "run",
+            &format!("run-{case}"),
+            "--image=busybox",
+            "--env=HF_TOKEN=own",
+            &labels,
+        ]);
+        let list: Vec<Value> = kinds
+            .iter()
+            .map(|kind| workload(case, kind, workspace))
+            .collect();
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": list});
+        world.kubectl_ok(&[
+            "apply",
+            "-f",
+            &world.write("workloads.json", &list.to_string()),
+        ]);
+        let cron_job = format!("cronjob/cronjob-{case}");
+        world.kubectl_ok(&[
+            "-n",
+            NAMESPACE,
+            "create",
+            "job",
+            &format!("from-cron-{case}"),
+            &format!("--from={cron_job}"),
+        ]);
+    }
+    let each = if has_controllers { 3 + kinds.len() } else { 3 };
+    wait_for("all pods are there", || {
+        (world.pods().len() >= CASES.len() * each).then_some(())
+    });
+    for pod in world.pods() {
+        let labels = &pod["metadata"]["labels"];
+        let workspace = labels[WORKSPACE_LABEL].as_str().unwrap();
+        let (_, mode) = CASES.iter().find(|(id, _)| *id == workspace).unwrap();
+        for list in ["initContainers", "containers"] {
+            for container in pod["spec"][list].as_array().into_iter().flatten() {
+                assert_true(container, mode);
+            }
+        }
+        assert_eq!(
+            pod["metadata"]["annotations"]["molecule.ai/llm-billing-mode"],
+            *mode
+        );
+    }
+
+    let debug = |name: &str| -> Vec<String> {
+        let flags = [
+            "--image=busybox",
+            "--attach=false",
+            "--env=HF_TOKEN=own",
+            "--profile=general",
+        ];
+        let start = ["-n", NAMESPACE, "debug", name];
+        start.into_iter().chain(flags).map(str::to_owned).collect()
+    };
+    let with = |debug: &[String], more: &[&str]| {
+        let arguments: Vec<&str> = debug
+            .iter()
+            .map(String::as_str)
+            .chain(more.iter().copied())
+            .collect();
+        world.kubectl_ok(&arguments);
+    };
+    // A debug container, and a copy with its labels and one without.
+    for (case, (_, mode)) in CASES.iter().enumerate() {
+        let name = format!("applied-{case}");
+        let debug = debug(&name);
+        with(&debug, &["-c", "debugger"]);
+        let debugged = world.stored(&name).unwrap();
+        assert_true(&debugged["spec"]["ephemeralContainers"][0], mode);
+        let copy = format!("--copy-to=copy-{case}");
+        with(&debug, &[&copy, "--keep-labels", "-c", "debugger"]);
+        let copied = world.stored(&format!("copy-{case}")).unwrap();
+        for container in copied["spec"]["containers"].as_array().unwrap() {
+            assert_true(container, mode);
+        }
+    }
+    // A copy loses its labels unless told otherwise, and is no workspace's pod then: it has the env that was copied, and
+    // what else is put into it is not looked at.
+    with(
+        &debug("applied-0"),
+        &["--copy-to=unlabelled", "-c", "debugger"],
+    );
+    let copied = world.stored("unlabelled").unwrap();
+    assert_true(&copied["spec"]["containers"][0], CASES[0].1);
+    let debugger = env_of(&copied["spec"]["containers"][1]);
+    assert_eq!(debugger, [("HF_TOKEN".to_owned(), "own".to_owned())]);
+}
+
+/// What the API server sets itself, or what kubectl notes for its next apply.
+fn without_bookkeeping(mut pod: Value) -> Value {
+    let metadata = pod["metadata"].as_object_mut().unwrap();
+    for field in [
+        "uid",
+        "creationTimestamp",
+        "resourceVersion",
+        "managedFields",
+        "generation",
+    ] {
+        metadata.remove(field);
+    }
+    pod
+}
+
+#[test]
+fn a_dry_run_and_a_diff_show_exactly_what_the_create_then_stores() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    let _webhook = world.install(&postgres, &policy(""), &[]);
+    for (name, workspace) in [("managed", MANAGED), ("byok", BYOK)] {
+        let file = world.write("pod.json", &pod(name, workspace, &own_key()).to_string());
+        let dry_run = world.kubectl_ok(&["apply", "--dry-run=server", "-o", "json", "-f", &file]);
+        assert_eq!(world.stored(name), None);
+        let (code, diff, _) = world.kubectl(&["diff", "-f", &file]);
+        assert_eq!(code, 1, "there is something to create");
+        let applied = world.kubectl_ok(&["apply", "-o", "json", "-f", &file]);
+        let [dry_run, applied] = [dry_run, applied]
+            .map(|text| without_bookkeeping(serde_json::from_str(&text).unwrap()));
+        assert_eq!(dry_run, applied);
+        assert_eq!(without_bookkeeping(world.stored(name).unwrap()), applied);
+        for (variable, value) in env_of(&applied["spec"]["containers"][0]) {
+            assert!(
+                diff.contains(&format!("+    - name: {variable}\n")),
+                "{variable} is not in {diff}"
+            );
+            assert!(diff.contains(&value));
+        }
+        assert!(
+            diff.contains("+    molecule.ai/llm-billing-mode: "),
+            "{diff}"
+        );
+    }
+    // What was taken away cannot be applied again: a pod's env is immutable. Workloads are not concerned.
+    let file = world.write("pod.json", &pod("byok", BYOK, &own_key()).to_string());
+    assert_eq!(world.kubectl(&["diff", "-f", &file]).0, 0);
+    let file = world.write("pod.json", &pod("managed", MANAGED, &own_key()).to_string());
+    let (code, _, stderr) = world.kubectl(&["apply", "-f", &file]);
+    assert_eq!(code, 1);
+    assert!(
+        stderr.contains("pod updates may not change fields other than"),
+        "{stderr}"
+    );
+}

@@ -1,0 +1,279 @@
+//! The life of an installation: Helm, the real identity, rolling over, audits.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::WORKSPACE_LABEL;
+use crate::support::chart::{RELEASE, chart, of_kind, render};
+use crate::support::haproxy::{Haproxy, Slot};
+use crate::support::postgres::free_port;
+use crate::support::program::{Authority, Start, program, shown, wait_for};
+use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_true, pod, policy};
+
+#[test]
+fn rolling_both_of_two_instances_over_during_fifty_creates_a_second_fails_none() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    let (authority, slots) = (Authority::new(), [Slot::free(), Slot::free()]);
+    let start = |slot: Slot| slot.start(&authority, &policy(""), &postgres.url());
+    let mut instances = slots.map(start);
+    let proxy = Haproxy::before(&slots);
+    world.configure(&["guard.enabled=true"], proxy.port, &authority.pem());
+
+    // Every 20 ms one begins, whatever the others do.
+    const EVERY: Duration = Duration::from_millis(20);
+    const CREATORS: usize = 10;
+    let (next, over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let began = Instant::now();
+    let path = format!("/api/v1/namespaces/{NAMESPACE}/pods");
+    std::thread::scope(|scope| {
+        for _ in 0..CREATORS {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if over.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let turn = EVERY * u32::try_from(number).unwrap();
+                    std::thread::sleep(turn.saturating_sub(began.elapsed()));
+                    let pod = pod(&format!("p{number}"), BYOK, &json!([]));
+                    let (status, created) = world.api.request("POST", &path, Some(&pod));
+                    assert_eq!(status, 201, "{number}: {created}");
+                    assert_true(&created["spec"]["containers"][0], "byok");
+                }
+            });
+        }
+        // However this ends, the creators end.
+        let _over = SetAtEnd(&over);
+        for (instance, slot) in instances.iter_mut().zip(slots) {
+            std::thread::sleep(Duration::from_secs(1));
+            instance.signal("TERM");
+            assert_eq!(instance.wait().code(), Some(0));
+            *instance = start(slot);
+            wait_for("it is ready", || {
+                (instance.health("/readyz").0 == 200).then_some(())
+            });
+        }
+    });
+    let (created, took) = (world.pods().len(), began.elapsed().as_secs_f64());
+    println!(
+        "{created} pods in {took:.1} s, {:.0} a second",
+        created as f64 / took
+    );
+    assert!(created > 100, "{created}");
+}
+
+/// Ends the creators: those pods that have begun are the last.
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn an_audit_finds_a_flipped_mode_and_an_eviction_has_the_controller_make_the_pod_anew() {
+    let Some(mut world) = World::start() else {
+        return;
+    };
+    let postgres = World::workspaces();
+    let webhook = world.install(&postgres, &policy(""), &[]);
+    if !world.start_controllers() {
+        return;
+    }
+    let deployment = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "ws", "namespace": NAMESPACE},
+        "spec": {
+            "replicas": 2,
+            "selector": {"matchLabels": {"app": "ws"}},
+            "template": {
+                "metadata": {"labels": {"app": "ws", WORKSPACE_LABEL: BYOK}},
+                "spec": {"containers": [{"name": "agent", "image": "busybox"}]},
+            },
+        },
+    });
+    world.api.create_all([&deployment]);
+    let are_there = |mode: &str| {
+        wait_for("both pods are there", || {
+            let pods = world.pods();
+            let said = pods.iter().filter(|pod| {
+                pod["metadata"]["annotations"]["molecule.ai/llm-billing-mode"] == mode
+            });
+            (said.count() == 2 && pods.len() == 2).then_some(())
+        });
+    };
+    are_there("byok");
+    let policy = webhook.folder.path().join("policy.yaml");
+    let audit = |more: &[&str]| {
+        let mut command = program(&["audit", "-A", "--only-drift", "-o", "csv"]);
+        command
+            .args([
+                "--policy",
+                policy.to_str().unwrap(),
+                "--database-url",
+                &postgres.url(),
+            ])
+            .args(more)
+            .env("KUBECONFIG", world.kubeconfig());
+        shown(&command.output().unwrap())
+    };
+    assert_eq!(audit(&[]).0, 0);
+    postgres.execute(&format!(
+        "UPDATE workspaces SET llm_billing_mode = 'platform_managed' WHERE id = '{BYOK}'"
+    ));
+    let (code, stdout, _) = audit(&[]);
+    assert_eq!(code, 1);
+    assert_eq!(
+        stdout.matches("platform_managed,byok,").count(),
+        2,
+        "{stdout}"
+    );
+    let (code, _, stderr) = audit(&["--evict", "--yes", "--evictions-per-minute", "600"]);
+    assert_eq!(code, 1);
+    assert_eq!(stderr.matches("evicted ws-acme/ws-").count(), 2, "{stderr}");
+    are_there("platform_managed");
+    let (code, _, stderr) = audit(&[]);
+    assert_eq!(
+        (code, stderr.as_str()),
+        (0, "2 pods audited, the env of all is true\n")
+    );
+}
+
+#[test]
+fn helm_installs_it_the_deployments_own_identity_is_enough_and_nothing_is_left_that_blocks_pods() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    let port = free_port();
+    let service_port = format!("webhook.servicePort={port}");
+    let settings = [
+        "database.existingSecret=db",
+        "guard.enabled=true",
+        "audit.interval=1s",
+        &service_port,
+    ];
+    let mut arguments = vec!["-n", RELEASE];
+    arguments.extend(settings.iter().flat_map(|setting| ["--set", setting]));
+    let chart = chart();
+    let chart = chart.to_str().unwrap();
+    let helm = |command: &[&str]| {
+        let (code, stdout, stderr) = world.tool("helm", command);
+        assert_eq!(code, 0, "{command:?}: {stderr}");
+        stdout
+    };
+    let said = helm(
+        &[
+            &["install", RELEASE, chart, "--create-namespace"],
+            &arguments[..],
+        ]
+        .concat(),
+    );
+    assert!(said.contains("WARNING: policy.proxy is not set"), "{said}");
+
+    // There is no kubelet, so the test runs the Deployment's container, with the token that it would mount; and the
+    // Service leads to it.
+    let service = json!({"spec": {"type": "ExternalName", "externalName": "localhost", "clusterIP": null, "clusterIPs": null, "selector": null}});
+    world.kubectl_ok(&[
+        "-n",
+        RELEASE,
+        "patch",
+        "service",
+        RELEASE,
+        "--type=merge",
+        "-p",
+        &service.to_string(),
+    ]);
+    let token = world.kubectl_ok(&["-n", RELEASE, "create", "token", RELEASE]);
+    let kubeconfig = world
+        .api
+        .kubeconfig_with_token(world.folder.path(), token.trim());
+    let objects = render(&settings);
+    let container = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"]["containers"][0];
+    let of_chart: Vec<&str> = container["args"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| one.as_str().unwrap())
+        .collect();
+    let address = format!("127.0.0.1:{port}");
+    let own = |argument: &&str| {
+        argument.starts_with("--tls-") || argument.starts_with("--audit-interval=")
+    };
+    let mut program_arguments: Vec<&str> = of_chart.into_iter().filter(own).collect();
+    program_arguments.extend(["--listen", &address, "--health-listen", "127.0.0.1:0"]);
+    let webhook = Start {
+        policy: &policy(""),
+        database_url: &postgres.url(),
+        arguments: &program_arguments,
+        environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
+        keeps_certificate: true,
+        ..Start::default()
+    }
+    .start();
+    world.wait_until_asked(NAMESPACE);
+    world.api.create_all([&pod("first", BYOK, &json!([]))]);
+    assert_true(
+        &world.stored("first").unwrap()["spec"]["containers"][0],
+        "byok",
+    );
+    let line = wait_for("an audit has seen the pod", || {
+        let log = webhook.log();
+        let line = log
+            .lines()
+            .find(|line| line.contains("\"audit\"") && line.contains("\"audited\":1"));
+        line.map(str::to_owned)
+    });
+    assert!(line.contains("\"drifted\":0"), "{line}");
+
+    // An upgrade leaves the CA where it is.
+    helm(
+        &[
+            &["upgrade", RELEASE, chart],
+            &arguments[..],
+            &["--set", "replicas=3"],
+        ]
+        .concat(),
+    );
+    for kind in [
+        "mutatingwebhookconfiguration",
+        "validatingwebhookconfiguration",
+    ] {
+        let bundle = world.kubectl_ok(&[
+            "get",
+            kind,
+            RELEASE,
+            "-o",
+            "jsonpath={.webhooks[0].clientConfig.caBundle}",
+        ]);
+        assert!(bundle.len() > 100, "{kind}: {bundle}");
+    }
+
+    drop(webhook);
+    helm(&["uninstall", RELEASE, "-n", RELEASE]);
+    wait_for("pods are created as they are", || {
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/pods?dryRun=All");
+        let (status, created) =
+            world
+                .api
+                .request("POST", &path, Some(&pod("after", MANAGED, &json!([]))));
+        (status == 201 && created["spec"]["containers"][0].get("env").is_none()).then_some(())
+    });
+    let left: Value = serde_json::from_str(&world.kubectl_ok(&[
+        "get",
+        "all,secrets,configmaps,roles,rolebindings,mutatingwebhookconfigurations,validatingwebhookconfigurations,clusterroles,clusterrolebindings",
+        "-n",
+        RELEASE,
+        "-o",
+        "json",
+    ]))
+    .unwrap();
+    let names = left["items"].as_array().unwrap().iter();
+    let left: Vec<&str> = names
+        .map(|object| object["metadata"]["name"].as_str().unwrap())
+        .filter(|name| name.contains(RELEASE))
+        .collect();
+    // What the program made itself.
+    assert_eq!(left, ["llm-billing-webhook-certificate"]);
+}

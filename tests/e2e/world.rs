@@ -1,0 +1,254 @@
+//! A real control plane with the chart's webhook configurations, the real program behind them, and kubectl.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Once;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+
+use crate::support::api_server::ApiServer;
+use crate::support::chart::{render, with_tools};
+use crate::support::postgres::Postgres;
+use crate::support::program::{Start, Webhook, shown, wait_for};
+use crate::support::{PROXY, WORKSPACE_LABEL};
+
+/// The namespace of the workspaces in the fixtures.
+pub(crate) const NAMESPACE: &str = "ws-acme";
+/// A byok workspace.
+pub(crate) const BYOK: &str = "22222222-2222-4222-8222-222222222222";
+/// A platform_managed workspace.
+pub(crate) const MANAGED: &str = "11111111-1111-4111-8111-111111111111";
+
+/// A row of each kind: id, and the stored mode as SQL.
+const ROWS: [(&str, &str); 5] = [
+    (MANAGED, "'platform_managed'"),
+    (BYOK, "'byok'"),
+    ("33333333-3333-4333-8333-333333333333", "'disabled'"),
+    ("44444444-4444-4444-8444-444444444444", "NULL"),
+    ("55555555-5555-4555-8555-555555555555", "'enterprise'"),
+];
+
+pub(crate) struct World {
+    pub(crate) api: ApiServer,
+    pub(crate) folder: tempfile::TempDir,
+    kubeconfig: PathBuf,
+}
+
+impl World {
+    /// Starts the control plane, or says once why the suite is skipped.
+    pub(crate) fn start() -> Option<Self> {
+        static SKIPPED: Once = Once::new();
+        if std::env::var_os("KUBEBUILDER_ASSETS").is_none() {
+            SKIPPED.call_once(|| {
+                let line = "skipped: tests/e2e: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver\n";
+                std::io::stderr().write_all(line.as_bytes()).unwrap();
+            });
+            return None;
+        }
+        let (api, folder) = (ApiServer::start(), tempfile::tempdir().unwrap());
+        let kubeconfig = api.kubeconfig(folder.path(), None);
+        let world = Self {
+            api,
+            folder,
+            kubeconfig,
+        };
+        world.create_namespace(NAMESPACE, &json!({}));
+        Some(world)
+    }
+
+    pub(crate) fn create_namespace(&self, name: &str, labels: &Value) {
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}});
+        self.api.create_all([&namespace]);
+    }
+
+    /// Starts the controllers; whether they are there.
+    pub(crate) fn start_controllers(&mut self) -> bool {
+        let plane = self.api.control_plane.as_mut().unwrap();
+        let started = plane.start_controllers(&self.kubeconfig);
+        if !started {
+            eprintln!(
+                "skipped: what controllers make: KUBEBUILDER_ASSETS has no kube-controller-manager"
+            );
+        }
+        started
+    }
+
+    /// The table of workspaces in a real PostgreSQL.
+    pub(crate) fn workspaces() -> Postgres {
+        let rows: Vec<String> = ROWS
+            .iter()
+            .map(|(id, mode)| format!("('{id}', {mode})"))
+            .collect();
+        Postgres::with(&format!(
+            "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text); INSERT INTO workspaces VALUES {}",
+            rows.join(", ")
+        ))
+    }
+
+    /// The program behind the configurations that the chart renders with these settings.
+    pub(crate) fn install(&self, postgres: &Postgres, policy: &str, settings: &[&str]) -> Webhook {
+        let webhook = Start {
+            policy,
+            database_url: &postgres.url(),
+            ..Start::default()
+        }
+        .start();
+        self.configure(settings, webhook.address.port(), &webhook.authority.pem());
+        webhook
+    }
+
+    /// Applies the chart's webhook configurations with kubectl, with this port of loopback in the Service's place.
+    pub(crate) fn configure(&self, settings: &[&str], port: u16, authority: &str) {
+        let provided = [
+            "database.existingSecret=db",
+            "tls.mode=provided",
+            "tls.provided.secretName=tls",
+        ];
+        let mut configurations: Vec<Value> = render(&[&provided, settings].concat())
+            .into_iter()
+            .filter(|object| {
+                object["kind"]
+                    .as_str()
+                    .unwrap()
+                    .ends_with("WebhookConfiguration")
+            })
+            .collect();
+        for configuration in &mut configurations {
+            for webhook in configuration["webhooks"].as_array_mut().unwrap() {
+                let path = webhook["clientConfig"]["service"]["path"].take();
+                let url = format!("https://localhost:{port}{}", path.as_str().unwrap());
+                webhook["clientConfig"] =
+                    json!({"url": url, "caBundle": STANDARD.encode(authority)});
+            }
+        }
+        let list = json!({"apiVersion": "v1", "kind": "List", "items": configurations});
+        let file = self.write("configurations.json", &list.to_string());
+        self.kubectl_ok(&["apply", "-f", &file]);
+        // Known to the API server a moment later.
+        let label = settings
+            .iter()
+            .any(|setting| setting.starts_with("scope=namespace"));
+        if !label {
+            self.wait_until_asked(NAMESPACE);
+        }
+    }
+
+    /// Waits until the webhook is asked about the pods of a namespace.
+    pub(crate) fn wait_until_asked(&self, namespace: &str) {
+        let pod = pod("probe", MANAGED, &json!([]));
+        wait_for("the webhook is asked", || {
+            let path = format!("/api/v1/namespaces/{namespace}/pods?dryRun=All");
+            let mut pod = pod.clone();
+            pod["metadata"]["namespace"] = namespace.into();
+            let (status, created) = self.api.request("POST", &path, Some(&pod));
+            let is_seen = created["metadata"]["annotations"]
+                .get("molecule.ai/llm-billing-mode")
+                .is_some();
+            (is_seen || status != 201).then_some(())
+        });
+    }
+
+    pub(crate) fn write(&self, name: &str, text: &str) -> String {
+        let file = self.folder.path().join(name);
+        fs::write(&file, text).unwrap();
+        file.to_str().unwrap().to_owned()
+    }
+
+    /// Runs a tool against the cluster: exit code, stdout, stderr.
+    pub(crate) fn tool(&self, program: &str, arguments: &[&str]) -> (i32, String, String) {
+        let mut command = Command::new(program);
+        with_tools(&mut command, Path::new(""))
+            .args(arguments)
+            .env("KUBECONFIG", &self.kubeconfig)
+            .stdin(Stdio::null());
+        shown(&command.output().unwrap())
+    }
+
+    pub(crate) fn kubectl(&self, arguments: &[&str]) -> (i32, String, String) {
+        self.tool("kubectl", arguments)
+    }
+
+    /// What kubectl prints; it must succeed.
+    pub(crate) fn kubectl_ok(&self, arguments: &[&str]) -> String {
+        let (code, stdout, stderr) = self.kubectl(arguments);
+        assert_eq!(code, 0, "kubectl {arguments:?}: {stderr}");
+        stdout
+    }
+
+    /// What is stored under this name in the workspaces' namespace.
+    pub(crate) fn stored(&self, pod: &str) -> Option<Value> {
+        self.api
+            .get(&format!("/api/v1/namespaces/{NAMESPACE}/pods/{pod}"))
+    }
+
+    /// The pods of the workspaces' namespace.
+    pub(crate) fn pods(&self) -> Vec<Value> {
+        let list = self
+            .api
+            .get(&format!("/api/v1/namespaces/{NAMESPACE}/pods"))
+            .unwrap();
+        list["items"].as_array().unwrap().clone()
+    }
+
+    pub(crate) fn kubeconfig(&self) -> &str {
+        self.kubeconfig.to_str().unwrap()
+    }
+}
+
+/// A pod of one container.
+pub(crate) fn pod(name: &str, workspace: &str, env: &Value) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": NAMESPACE, "labels": {WORKSPACE_LABEL: workspace}},
+        "spec": {"containers": [{"name": "agent", "image": "busybox", "env": env}]},
+    })
+}
+
+/// The policy of the fixtures, with these fields before it.
+pub(crate) fn policy(fields: &str) -> String {
+    format!("{fields}\n{PROXY}")
+}
+
+/// The env of a container by name: literal values, `""` for references.
+pub(crate) fn env_of(container: &Value) -> Vec<(String, String)> {
+    let entries = container["env"].as_array().into_iter().flatten();
+    entries
+        .map(|entry| {
+            let text = |field: &str| entry[field].as_str().unwrap_or_default().to_owned();
+            (text("name"), text("value"))
+        })
+        .collect()
+}
+
+/// Holds a container's env against what its mode asks for; its author gave it a key of its own.
+pub(crate) fn assert_true(container: &Value, mode: &str) {
+    let env = env_of(container);
+    let values = |name: &str| -> Vec<&str> {
+        let found = env.iter().filter(|(own, _)| own == name);
+        found.map(|(_, value)| value.as_str()).collect()
+    };
+    let said = format!("{mode}: {container}");
+    assert_eq!(values("MOLECULE_LLM_BILLING_MODE"), [mode], "{said}");
+    assert_eq!(
+        values("MOLECULE_LLM_BILLING_MODE_RESOLVED"),
+        [mode],
+        "{said}"
+    );
+    if mode == "platform_managed" {
+        assert_eq!(values("HF_TOKEN"), [""; 0], "{said}");
+        assert_eq!(
+            values("MOLECULE_LLM_BASE_URL"),
+            ["https://proxy.example.test/openai/v1"],
+            "{said}"
+        );
+        assert_eq!(values("OPENAI_API_KEY"), [""], "{said}");
+    } else {
+        assert_eq!(values("MOLECULE_LLM_BASE_URL"), [""; 0], "{said}");
+        assert_eq!(values("OPENAI_API_KEY"), [""; 0], "{said}");
+    }
+}

@@ -1,0 +1,172 @@
+//! The real control plane on loopback, from the folder that `KUBEBUILDER_ASSETS` names: etcd, the API server, and the
+//! controllers if they are asked for. Each is ended by its id.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use rcgen::KeyPair;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::api_server::{TOKEN, agent};
+use super::postgres::free_port;
+use super::program::wait_for;
+
+/// What the API server writes into its audit log: pods, as they were asked for.
+const AUDIT_POLICY: &str = "
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+- {level: Request, resources: [{group: \"\", resources: [pods, pods/ephemeralcontainers]}]}
+- {level: None}
+";
+
+/// Running programs, ended by their ids.
+pub(crate) struct ControlPlane {
+    /// Where the API server is.
+    pub(crate) url: String,
+    assets: PathBuf,
+    folder: TempDir,
+    children: Vec<Child>,
+}
+
+impl ControlPlane {
+    /// Starts etcd and the API server, and waits until it is ready.
+    pub(crate) fn start(assets: &Path) -> Self {
+        let [store, peers, port] = [free_port(), free_port(), free_port()];
+        let (store, peers) = (
+            format!("http://127.0.0.1:{store}"),
+            format!("http://127.0.0.1:{peers}"),
+        );
+        let mut plane = Self {
+            url: format!("https://127.0.0.1:{port}"),
+            assets: assets.to_owned(),
+            folder: tempfile::tempdir().unwrap(),
+            children: Vec::new(),
+        };
+        let folder = plane.folder.path().to_owned();
+        let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+        let key = KeyPair::generate().unwrap();
+        fs::write(path("sa.key"), key.serialize_pem()).unwrap();
+        fs::write(path("sa.pub"), key.public_key_pem()).unwrap();
+        fs::write(path("audit.yaml"), AUDIT_POLICY).unwrap();
+        let tokens = format!("{TOKEN},administrator,1,system:masters\n");
+        fs::write(path("tokens.csv"), tokens).unwrap();
+        plane.run(
+            "etcd",
+            &[
+                ("data-dir", &path("etcd")),
+                ("name", "test"),
+                ("listen-client-urls", &store),
+                ("advertise-client-urls", &store),
+                ("listen-peer-urls", &peers),
+                ("initial-advertise-peer-urls", &peers),
+                ("initial-cluster", &format!("test={peers}")),
+                ("unsafe-no-fsync", "true"),
+            ],
+        );
+        plane.run(
+            "kube-apiserver",
+            &[
+                ("etcd-servers", &store),
+                ("bind-address", "127.0.0.1"),
+                ("advertise-address", "127.0.0.1"),
+                ("secure-port", &port.to_string()),
+                ("cert-dir", &path("certificates")),
+                ("service-account-issuer", "https://localhost"),
+                ("service-account-key-file", &path("sa.pub")),
+                ("service-account-signing-key-file", &path("sa.key")),
+                ("service-cluster-ip-range", "10.0.0.0/24"),
+                ("token-auth-file", &path("tokens.csv")),
+                ("authorization-mode", "RBAC"),
+                ("audit-policy-file", &path("audit.yaml")),
+                ("audit-log-path", &path("audit.log")),
+                // Nobody makes the accounts that it would ask for.
+                ("disable-admission-plugins", "ServiceAccount"),
+            ],
+        );
+        wait_for("the API server is ready", || {
+            let client = agent(Some(&plane.authority_if_made()?));
+            let ready = client
+                .get(format!("{}/readyz", plane.url))
+                .header("authorization", format!("Bearer {TOKEN}"))
+                .call();
+            (ready.ok()?.status() == 200).then_some(())
+        });
+        plane
+    }
+
+    /// Starts the controllers, which make pods of workloads; whether they are there.
+    pub(crate) fn start_controllers(&mut self, kubeconfig: &Path) -> bool {
+        const PROGRAM: &str = "kube-controller-manager";
+        if !self.assets.join(PROGRAM).is_file() {
+            return false;
+        }
+        let kubeconfig = kubeconfig.to_str().unwrap();
+        let (certificates, key) = (self.path("controllers"), self.path("sa.key"));
+        self.run(
+            PROGRAM,
+            &[
+                ("kubeconfig", kubeconfig),
+                ("authentication-kubeconfig", kubeconfig),
+                ("authorization-kubeconfig", kubeconfig),
+                ("bind-address", "127.0.0.1"),
+                ("secure-port", &free_port().to_string()),
+                ("cert-dir", &certificates),
+                ("leader-elect", "false"),
+                ("service-account-private-key-file", &key),
+            ],
+        );
+        true
+    }
+
+    fn run(&mut self, program: &str, arguments: &[(&str, &str)]) {
+        let flags = arguments
+            .iter()
+            .map(|(flag, value)| format!("--{flag}={value}"));
+        let log = fs::File::create(self.path(&format!("{program}.log"))).unwrap();
+        let child = Command::new(self.assets.join(program))
+            .args(flags)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap_or_else(|error| panic!("KUBEBUILDER_ASSETS: {program}: {error}"));
+        self.children.push(child);
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// The events of the audit log so far.
+    pub(crate) fn audit_log(&self) -> Vec<Value> {
+        let log = fs::read_to_string(self.path("audit.log")).unwrap_or_default();
+        // The last line may be only half there.
+        let events = log
+            .lines()
+            .filter_map(|line| serde_json::from_str(line).ok());
+        events.collect()
+    }
+
+    fn authority_if_made(&self) -> Option<String> {
+        fs::read_to_string(self.path("certificates/apiserver.crt")).ok()
+    }
+
+    /// What signed its certificate, in PEM.
+    pub(crate) fn authority(&self) -> String {
+        self.authority_if_made().unwrap()
+    }
+}
+
+impl Drop for ControlPlane {
+    fn drop(&mut self) {
+        for child in self.children.iter_mut().rev() {
+            // Both fail only if it has ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}

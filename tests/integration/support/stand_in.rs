@@ -1,0 +1,472 @@
+//! A stand-in for the API server, in this process: it keeps any object, compares versions, evaluates RBAC for whoever is
+//! impersonated, pages, evicts, and asks webhooks about new pods, over TLS and by their `caBundle`.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{Query, State};
+use axum::http::{HeaderMap, Method, StatusCode, Uri};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+
+use super::api_server::agent;
+use super::patch_of;
+
+#[derive(Default)]
+struct Store {
+    objects: BTreeMap<String, Stored>,
+    version: u64,
+}
+
+struct Stored {
+    object: Value,
+    /// Who applied it last.
+    manager: Option<String>,
+}
+
+type Shared = Arc<Mutex<Store>>;
+
+/// Serves on a thread of its own, which ends with the process.
+pub(crate) fn serve() -> SocketAddr {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build();
+        runtime.unwrap().block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            let routes = Router::new().fallback(answer).with_state(Shared::default());
+            axum::serve(listener, routes).await.unwrap();
+        });
+    });
+    address
+}
+
+type Answer = (StatusCode, [(&'static str, &'static str); 1], String);
+type Parameters = BTreeMap<String, String>;
+
+async fn answer(
+    State(store): State<Shared>,
+    method: Method,
+    uri: Uri,
+    Query(parameters): Query<Parameters>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Answer {
+    let asked = Asked {
+        method: method.to_string(),
+        at: Target::of(uri.path()),
+        parameters,
+        user: headers
+            .get("impersonate-user")
+            .map(|user| user.to_str().unwrap().to_owned()),
+        body: serde_json::from_slice(&body).unwrap_or(Value::Null),
+    };
+    // Webhooks are asked by a client that blocks.
+    let answered = tokio::task::spawn_blocking(move || asked.answer(&store)).await;
+    let (status, object) = match answered.unwrap() {
+        Ok(done) => done,
+        Err((code, reason, message)) => {
+            let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
+                "code": code, "reason": reason, "message": message});
+            (code, status)
+        }
+    };
+    let status = StatusCode::from_u16(status).unwrap();
+    (
+        status,
+        [("content-type", "application/json")],
+        object.to_string(),
+    )
+}
+
+type Failure = (u16, &'static str, String);
+
+/// The parts of a path.
+struct Target {
+    whole: String,
+    group: String,
+    namespace: Option<String>,
+    resource: String,
+    name: Option<String>,
+    sub_resource: Option<String>,
+}
+
+impl Target {
+    fn of(path: &str) -> Self {
+        let mut parts: Vec<&str> = path.trim_matches('/').split('/').collect();
+        let group = if parts[0] == "api" {
+            parts.drain(..2);
+            String::new()
+        } else {
+            parts.drain(..3).nth(1).unwrap().to_owned()
+        };
+        let namespace = (parts[0] == "namespaces" && parts.len() > 2)
+            .then(|| parts.drain(..2).nth(1).unwrap().to_owned());
+        Self {
+            whole: path.to_owned(),
+            group,
+            namespace,
+            resource: parts[0].to_owned(),
+            name: parts.get(1).map(|&name| name.to_owned()),
+            sub_resource: parts.get(2).map(|&name| name.to_owned()),
+        }
+    }
+}
+
+struct Asked {
+    method: String,
+    at: Target,
+    parameters: Parameters,
+    user: Option<String>,
+    body: Value,
+}
+
+impl Asked {
+    fn answer(mut self, store: &Shared) -> Result<(u16, Value), Failure> {
+        let is_there = store.lock().unwrap().objects.contains_key(&self.at.whole);
+        let verbs: &[&str] = match (self.method.as_str(), &self.at.name) {
+            ("GET", Some(_)) => &["get"],
+            ("GET", None) => &["list"],
+            ("POST", _) => &["create"],
+            ("PUT", _) => &["update"],
+            // Applying creates, and then takes the permission for both, on the name.
+            ("PATCH", _) if is_there => &["patch"],
+            ("PATCH", _) => &["patch", "create"],
+            _ => &["delete"],
+        };
+        for verb in verbs {
+            self.authorize(store, verb)?;
+        }
+        let missing = |at: &Target| {
+            let name = at.name.clone().unwrap_or_default();
+            (
+                404,
+                "NotFound",
+                format!("{} {name:?} not found", at.resource),
+            )
+        };
+        match self.method.as_str() {
+            "GET" if self.at.name.is_none() => self.list(&store.lock().unwrap()),
+            "POST" if self.at.sub_resource.as_deref() == Some("eviction") => {
+                self.evict(&mut store.lock().unwrap())
+            }
+            "GET" => {
+                let store = store.lock().unwrap();
+                let stored = store.objects.get(&self.at.whole).ok_or(missing(&self.at))?;
+                Ok((200, stored.object.clone()))
+            }
+            "POST" => {
+                if self.at.resource == "pods" {
+                    self.admit(store)?;
+                }
+                let metadata = &self.body["metadata"];
+                let name = match metadata["name"].as_str() {
+                    Some(name) => name.to_owned(),
+                    None => {
+                        let version = store.lock().unwrap().version;
+                        format!("{}{version}", metadata["generateName"].as_str().unwrap())
+                    }
+                };
+                self.body["metadata"]["name"] = name.as_str().into();
+                if let Some(namespace) = &self.at.namespace {
+                    self.body["metadata"]["namespace"] = namespace.as_str().into();
+                }
+                if self.parameters.contains_key("dryRun") {
+                    return Ok((201, self.body));
+                }
+                let uid = store.lock().unwrap().version;
+                self.body["metadata"]["uid"] = format!("uid-{uid}").into();
+                let path = format!("{}/{name}", self.at.whole);
+                let mut store = store.lock().unwrap();
+                if store.objects.contains_key(&path) {
+                    return Err((409, "AlreadyExists", format!("{name:?} already exists")));
+                }
+                Ok((201, store.put(&path, self.body, None)))
+            }
+            "PUT" if self.at.sub_resource.as_deref() == Some("status") => {
+                let (path, _) = self.at.whole.rsplit_once('/').unwrap();
+                let mut store = store.lock().unwrap();
+                let old = store.objects.get(path).ok_or(missing(&self.at))?;
+                let mut object = old.object.clone();
+                object["status"] = self.body["status"].clone();
+                Ok((200, store.put(path, object, None)))
+            }
+            "PUT" => {
+                let mut store = store.lock().unwrap();
+                let old = store.objects.get(&self.at.whole).ok_or(missing(&self.at))?;
+                let version = &self.body["metadata"]["resourceVersion"];
+                if version.is_string() && *version != old.object["metadata"]["resourceVersion"] {
+                    let message = "the object has been modified; please apply your changes to the latest version";
+                    return Err((409, "Conflict", message.to_owned()));
+                }
+                Ok((200, store.put(&self.at.whole, self.body, None)))
+            }
+            "PATCH" => {
+                let manager = self.parameters.get("fieldManager").cloned();
+                let mut store = store.lock().unwrap();
+                if let Some(old) = store.objects.get(&self.at.whole)
+                    && old.manager != manager
+                    && old.object["data"] != self.body["data"]
+                {
+                    let message = "Apply failed with 1 conflict: conflict with another manager";
+                    return Err((409, "Conflict", message.to_owned()));
+                }
+                if let Some(namespace) = &self.at.namespace {
+                    self.body["metadata"]["namespace"] = namespace.as_str().into();
+                }
+                Ok((201, store.put(&self.at.whole, self.body, manager)))
+            }
+            _ => {
+                let mut store = store.lock().unwrap();
+                let old = store
+                    .objects
+                    .remove(&self.at.whole)
+                    .ok_or(missing(&self.at))?;
+                Ok((200, old.object))
+            }
+        }
+    }
+
+    /// A collection's objects that fit the selectors, a page at a time.
+    fn list(&self, store: &Store) -> Result<(u16, Value), Failure> {
+        let Target {
+            whole, resource, ..
+        } = &self.at;
+        let start = match &self.at.namespace {
+            Some(_) => format!("{whole}/"),
+            None => format!(
+                "{}/namespaces/",
+                whole.trim_end_matches(&format!("/{resource}"))
+            ),
+        };
+        let is_one = |path: &str| match (&self.at.namespace, path.strip_prefix(&start)) {
+            (Some(_), Some(name)) => !name.contains('/'),
+            (None, Some(rest)) => {
+                rest.split('/').nth(1) == Some(resource) && rest.split('/').count() == 3
+            }
+            (_, None) => false,
+        };
+        let parts = |parameter: &str| {
+            let text = self.parameters.get(parameter).cloned().unwrap_or_default();
+            let parts = text
+                .split(',')
+                .filter(|part| !part.is_empty())
+                .map(str::to_owned);
+            parts.collect::<Vec<String>>()
+        };
+        let (labels, fields) = (parts("labelSelector"), parts("fieldSelector"));
+        let fits = |object: &Value| {
+            let label = |part: &String| match part.split_once('=') {
+                Some((key, value)) => object["metadata"]["labels"][key] == value,
+                None => object["metadata"]["labels"].get(part).is_some(),
+            };
+            // Of fields, only phases are asked about.
+            let field = |part: &String| {
+                let phase = part.strip_prefix("status.phase!=").unwrap();
+                object["status"]["phase"] != phase
+            };
+            labels.iter().all(label) && fields.iter().all(field)
+        };
+        let after = self.parameters.get("continue").cloned().unwrap_or_default();
+        // In this namespace, time passes faster than whoever pages.
+        if !after.is_empty() && self.at.namespace.as_deref() == Some("expires") {
+            let message =
+                "The provided continue parameter is too old to display a consistent list result.";
+            return Err((410, "Expired", message.to_owned()));
+        }
+        let limit = self
+            .parameters
+            .get("limit")
+            .map_or(usize::MAX, |limit| limit.parse().unwrap());
+        let mut found = store
+            .objects
+            .range(start.clone()..)
+            .take_while(|(path, _)| path.starts_with(&start))
+            .filter(|(path, stored)| **path > after && is_one(path) && fits(&stored.object));
+        let page: Vec<_> = found.by_ref().take(limit).collect();
+        let last = page
+            .last()
+            .map_or(String::new(), |(path, _)| (*path).clone());
+        let next = if found.next().is_some() {
+            last
+        } else {
+            String::new()
+        };
+        let items: Vec<&Value> = page.iter().map(|(_, stored)| &stored.object).collect();
+        let version = store.version.to_string();
+        Ok((
+            200,
+            json!({"metadata": {"resourceVersion": version, "continue": next}, "items": items}),
+        ))
+    }
+
+    /// Ends a pod, unless it runs and a disruption budget selects it: none allows any, for nobody counts here what is
+    /// healthy.
+    fn evict(&self, store: &mut Store) -> Result<(u16, Value), Failure> {
+        let (pod, _) = self.at.whole.rsplit_once('/').unwrap();
+        let namespace = self.at.namespace.as_deref().unwrap();
+        let Some(stored) = store.objects.get(pod) else {
+            return Err((404, "NotFound", format!("{pod} not found")));
+        };
+        let options = &self.body["deleteOptions"];
+        let uid = &options["preconditions"]["uid"];
+        if uid.is_string() && *uid != stored.object["metadata"]["uid"] {
+            return Err((
+                409,
+                "Conflict",
+                "the UID in the precondition is another one".to_owned(),
+            ));
+        }
+        let budgets = format!("/apis/policy/v1/namespaces/{namespace}/poddisruptionbudgets/");
+        let labels = &stored.object["metadata"]["labels"];
+        let runs = stored.object["status"]["phase"] == "Running";
+        let is_kept = runs
+            && store.objects.iter().any(|(path, budget)| {
+                let wanted = budget.object["spec"]["selector"]["matchLabels"].as_object();
+                let selects = |wanted: &serde_json::Map<_, _>| {
+                    wanted.iter().all(|(key, value)| labels[key] == *value)
+                };
+                path.starts_with(&budgets) && wanted.is_some_and(selects)
+            });
+        if is_kept {
+            let message = "Cannot evict pod as it would violate the pod's disruption budget.";
+            return Err((429, "TooManyRequests", message.to_owned()));
+        }
+        if options["dryRun"].is_null() {
+            store.objects.remove(pod);
+        }
+        Ok((
+            201,
+            json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}),
+        ))
+    }
+
+    /// RBAC for whoever is impersonated; the administrator may do anything.
+    fn authorize(&self, store: &Shared, verb: &str) -> Result<(), Failure> {
+        let Some(user) = &self.user else {
+            return Ok(());
+        };
+        let Target {
+            group,
+            namespace,
+            resource,
+            ..
+        } = &self.at;
+        let name = self.at.name.as_deref().unwrap_or_default();
+        let resource = match &self.at.sub_resource {
+            Some(sub_resource) => format!("{resource}/{sub_resource}"),
+            None => resource.clone(),
+        };
+        let store = store.lock().unwrap();
+        let has = |list: &Value, wanted: &str| {
+            let mut items = list.as_array().into_iter().flatten();
+            items.any(|item| item == wanted || item == "*")
+        };
+        let allows = |rule: &Value| {
+            let names = &rule["resourceNames"];
+            has(&rule["verbs"], verb)
+                && has(&rule["apiGroups"], group)
+                && has(&rule["resources"], &resource)
+                && (names.is_null() || has(names, name))
+        };
+        let rbac = "/apis/rbac.authorization.k8s.io/v1";
+        let is_allowed = store.objects.iter().any(|(path, binding)| {
+            let (binding, role) = (&binding.object, &binding.object["roleRef"]);
+            let role_name = role["name"].as_str().unwrap_or_default();
+            let role = match (path.strip_prefix(rbac), namespace) {
+                (Some(path), _) if path.starts_with("/clusterrolebindings/") => {
+                    format!("{rbac}/clusterroles/{role_name}")
+                }
+                (Some(path), Some(namespace))
+                    if path.starts_with(&format!("/namespaces/{namespace}/rolebindings/")) =>
+                {
+                    format!("{rbac}/namespaces/{namespace}/roles/{role_name}")
+                }
+                _ => return false,
+            };
+            let mut subjects = binding["subjects"].as_array().into_iter().flatten();
+            let is_subject = subjects.any(|subject| {
+                let (of, name) = (&subject["namespace"], &subject["name"]);
+                let (of, name) = (of.as_str().unwrap(), name.as_str().unwrap());
+                *user == format!("system:serviceaccount:{of}:{name}")
+            });
+            let role = store.objects.get(&role).map(|role| &role.object["rules"]);
+            let mut rules = role.and_then(Value::as_array).into_iter().flatten();
+            is_subject && rules.any(allows)
+        });
+        if is_allowed {
+            return Ok(());
+        }
+        let message = format!(
+            "{resource} {name:?} is forbidden: User {user:?} cannot {verb} resource {resource:?}"
+        );
+        Err((403, "Forbidden", message))
+    }
+
+    /// Asks every mutating webhook about a new pod, each over a connection of its own.
+    fn admit(&mut self, store: &Shared) -> Result<(), Failure> {
+        let below = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/";
+        let configurations: Vec<Value> = {
+            let store = store.lock().unwrap();
+            let all = store.objects.iter();
+            all.filter(|(path, _)| path.starts_with(below))
+                .map(|(_, stored)| stored.object.clone())
+                .collect()
+        };
+        let webhooks = configurations
+            .iter()
+            .flat_map(|configuration| configuration["webhooks"].as_array().unwrap());
+        for webhook in webhooks {
+            let failed = |why: String| {
+                (
+                    500,
+                    "InternalError",
+                    format!("failed calling webhook: {why}"),
+                )
+            };
+            let client = &webhook["clientConfig"];
+            let authorities = STANDARD.decode(client["caBundle"].as_str().unwrap_or_default());
+            let authorities = String::from_utf8(authorities.unwrap()).unwrap();
+            let review = super::create(&self.body);
+            let answered = agent(Some(&authorities))
+                .post(format!("{}?timeout=5s", client["url"].as_str().unwrap()))
+                .header("content-type", "application/json")
+                .send(review.to_string());
+            let mut answered = answered.map_err(|error| failed(error.to_string()))?;
+            let answer = answered.body_mut().read_to_string();
+            let answer = answer.map_err(|error| failed(error.to_string()))?;
+            let answer: Value = serde_json::from_str(&answer).map_err(|_| failed(answer))?;
+            if answer["response"]["allowed"] != true {
+                let message = format!(
+                    "admission webhook denied the request: {}",
+                    answer["response"]["status"]["message"]
+                );
+                return Err((403, "Forbidden", message));
+            }
+            let patch: json_patch::Patch = serde_json::from_value(patch_of(&answer)).unwrap();
+            json_patch::patch(&mut self.body, &patch).unwrap();
+        }
+        Ok(())
+    }
+}
+
+impl Store {
+    fn put(&mut self, path: &str, mut object: Value, manager: Option<String>) -> Value {
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = self.version.to_string().into();
+        let stored = Stored {
+            object: object.clone(),
+            manager,
+        };
+        self.objects.insert(path.to_owned(), stored);
+        object
+    }
+}
