@@ -624,6 +624,11 @@ mod tests {
             (400, "BadRequest", Refusal::Unreadable { place: "p".into() }),
         ] {
             assert_eq!(answer(refusal.clone()), status(code, reason, &refusal));
+            assert!(
+                refusal
+                    .to_string()
+                    .starts_with(&format!("{}: ", refusal.code()))
+            );
         }
     }
 }

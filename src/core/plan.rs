@@ -106,24 +106,31 @@ impl Plan<'_> {
     /// What the guard says of containers that are not settled: by name, never by value.
     #[must_use]
     pub fn refusal(&self) -> Option<Refusal> {
-        let finding = |container: &ContainerPlan<'_>| {
-            format!(
-                "container {:?} has not settled {}",
-                container.name,
-                listed(container.variables())
-            )
-        };
-        if self.containers.is_empty() {
-            return None;
-        }
-        let findings: Vec<String> = self.containers.iter().take(3).map(finding).collect();
-        let more = match self.containers.len() - findings.len() {
+        let findings =
+            self.told(|name, variables| format!("container {name:?} has not settled {variables}"));
+        (!self.containers.is_empty()).then_some(Refusal::NotSettled { findings })
+    }
+
+    /// Which variables change in which container: by name, never by value.
+    #[must_use]
+    pub fn changed(&self) -> String {
+        self.told(|name, variables| format!("{name}: {variables}"))
+    }
+
+    /// The containers that are not settled: all of a few, the first of many.
+    fn told(&self, tell: impl Fn(&str, String) -> String) -> String {
+        const SHOWN: usize = 3;
+        let told: Vec<String> = self
+            .containers
+            .iter()
+            .take(SHOWN)
+            .map(|container| tell(container.name, listed(container.variables())))
+            .collect();
+        let more = match self.containers.len().saturating_sub(SHOWN) {
             0 => String::new(),
             more => format!("; and {more} more containers"),
         };
-        Some(Refusal::NotSettled {
-            findings: findings.join("; ") + &more,
-        })
+        told.join("; ") + &more
     }
 }
 

@@ -59,6 +59,20 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// The stable code with which the message starts.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::MissingPlatformProxy => "MISSING_PLATFORM_PROXY",
+            Self::EnvFromVendorKey { .. } => "ENV_FROM_VENDOR_KEY",
+            Self::MissingWorkspaceLabel { .. } => "MISSING_WORKSPACE_LABEL",
+            Self::LookupFailed => "LOOKUP_FAILED",
+            Self::NotSettled { .. } => "ENV_NOT_SETTLED",
+            Self::NoObject => "NO_OBJECT",
+            Self::Unreadable { .. } => "UNREADABLE_REQUEST",
+        }
+    }
+
     /// The HTTP status that the API server hands on in its answer to the user.
     #[must_use]
     pub const fn status(&self) -> u16 {

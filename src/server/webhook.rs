@@ -126,8 +126,12 @@ fn refuse(status: StatusCode, sentence: &str) -> Response {
 struct Record {
     workspace: String,
     resolution: Option<Resolution>,
+    /// What changes, by container and variable.
+    changed: String,
     patch_operations: usize,
     outcome: &'static str,
+    /// Of a refusal.
+    code: &'static str,
 }
 
 async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpRequest) -> Response {
@@ -162,6 +166,7 @@ async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpReque
     };
     let mut answer = decision.unwrap_or_else(|refusal| {
         record.outcome = "refused";
+        record.code = refusal.code();
         Answer::refused(decoded.uid(), &refusal)
     });
     if let Some(resolution) = &record.resolution {
@@ -320,6 +325,7 @@ impl App {
         }
         let operations = operations(&plan, "");
         record.patch_operations = operations.len();
+        record.changed = clipped(&plan.changed(), MOST_TOLD).to_owned();
         let answer = Answer::allowed(uid).with_patch(&operations);
         let answer = answer.map_err(|_| Refusal::Unreadable {
             place: "the pod".to_owned(),
@@ -358,8 +364,10 @@ impl App {
             Decoded::Request(request) => Some(request),
             Decoded::Unreadable { .. } => None,
         };
-        let text =
-            |text: Option<&Text<'_>>| text.map_or("", |text| clipped(text.as_str())).to_owned();
+        let text = |text: Option<&Text<'_>>| {
+            text.map_or("", |text| clipped(text.as_str(), LONGEST_NAME))
+                .to_owned()
+        };
         let resolution = record.resolution.as_ref();
         let mode = resolution.map_or("none", |resolution| resolution.mode.as_str());
         let source = resolution.map_or("none", |resolution| resolution.source.as_str());
@@ -370,9 +378,9 @@ impl App {
             .map_or("", Text::as_str);
         let metadata = request.and_then(|request| request.object.as_ref()?.metadata.as_ref());
         info!(
-            uid = clipped(decoded.uid()),
+            uid = clipped(decoded.uid(), LONGEST_NAME),
             webhook = webhook.name(),
-            operation = clipped(operation),
+            operation = clipped(operation, LONGEST_NAME),
             namespace = text(request.and_then(|request| request.namespace.as_ref())),
             name = text(request.and_then(|request| request.name.as_ref())),
             generate_name = text(metadata.and_then(|metadata| metadata.generate_name.as_ref())),
@@ -384,6 +392,8 @@ impl App {
             source,
             reason,
             outcome = record.outcome,
+            code = record.code,
+            changed = record.changed,
             patch_operations = record.patch_operations,
             duration_ms = took.as_secs_f64() * 1000.0,
             "admission"
@@ -443,7 +453,12 @@ impl Webhook {
     }
 }
 
-/// What a request brings may be of any length until the API server has validated it; names have 253 bytes.
-fn clipped(text: &str) -> &str {
-    &text[..text.floor_char_boundary(253)]
+/// A name has so many bytes at most.
+const LONGEST_NAME: usize = 253;
+/// So many bytes tell what changed, at most.
+const MOST_TOLD: usize = 1024;
+
+/// What a request brings may be of any length until the API server has validated it.
+fn clipped(text: &str, longest: usize) -> &str {
+    &text[..text.floor_char_boundary(longest)]
 }

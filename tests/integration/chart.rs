@@ -19,7 +19,9 @@ use serde_json::{Value, json};
 
 use crate::support::api_server::{ApiServer, collection_of};
 use crate::support::chart::{RELEASE, chart, helm, of_kind, refusal, render, with_tools};
+use crate::support::fixtures;
 use crate::support::program::{Authority, run};
+use crate::support::transcript::page;
 
 const DATABASE: &str = "database.existingSecret=db";
 
@@ -379,6 +381,68 @@ fn the_charts_schema_has_the_policys_own() {
     let remedy = "values.schema.json is stale; put what `policy schema` prints into properties.policy and $defs";
     assert!(schema["properties"]["policy"] == json!(policy), "{remedy}");
     assert!(schema["$defs"] == definitions, "{remedy}");
+}
+
+/// The chart's alerts, all of them.
+fn alerts() -> Value {
+    let objects = render(&[
+        DATABASE,
+        "prometheusRule.enabled=true",
+        "audit.interval=10m",
+        "webhook.failurePolicy=Ignore",
+    ]);
+    of_kind(&objects, "PrometheusRule")["spec"].clone()
+}
+
+#[test]
+fn each_alert_fires_on_data_in_which_it_should_and_stays_silent_otherwise() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::write(path("rules.yaml"), alerts().to_string()).unwrap();
+    fs::copy(fixtures("alerts/alerts.yaml"), path("alerts.yaml")).unwrap();
+    let mut promtool = Command::new("promtool");
+    let done = with_tools(&mut promtool, Path::new(""))
+        .args(["test", "rules"])
+        .arg(path("alerts.yaml"))
+        .output()
+        .expect("promtool is not installed; scripts/check installs it");
+    let said = String::from_utf8_lossy(&done.stdout) + String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{said}");
+}
+
+#[test]
+fn each_alert_has_its_section_in_the_runbook_and_its_data() {
+    let alerts = alerts();
+    let groups = alerts["groups"].as_array().unwrap().iter();
+    let rules = groups.flat_map(|group| group["rules"].as_array().unwrap());
+    let names: BTreeSet<String> = rules
+        .map(|rule| {
+            let name = rule["alert"].as_str().unwrap();
+            let link = rule["annotations"]["runbook_url"].as_str().unwrap();
+            assert!(
+                link.ends_with(&format!("#{}", name.to_lowercase())),
+                "{link}"
+            );
+            name.to_owned()
+        })
+        .collect();
+    let runbook = page("docs/runbook.md");
+    let sections = runbook.lines().filter_map(|line| line.strip_prefix("## "));
+    let sections = sections.filter(|section| section.starts_with("Llm"));
+    assert_eq!(sections.map(str::to_owned).collect::<BTreeSet<_>>(), names);
+    let data: Value = serde_saphyr::from_str(&page("tests/fixtures/alerts/alerts.yaml")).unwrap();
+    for name in names {
+        let is_expected_to_fire = data["tests"].as_array().unwrap().iter().any(|test| {
+            let checks = test["alert_rule_test"].as_array().into_iter().flatten();
+            checks.into_iter().any(|check| {
+                let fires = check["exp_alerts"]
+                    .as_array()
+                    .is_some_and(|alerts| !alerts.is_empty());
+                check["alertname"] == name.as_str() && fires
+            })
+        });
+        assert!(is_expected_to_fire, "{name}");
+    }
 }
 
 #[test]

@@ -337,3 +337,52 @@ fn health_and_metrics_say_what_is() {
         assert!(metrics.contains(&line), "{line}\n{metrics}");
     }
 }
+
+#[test]
+fn each_admission_is_one_line_of_the_log_that_tells_what_changed_or_why_it_was_refused() {
+    let webhook = Start {
+        policy: PROXY,
+        database_url: "sqlite://nowhere.sqlite",
+        ..Start::default()
+    }
+    .start();
+    let env = json!([{"name": "HF_TOKEN", "value": "own"}, {"name": "KEEP", "value": "1"}]);
+    let review = create(&pod("not-a-uuid", &env));
+    webhook.mutate(&review);
+    webhook.validate(&review);
+    let line = |webhook_name: &str| -> Value {
+        let line = webhook.wait_for_log(&format!("\"webhook\":\"{webhook_name}\""));
+        let mut line: Value = serde_json::from_str(&line).unwrap();
+        let fields = line.as_object_mut().unwrap();
+        assert!(fields.remove("timestamp").is_some() && fields.remove("duration_ms").is_some());
+        line
+    };
+    let names = "HF_TOKEN, MOLECULE_LLM_ANTHROPIC_BASE_URL, MOLECULE_LLM_BASE_URL, MOLECULE_LLM_BILLING_MODE, \
+        MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_USAGE_TOKEN, MOLECULE_LLM_USAGE_URL, OPENAI_API_KEY and 1 more";
+    let expected = json!({
+        "level": "INFO",
+        "message": "admission",
+        "target": "llm_billing_webhook::server::webhook",
+        "uid": "00000000-0000-0000-0000-0000000000aa",
+        "webhook": "mutate",
+        "operation": "CREATE",
+        "namespace": "ws-acme",
+        "name": "",
+        "generate_name": "",
+        "dry_run": false,
+        "workspace": "not-a-uuid",
+        "mode": "platform_managed",
+        "source": "constant_fallback",
+        "reason": "invalid_workspace_id",
+        "outcome": "patched",
+        "code": "",
+        "changed": format!("agent: {names}"),
+        "patch_operations": 9,
+    });
+    assert_eq!(line("mutate"), expected);
+    let refused = line("validate");
+    assert_eq!(
+        [&refused["outcome"], &refused["code"], &refused["changed"]],
+        ["refused", "ENV_NOT_SETTLED", ""]
+    );
+}

@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -24,9 +24,16 @@ use ureq::{Agent, Body, http};
 /// Longest wait for anything that a test waits for.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The program, to be run with these arguments and no setting from the environment.
+/// The program that is tested: the one that was built with the tests, unless `PROGRAM_UNDER_TEST` names another, such as
+/// an optimised one.
+pub(crate) fn installed() -> PathBuf {
+    let built = || PathBuf::from(env!("CARGO_BIN_EXE_llm-billing-webhook"));
+    std::env::var_os("PROGRAM_UNDER_TEST").map_or_else(built, PathBuf::from)
+}
+
+/// It, to be run with these arguments and no setting from the environment.
 pub(crate) fn program(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_llm-billing-webhook"));
+    let mut command = Command::new(installed());
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("LLM_BILLING_") {
             command.env_remove(name);

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use super::chart::with_tools;
-use super::program::program;
+use super::program::{installed, program};
 
 /// A page by its path in the repository.
 pub(crate) fn page(path: &str) -> String {
@@ -33,9 +33,9 @@ pub(crate) fn transcripts(page: &str) -> Vec<(String, String)> {
 /// too.
 pub(crate) fn printed(command: &str, environment: &[(&str, &str)]) -> String {
     let folder = tempfile::tempdir().unwrap();
-    let installed = env!("CARGO_BIN_EXE_llm-billing-webhook");
+    let installed = installed();
     for name in ["llm-billing-webhook", "kubectl-llm_billing"] {
-        symlink(installed, folder.path().join(name)).unwrap();
+        symlink(&installed, folder.path().join(name)).unwrap();
     }
     // Begun as the program is, with none of its settings.
     let clean = program(&[]);
