@@ -12,6 +12,8 @@ use std::time::Duration;
 use std::{fmt, io};
 
 use futures_util::{StreamExt, TryStreamExt};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions, PgTypeKind};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePoolOptions};
 use sqlx::{
@@ -261,6 +263,34 @@ impl UrlSource {
     }
 }
 
+/// What is counted of the connections.
+#[derive(Clone, Debug)]
+pub struct ConnectionMetrics {
+    /// Connections that turned out to be of no use, and lookups tried again on another.
+    pub retries: Counter,
+    /// How long lookups waited for a connection, one that had to be made included.
+    pub wait: Histogram,
+}
+
+impl Default for ConnectionMetrics {
+    fn default() -> Self {
+        Self {
+            retries: Counter::default(),
+            // From 0.1 ms to 3.3 s: it is a part of the lookup's time-out.
+            wait: Histogram::new(exponential_buckets(0.000_1, 2.0, 16)),
+        }
+    }
+}
+
+/// How many connections there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Connections {
+    /// Those on which a lookup runs, or which are being made.
+    pub used: usize,
+    /// Those that wait for one.
+    pub idle: usize,
+}
+
 /// The database that knows the workspaces' modes. No `Debug`: its URL may hold a password.
 pub struct Database {
     source: UrlSource,
@@ -269,6 +299,8 @@ pub struct Database {
     parameters: Vec<Parameter>,
     timeout: Duration,
     crowd: Crowd,
+    /// What is counted of the connections.
+    pub metrics: ConnectionMetrics,
 }
 
 /// How many lookups there are, and whether the last one to end timed out.
@@ -313,6 +345,7 @@ impl Current {
         query: &str,
         parameters: &[ParameterValue],
         deadline: Instant,
+        metrics: &ConnectionMetrics,
     ) -> Result<Stored, sqlx::Error> {
         let one = |begin| One {
             query,
@@ -321,9 +354,9 @@ impl Current {
         };
         match &self.pool {
             AnyPool::Postgres { pool, begin } => {
-                fetch(pool, &one(begin.as_deref()), deadline).await
+                fetch(pool, &one(begin.as_deref()), deadline, metrics).await
             }
-            AnyPool::Sqlite(pool) => fetch(pool, &one(None), deadline).await,
+            AnyPool::Sqlite(pool) => fetch(pool, &one(None), deadline, metrics).await,
         }
     }
 }
@@ -385,6 +418,7 @@ impl Database {
             parameters: lookup.parameters.clone(),
             timeout: lookup.timeout,
             crowd: Crowd::default(),
+            metrics: ConnectionMetrics::default(),
         })
     }
 
@@ -421,14 +455,18 @@ impl Database {
         let deadline = Instant::now() + limit.map_or(self.timeout, |limit| limit.min(self.timeout));
         let _place = self.crowd.enter().ok_or(LookupError::Crowded)?;
         let used = self.current();
-        let mut result = used.fetch(&self.query, parameters, deadline).await;
+        let mut result = used
+            .fetch(&self.query, parameters, deadline, &self.metrics)
+            .await;
         if result.as_ref().is_err_and(is_login_refused) {
             // Whoever reads the file first: what counts is whether there is another URL by now. A file that
             // cannot be used is reported by those who follow it.
             let _ = self.reread();
             let now = self.current();
             if now.url != used.url {
-                result = now.fetch(&self.query, parameters, deadline).await;
+                result = now
+                    .fetch(&self.query, parameters, deadline, &self.metrics)
+                    .await;
             }
         }
         let result = result.map_err(LookupError::from);
@@ -455,7 +493,7 @@ impl Database {
                 many,
                 begin: begin.as_deref(),
             };
-            match fetch(&pool, &asked, Instant::now() + self.timeout).await {
+            match fetch(&pool, &asked, Instant::now() + self.timeout, &self.metrics).await {
                 // The policy's own query is right; it just cannot stand in this one.
                 Err(error) if matches!(LookupError::from_ref(&error), LookupError::Refused(_)) => {}
                 answered => return answered.map_err(LookupError::from),
@@ -518,6 +556,19 @@ impl Database {
         timeout_at(deadline, count).await.ok()?.ok()?
     }
 
+    /// How many connections there are now.
+    #[must_use]
+    pub fn connections(&self) -> Connections {
+        let (size, idle) = match self.current().pool {
+            AnyPool::Postgres { pool, .. } => (pool.size(), pool.num_idle()),
+            AnyPool::Sqlite(pool) => (pool.size(), pool.num_idle()),
+        };
+        let used = usize::try_from(size)
+            .unwrap_or(usize::MAX)
+            .saturating_sub(idle);
+        Connections { used, idle }
+    }
+
     /// Closes all connections.
     pub async fn close(&self) {
         match self.current().pool {
@@ -539,6 +590,7 @@ async fn fetch<DB, A>(
     pool: &Pool<DB>,
     asked: &A,
     deadline: Instant,
+    metrics: &ConnectionMetrics,
 ) -> Result<A::Answer, sqlx::Error>
 where
     DB: sqlx::Database,
@@ -546,7 +598,9 @@ where
 {
     let mut tries_left = MOST_CONNECTIONS;
     loop {
+        let waits_since = Instant::now();
         let acquired = timeout_at(deadline, pool.acquire()).await;
+        metrics.wait.observe(waits_since.elapsed().as_secs_f64());
         let mut connection = match acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
             Err(error) if is_cut_off(&error) => {
                 sleep(RETRY_PAUSE).await;
@@ -559,6 +613,7 @@ where
             Err(error) if is_stale(&error) && tries_left > 0 => {
                 drop(connection.detach());
                 tries_left -= 1;
+                metrics.retries.inc();
             }
             Err(error @ sqlx::Error::PoolTimedOut) => {
                 drop(connection.detach());

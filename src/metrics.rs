@@ -9,11 +9,14 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::audit::Swept;
 use crate::core::audit::Finding;
 use crate::core::mode::BillingMode;
+use crate::core::warning::WarningKind;
+use crate::database::{ConnectionMetrics, Connections};
 
 /// Labels of one admission.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -45,6 +48,20 @@ pub struct Ending {
     /// For lookups `found`, `not_found` or [`crate::database::LookupError::kind`]; for reloads and audits `ok` or
     /// `failed`.
     pub result: &'static str,
+}
+
+/// A connection to the database by what it does.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ConnectionState {
+    /// `used` or `idle`.
+    state: &'static str,
+}
+
+/// Labels of a warning.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct WarningLabels {
+    /// What it is about, as [`WarningKind`] spells it.
+    kind: &'static str,
 }
 
 /// Labels of pods whose env is not true.
@@ -147,6 +164,9 @@ pub struct Metrics {
     lookup_duration: Family<Ending, Histogram, fn() -> Histogram>,
     certificate_reloads: Family<Ending, Counter>,
     certificate_expiry: Gauge<f64, AtomicU64>,
+    in_flight: Gauge,
+    warnings: Family<WarningLabels, Counter>,
+    connections: Family<ConnectionState, Gauge>,
     /// What its audits found; registered by [`Metrics::with_audits`].
     pub audits: AuditMetrics,
 }
@@ -164,6 +184,9 @@ impl Default for Metrics {
         let lookup_duration = Family::new_with_constructor(buckets as fn() -> Histogram);
         let certificate_reloads = Family::default();
         let certificate_expiry = Gauge::default();
+        let in_flight = Gauge::default();
+        let warnings = Family::default();
+        let connections = Family::default();
         registry.register("admissions", "Admissions answered", admissions.clone());
         registry.register_with_unit(
             "admission_duration",
@@ -188,6 +211,21 @@ impl Default for Metrics {
             Unit::Seconds,
             certificate_expiry.clone(),
         );
+        registry.register(
+            "admissions_in_flight",
+            "Admissions that are being answered",
+            in_flight.clone(),
+        );
+        registry.register(
+            "warnings",
+            "Warnings answered, by what they are about",
+            warnings.clone(),
+        );
+        registry.register(
+            "database_connections",
+            "Connections to the database",
+            connections.clone(),
+        );
         Self {
             registry,
             admissions,
@@ -195,6 +233,9 @@ impl Default for Metrics {
             lookup_duration,
             certificate_reloads,
             certificate_expiry,
+            in_flight,
+            warnings,
+            connections,
             audits: AuditMetrics::default(),
         }
     }
@@ -206,6 +247,49 @@ impl Metrics {
     pub fn with_audits(mut self) -> Self {
         self.audits.register(&mut self.registry);
         self
+    }
+
+    /// Tells which program and which policy run, and counts what this database's connections do.
+    #[must_use]
+    pub fn of(mut self, policy_text: &str, database: &ConnectionMetrics) -> Self {
+        let version = [("version", env!("CARGO_PKG_VERSION"))];
+        self.registry.register(
+            "build",
+            "The program that runs",
+            Info::new(version.to_vec()),
+        );
+        let digest = ring::digest::digest(&ring::digest::SHA256, policy_text.as_bytes());
+        let bytes = digest.as_ref().iter();
+        let sha256: String = bytes.map(|byte| format!("{byte:02x}")).collect();
+        self.registry.register(
+            "policy",
+            "The policy file's SHA-256 checksum",
+            Info::new(vec![("sha256", sha256)]),
+        );
+        self.registry.register(
+            "lookup_retries",
+            "Lookups tried again because their connection was of no use",
+            database.retries.clone(),
+        );
+        self.registry.register_with_unit(
+            "connection_wait",
+            "How long lookups waited for a connection",
+            Unit::Seconds,
+            database.wait.clone(),
+        );
+        self
+    }
+
+    /// Counts an admission as one that is being answered, until what it returns is dropped.
+    pub fn in_flight(&self) -> InFlight<'_> {
+        self.in_flight.inc();
+        InFlight(&self.in_flight)
+    }
+
+    /// Counts a warning.
+    pub fn warning(&self, kind: WarningKind) {
+        let kind = kind.as_str();
+        self.warnings.get_or_create(&WarningLabels { kind }).inc();
     }
 
     /// Counts an admission and its duration.
@@ -242,11 +326,24 @@ impl Metrics {
         self.certificate_expiry.set(timestamp as f64);
     }
 
-    /// All of it in the OpenMetrics text format.
+    /// All of it in the OpenMetrics text format, with as many connections as there are now.
     ///
     /// # Errors
     /// None in practice: writing to a string does not fail.
-    pub fn encode(&self) -> Result<String, std::fmt::Error> {
+    pub fn encode(&self, now: Connections) -> Result<String, std::fmt::Error> {
+        for (state, count) in [("used", now.used), ("idle", now.idle)] {
+            let connections = self.connections.get_or_create(&ConnectionState { state });
+            connections.set(gauge(count));
+        }
         encode(&self.registry)
+    }
+}
+
+/// One admission that is being answered.
+pub struct InFlight<'m>(&'m Gauge);
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.dec();
     }
 }

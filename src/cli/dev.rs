@@ -16,7 +16,8 @@ use crate::server::tls::CertificatePem;
 /// The file that `serve --dev` and `workspace` share unless told otherwise, in the working directory.
 pub(super) const DEV_DATABASE: &str = "sqlite://llm-billing-dev.sqlite";
 
-const DEV_POLICY: &str = "
+/// The policy with a sample proxy.
+pub(super) const DEV_POLICY: &str = "
 proxy:
   baseUrl: https://llm-proxy.example.test/openai/v1
   anthropicBaseUrl: https://llm-proxy.example.test/anthropic/v1
@@ -42,11 +43,6 @@ const SAMPLES: [(Uuid, Option<BillingMode>); 4] = [
         None,
     ),
 ];
-
-/// The policy with the sample proxy.
-pub(super) fn policy() -> anyhow::Result<Policy> {
-    Policy::parse(DEV_POLICY).context("cannot use the sample policy")
-}
 
 /// Opens the file, and puts the samples into it if it has no workspace yet.
 pub(super) async fn database() -> anyhow::Result<UrlSource> {

@@ -11,7 +11,7 @@ mod workspace;
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -139,18 +139,26 @@ struct PolicyArgs {
 
 impl PolicyArgs {
     fn load(&self) -> anyhow::Result<Option<Policy>> {
-        let Some(path) = &self.policy else {
-            return Ok(None);
+        let text = self.read()?;
+        text.map(|text| self.parse(&text)).transpose()
+    }
+
+    fn read(&self) -> anyhow::Result<Option<String>> {
+        let read = |path: &PathBuf| {
+            fs::read_to_string(path)
+                .with_context(|| format!("cannot read policy {}", path.display()))
         };
-        let text = fs::read_to_string(path)
-            .with_context(|| format!("cannot read policy {}", path.display()))?;
-        let policy = Policy::parse(&text).with_context(|| {
+        self.policy.as_ref().map(read).transpose()
+    }
+
+    fn parse(&self, text: &str) -> anyhow::Result<Policy> {
+        let path = self.policy.as_deref().unwrap_or(Path::new(""));
+        Policy::parse(text).with_context(|| {
             format!(
                 "cannot use policy {} (see: llm-billing-webhook policy schema)",
                 path.display()
             )
-        })?;
-        Ok(Some(policy))
+        })
     }
 }
 

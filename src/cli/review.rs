@@ -289,7 +289,7 @@ async fn patch(
     };
     let plan = plan(policy, resolution, &pod, scope)?;
     for warning in &plan.warnings {
-        note(&format!("warning: {title}: {warning}"))?;
+        note(&format!("warning: {title}: {}", warning.text))?;
     }
     let (source, reason) = (resolution.source.as_str(), resolution.reason.as_str());
     note(&format!(

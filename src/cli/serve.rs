@@ -167,10 +167,12 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         LogFormat::Json
     });
     telemetry::start(format);
-    let policy = match args.policy.load()? {
-        None if args.dev => dev::policy()?,
-        policy => policy.unwrap_or_default(),
+    let policy_text = match args.policy.read()? {
+        None if args.dev => dev::DEV_POLICY.to_owned(),
+        // Empty, it is the default policy.
+        text => text.unwrap_or_default(),
     };
+    let policy = args.policy.parse(&policy_text)?;
     let database = Database::connect_lazily(database(&args).await?, &policy.lookup)?;
     let (certificate, upkeep) = certificate(&args).await?;
     refuse_wrong_query(&database).await?;
@@ -181,9 +183,10 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         }),
         None => None,
     };
+    let metrics = Metrics::default().of(&policy_text, &database.metrics);
     let metrics = match audits {
-        Some(_) => Metrics::default().with_audits(),
-        None => Metrics::default(),
+        Some(_) => metrics.with_audits(),
+        None => metrics,
     };
     let host = if args.dev {
         Ipv4Addr::LOCALHOST

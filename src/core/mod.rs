@@ -17,5 +17,6 @@ pub mod pod;
 pub mod policy;
 pub mod proxy;
 pub mod refusal;
+pub mod warning;
 pub mod workload;
 pub mod workspace;

@@ -4,23 +4,19 @@
 
 use std::collections::BTreeSet;
 
-use super::env::{Changes, Value, Variable, could_bring, references, settle};
+use super::env::{Changes, Value, Variable, could_bring, settle};
 use super::mode::{BillingMode, Reason, Resolution};
 use super::pod::{Container, ContainerList, Pod};
 use super::policy::{EnvFromRule, MODE_VARIABLE, Name, Policy, RESOLVED_VARIABLE};
 use super::proxy;
 use super::refusal::Refusal;
+use super::warning::{Warning, of_container};
 use super::workspace::workspace_id;
 
 /// The annotation that records the mode.
 pub const MODE_ANNOTATION: &str = "molecule.ai/llm-billing-mode";
 /// The annotation that records where the mode comes from.
 pub const SOURCE_ANNOTATION: &str = "molecule.ai/llm-billing-source";
-
-/// The API server shows longer warnings shortened, in bytes.
-const LONGEST_WARNING: usize = 256;
-/// The API server drops all warnings past 4,096 bytes together.
-const MOST_WARNINGS: usize = 15;
 
 /// Which of a pod's containers are planned.
 #[derive(Clone, Copy, Debug)]
@@ -42,8 +38,8 @@ pub struct Plan<'a> {
     pub annotations: Vec<AnnotationPlan>,
     /// Where the annotations go.
     pub annotations_parent: AnnotationsParent,
-    /// What the user should know; each at most 256 bytes, without any value.
-    pub warnings: Vec<String>,
+    /// What the user should know, without any value.
+    pub warnings: Vec<Warning>,
 }
 
 /// What must change in one container's env.
@@ -150,7 +146,7 @@ pub fn plan<'a>(
     };
     let mut warnings = Vec::new();
     if resolution.reason == Reason::LookupError {
-        warnings.push("the workspace's billing mode could not be looked up; the pod is treated as platform_managed".to_owned());
+        warnings.push(Warning::of_failed_lookup());
     }
     let mut containers = Vec::new();
     for (list, index, container) in scope.containers(pod) {
@@ -160,7 +156,12 @@ pub fn plan<'a>(
             let changes = settle(entries(container), &required, |name| {
                 policy.vendor_keys.contains(name)
             });
-            platform.warn(container, &required, &changes, &mut warnings);
+            warnings.extend(of_container(
+                &policy.vendor_keys,
+                container,
+                &required,
+                &changes,
+            ));
             changes
         } else {
             settle(entries(container), &required, |_| false)
@@ -186,7 +187,7 @@ pub fn plan<'a>(
         containers,
         annotations,
         annotations_parent,
-        warnings: limit(warnings),
+        warnings,
     })
 }
 
@@ -325,94 +326,6 @@ impl<'a> Platform<'a> {
         }
         Ok(())
     }
-
-    /// Says what loses a vendor key that it refers to, and what stays and could lead past the meter.
-    fn warn(
-        &self,
-        container: &Container<'_>,
-        required: &[Variable<'_>],
-        changes: &Changes<'_>,
-        warnings: &mut Vec<String>,
-    ) {
-        let vendor_keys = &self.policy.vendor_keys;
-        let entries = entries(container);
-        let is_required = |name: &str| required.iter().any(|variable| variable.name == name);
-        let comes = |name: &str| changes.add.iter().find(|variable| variable.name == name);
-        let is_mask = |variable: &Variable<'_>| *variable == Variable::mask(variable.name);
-        // A key goes if its entry is removed, or if a new mask hides it; not if it comes with another value.
-        let key_goes = |name: &str| {
-            vendor_keys.contains(name)
-                && match comes(name) {
-                    Some(variable) => is_mask(variable),
-                    None => {
-                        !is_required(name)
-                            && entries.iter().any(|entry| entry.name.as_str() == name)
-                    }
-                }
-        };
-        let mut warn_of_references = |place: &dyn Fn() -> String, text: &str| {
-            let keys: BTreeSet<&str> = references(text).filter(|name| key_goes(name)).collect();
-            for key in keys {
-                warnings.push(format!(
-                    "container {:?}: {} refers to $({key}), which platform_managed takes away",
-                    container.name.as_str(),
-                    place()
-                ));
-            }
-        };
-        let staying = || {
-            entries.iter().filter(|entry| {
-                let name = entry.name.as_str();
-                !is_required(name) && !vendor_keys.contains(name)
-            })
-        };
-        for (field, texts) in [("command", &container.command), ("args", &container.args)] {
-            for (index, text) in texts.iter().flatten().enumerate() {
-                warn_of_references(&|| format!("{field}[{index}]"), text.as_str());
-            }
-        }
-        for entry in staying() {
-            let text = entry.value.as_ref().map_or("", |text| text.as_str());
-            warn_of_references(&|| format!("env {}", entry.name.as_str()), text);
-        }
-        for entry in staying() {
-            let name = entry.name.as_str();
-            let from = entry.value_from.as_ref();
-            let key = from.and_then(|from| {
-                from.secret_key_ref
-                    .as_ref()
-                    .or(from.config_map_key_ref.as_ref())
-            });
-            if let Some(key) = key
-                .map(|key| key.key.as_str())
-                .filter(|key| vendor_keys.contains(*key))
-            {
-                warnings.push(format!(
-                    "container {:?}: env {name} brings vendor key {key} under another name, and stays",
-                    container.name.as_str()
-                ));
-            }
-            if is_vendor_base_url(vendor_keys, name) {
-                warnings.push(format!(
-                    "container {:?}: env {name} stays on platform_managed, and can lead calls past the meter",
-                    container.name.as_str()
-                ));
-            }
-        }
-    }
-}
-
-/// Whether a variable tells a vendor's client where to call: `X_BASE_URL` or `X_API_BASE`, where
-/// `X_API_KEY` or `X_AUTH_TOKEN` is a vendor key.
-fn is_vendor_base_url(vendor_keys: &BTreeSet<Name>, name: &str) -> bool {
-    let vendor = name
-        .strip_suffix("_BASE_URL")
-        .or_else(|| name.strip_suffix("_API_BASE"));
-    vendor.is_some_and(|vendor| {
-        ["_API_KEY", "_AUTH_TOKEN"]
-            .iter()
-            .any(|suffix| vendor_keys.contains(format!("{vendor}{suffix}").as_str()))
-    })
 }
 
 /// Names for a message: all of a few, the first of many.
@@ -425,25 +338,6 @@ fn listed<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
         }
         _ => names.join(", "),
     }
-}
-
-/// Keeps warnings within what the API server hands on.
-fn limit(mut warnings: Vec<String>) -> Vec<String> {
-    let more = warnings.len().saturating_sub(MOST_WARNINGS);
-    if more > 0 {
-        warnings.truncate(MOST_WARNINGS - 1);
-        warnings.push(format!(
-            "and {} more warnings; llm-billing-webhook review shows them all",
-            more + 1
-        ));
-    }
-    for warning in &mut warnings {
-        if warning.len() > LONGEST_WARNING {
-            warning.truncate(warning.floor_char_boundary(LONGEST_WARNING - "…".len()));
-            warning.push('…');
-        }
-    }
-    warnings
 }
 
 #[cfg(test)]
@@ -461,20 +355,6 @@ mod tests {
 
     fn with_container(container: &Value) -> String {
         json!({"metadata": {"annotations": {}}, "spec": {"containers": [container]}}).to_string()
-    }
-
-    /// The warnings of a platform_managed pod with this container.
-    fn warnings(policy: &Policy, container: &Value) -> Vec<String> {
-        let pod = with_container(container);
-        let pod = serde_json::from_str(&pod).unwrap();
-        plan(
-            policy,
-            Resolution::chosen(BillingMode::PlatformManaged),
-            &pod,
-            Scope::Pod,
-        )
-        .unwrap()
-        .warnings
     }
 
     /// The container's env as names with values, after the plan is carried out.
@@ -567,139 +447,6 @@ mod tests {
             after("d"),
             ["OPENAI_API_KEY=t", "OPENAI_BASE_URL=u", "KEEP=1"]
         );
-    }
-
-    #[test]
-    fn every_use_of_a_key_that_goes_is_warned_of_with_container_place_and_key() {
-        let container = json!({
-            "name": "c",
-            "command": ["sh", "$(XAI_API_KEY) $(XAI_API_KEY) $(ZAI_API_KEY)"],
-            "args": ["$(OPENAI_API_KEY) $$(XAI_API_KEY) $(KEEP)", "$(GLM_API_KEY)"],
-            "envFrom": [{"prefix": "GLM_"}],
-            "env": [
-                {"name": "XAI_API_KEY", "value": "x"},
-                {"name": "OPENAI_API_KEY", "value": "o"},
-                {"name": "A", "value": "Bearer $(XAI_API_KEY)"},
-                {"name": "B", "value": "$(HF_TOKEN)"},
-                {"name": "HF_TOKEN", "valueFrom": {"fieldRef": {"fieldPath": "x"}}},
-                {"name": "MOLECULE_LLM_BASE_URL", "value": "$(XAI_API_KEY)"},
-                {"name": "KIMI_API_KEY", "value": "$(XAI_API_KEY)"},
-            ],
-        });
-        let place = |place: &str, key: &str| {
-            format!(
-                "container \"c\": {place} refers to $({key}), which platform_managed takes away"
-            )
-        };
-        // ZAI_API_KEY was never there; OPENAI_API_KEY comes with another value; GLM_API_KEY came by envFrom.
-        let expected = [
-            place("command[1]", "XAI_API_KEY"),
-            place("args[1]", "GLM_API_KEY"),
-            place("env A", "XAI_API_KEY"),
-            place("env B", "HF_TOKEN"),
-        ];
-        assert_eq!(warnings(&policy("", ""), &container), expected);
-    }
-
-    #[test]
-    fn what_stays_and_could_lead_past_the_meter_is_warned_of() {
-        let from = |kind: &str, key: &str| json!({kind: {"name": "s", "key": key}});
-        let container = json!({"name": "c", "env": [
-            {"name": "ALIAS", "valueFrom": from("secretKeyRef", "XAI_API_KEY")},
-            {"name": "OTHER", "valueFrom": from("configMapKeyRef", "HF_TOKEN")},
-            {"name": "FINE", "valueFrom": from("secretKeyRef", "xai")},
-            {"name": "ZAI_API_KEY", "valueFrom": from("secretKeyRef", "ZAI_API_KEY")},
-            {"name": "ANTHROPIC_BASE_URL", "value": "https://x"},
-            {"name": "XAI_API_BASE", "value": "https://x"},
-            {"name": "MY_APP_BASE_URL", "value": "https://x"},
-            {"name": "HF_BASE_URL", "value": "https://x"},
-        ]});
-        let alias = |name: &str, key: &str| {
-            format!(
-                "container \"c\": env {name} brings vendor key {key} under another name, and stays"
-            )
-        };
-        let base = |name: &str| {
-            format!(
-                "container \"c\": env {name} stays on platform_managed, and can lead calls past the meter"
-            )
-        };
-        let expected = [
-            alias("ALIAS", "XAI_API_KEY"),
-            alias("OTHER", "HF_TOKEN"),
-            base("ANTHROPIC_BASE_URL"),
-            base("XAI_API_BASE"),
-        ];
-        assert_eq!(warnings(&policy("", ""), &container), expected);
-        // Claude Code's own base URL is set by the proxy, so that none stays.
-        let pod = json!({"metadata": {"labels": {"molecule.ai/runtime": "claude-code"}}, "spec": {"containers": [
-            {"name": "c", "env": [{"name": "ANTHROPIC_BASE_URL", "value": "https://x"}]},
-        ]}})
-        .to_string();
-        let pod = serde_json::from_str(&pod).unwrap();
-        let policy = policy("", "");
-        let managed = plan(
-            &policy,
-            Resolution::chosen(BillingMode::PlatformManaged),
-            &pod,
-            Scope::Pod,
-        )
-        .unwrap();
-        assert_eq!(managed.warnings, Vec::<String>::new());
-        let byok = plan(
-            &policy,
-            Resolution::chosen(BillingMode::Byok),
-            &pod,
-            Scope::Pod,
-        )
-        .unwrap();
-        assert_eq!(byok.warnings, Vec::<String>::new());
-    }
-
-    #[test]
-    fn a_failed_lookup_is_warned_of() {
-        let policy = policy("", "");
-        let pod = Pod::default();
-        let warnings = |reason| {
-            plan(&policy, Resolution::fallback(reason), &pod, Scope::Pod)
-                .unwrap()
-                .warnings
-        };
-        assert_eq!(
-            warnings(Reason::LookupError),
-            [
-                "the workspace's billing mode could not be looked up; the pod is treated as platform_managed"
-            ]
-        );
-        assert_eq!(warnings(Reason::NoOverride), Vec::<String>::new());
-    }
-
-    #[test]
-    fn warnings_stay_within_what_the_api_server_hands_on() {
-        let alias = |index: usize| json!({"name": format!("A{index}"), "valueFrom": {"secretKeyRef": {"name": "s", "key": "HF_TOKEN"}}});
-        let container =
-            |count| json!({"name": "c", "env": (0..count).map(alias).collect::<Vec<_>>()});
-        let policy = policy("", "");
-        assert_eq!(warnings(&policy, &container(15)).len(), 15);
-        let many = warnings(&policy, &container(16));
-        assert_eq!(many.len(), 15);
-        assert!(many[13].contains("env A13 "), "{}", many[13]);
-        assert_eq!(
-            many[14],
-            "and 2 more warnings; llm-billing-webhook review shows them all"
-        );
-
-        // 256 bytes fit, 257 do not; a cut never splits a letter.
-        let of_length = |name: &str| {
-            let container = json!({"name": name, "env": [{"name": "XAI_BASE_URL"}]});
-            warnings(&policy, &container).remove(0)
-        };
-        let rest = of_length("").len();
-        let fits = of_length(&"x".repeat(256 - rest));
-        assert_eq!((fits.len(), fits.ends_with("the meter")), (256, true));
-        let cut = of_length(&"x".repeat(257 - rest));
-        assert_eq!((cut.len(), cut.ends_with("the m…")), (256, true), "{cut}");
-        assert!(of_length(&"é".repeat(300)).len() <= 256);
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::core::plan::{Scope, plan};
 use crate::core::pod::{Pod, Text};
 use crate::core::policy::Policy;
 use crate::core::refusal::Refusal;
+use crate::core::warning::answered;
 use crate::core::workspace::{Identity, ParameterValue, identify, resolve, workspace_id};
 use crate::database::{Database, LookupError};
 use crate::metrics::{Admission, Metrics};
@@ -136,6 +137,7 @@ struct Record {
 
 async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpRequest) -> Response {
     let arrived = Instant::now();
+    let _in_flight = app.metrics.in_flight();
     let (head, body) = request.into_parts();
     let patience = Query::<Patience>::try_from_uri(&head.uri)
         .ok()
@@ -330,7 +332,10 @@ impl App {
         let answer = answer.map_err(|_| Refusal::Unreadable {
             place: "the pod".to_owned(),
         })?;
-        Ok(answer.with_warnings(plan.warnings))
+        for warning in &plan.warnings {
+            self.metrics.warning(warning.kind);
+        }
+        Ok(answer.with_warnings(answered(&plan.warnings)))
     }
 
     async fn look_up(&self, parameters: &[ParameterValue], limit: Option<Duration>) -> Stored {

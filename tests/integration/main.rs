@@ -21,6 +21,7 @@ mod drain;
 mod faults;
 mod hostile;
 mod http;
+mod metrics;
 mod readme;
 mod recorded;
 mod redaction;

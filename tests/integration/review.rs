@@ -81,6 +81,20 @@ fn the_outputs_agree_and_a_second_review_has_nothing_to_change() {
 }
 
 #[test]
+fn every_warning_is_shown_however_many_there_are_and_however_long() {
+    let alias = |index: usize| json!({"name": format!("A{index}"), "valueFrom": {"secretKeyRef": {"name": "s", "key": "HF_TOKEN"}}});
+    let name = "x".repeat(300);
+    let env: Vec<Value> = (0..20).map(alias).collect();
+    let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p", "labels": {"molecule.ai/workspace-id": ""}}, "spec": {"containers": [{"name": name, "env": env}]}});
+    let (_, _, stderr) = review(&pod.to_string(), &[]);
+    let warnings = stderr.lines().filter(|line| {
+        line.starts_with("warning: ")
+            && line.ends_with(" brings vendor key HF_TOKEN under another name, and stays")
+    });
+    assert_eq!(warnings.count(), 20, "{stderr}");
+}
+
+#[test]
 fn a_recorded_review_gets_the_patch_that_the_webhook_gives() {
     for (name, recorded) in recorded_reviews() {
         let (code, patch, _) = review(&recorded.to_string(), &["--mode", "byok", "-o", "patch"]);

@@ -6,6 +6,7 @@ use llm_billing_webhook::core::patch::operations;
 use llm_billing_webhook::core::plan::plan;
 use llm_billing_webhook::core::policy::Policy;
 use llm_billing_webhook::core::refusal::Refusal;
+use llm_billing_webhook::core::warning::answered;
 use llm_billing_webhook::core::workspace::{Identity, identify, resolve, workspace_id};
 use serde_json::Value;
 
@@ -39,7 +40,7 @@ pub(crate) fn answer_to(policy: &Policy, stored: &Stored, body: &[u8]) -> Result
         Ok(Answer::allowed(uid)
             .with_patch(&operations(&plan, ""))
             .unwrap()
-            .with_warnings(plan.warnings))
+            .with_warnings(answered(&plan.warnings)))
     };
     let answer = decide().unwrap_or_else(|refusal| Answer::refused(uid, &refusal));
     let answer = match &known {

@@ -1,0 +1,178 @@
+//! What docs/metrics.md says of the metrics is what a run shows, and a real Prometheus reads them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::support::api_server::ApiServer;
+use crate::support::chart::with_tools;
+use crate::support::load::BYOK;
+use crate::support::postgres::{Postgres, free_port};
+use crate::support::program::{Start, Webhook, wait_for};
+use crate::support::transcript::page;
+use crate::support::{PROXY, create, pod};
+
+/// A series by its type and the names of its labels.
+type Series = BTreeMap<String, (String, BTreeSet<String>)>;
+
+/// A run in which everything that is counted has happened once.
+struct Run {
+    webhook: Webhook,
+    _postgres: Postgres,
+    _api: ApiServer,
+    _folder: tempfile::TempDir,
+}
+
+fn run() -> Run {
+    let postgres = Postgres::with(&crate::support::load::schema());
+    let (api, folder) = (ApiServer::stand_in(), tempfile::tempdir().unwrap());
+    let kubeconfig = api.kubeconfig(folder.path(), None);
+    let webhook = Start {
+        policy: PROXY,
+        database_url: &postgres.url(),
+        arguments: &["--audit-interval", "1h"],
+        environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
+        ..Start::default()
+    }
+    .start();
+    let url = json!([{"name": "XAI_BASE_URL", "value": "https://x"}]);
+    for workspace in [BYOK, "99999999-9999-4999-8999-999999999999"] {
+        webhook.mutate(&create(&pod(workspace, &url)));
+    }
+    let (certificate, key) = webhook.authority.issue("localhost");
+    fs::write(webhook.folder.path().join("tls.key"), key).unwrap();
+    fs::write(webhook.folder.path().join("tls.crt"), certificate).unwrap();
+    webhook.wait_for_log("certificate reloaded");
+    webhook.wait_for_log("\"audit\"");
+    Run {
+        webhook,
+        _postgres: postgres,
+        _api: api,
+        _folder: folder,
+    }
+}
+
+/// Those on the page.
+fn documented() -> Series {
+    let page = page("docs/metrics.md");
+    let rows = page
+        .lines()
+        .filter(|line| line.starts_with("| `llm_billing_"));
+    let row = |line: &str| {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let labels = cells[2]
+            .split(", ")
+            .map(|label| label.trim_matches('`').to_owned());
+        let labels = labels.filter(|label| !label.is_empty()).collect();
+        (
+            cells[0].trim_matches('`').to_owned(),
+            (cells[1].to_owned(), labels),
+        )
+    };
+    rows.map(row).collect()
+}
+
+/// Those of a run, as the text format has them.
+fn exposed(text: &str) -> Series {
+    let mut series = Series::new();
+    for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+        let (name, kind) = line.split_once(' ').unwrap();
+        let ending = match kind {
+            "counter" => "_total",
+            "info" => "_info",
+            _ => "",
+        };
+        series.insert(
+            format!("{name}{ending}"),
+            (kind.to_owned(), BTreeSet::new()),
+        );
+    }
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let (name, labels) = line.split_once(['{', ' ']).unwrap();
+        let parts = ["_bucket", "_sum", "_count"];
+        let whole = parts.iter().find_map(|part| name.strip_suffix(part));
+        let (_, known) = series.get_mut(whole.unwrap_or(name)).unwrap();
+        if line.contains('{') {
+            let labels = labels.split_once('}').unwrap().0.split("\",");
+            let labels = labels.map(|label| label.split_once('=').unwrap().0);
+            known.extend(labels.filter(|label| *label != "le").map(str::to_owned));
+        }
+    }
+    series
+}
+
+#[test]
+fn each_series_on_the_page_is_in_a_run_and_each_in_a_run_is_on_the_page() {
+    let run = run();
+    let text = run.webhook.health("/metrics").1;
+    assert_eq!(exposed(&text), documented());
+    for line in [
+        "llm_billing_admissions_in_flight 0\n",
+        "llm_billing_warnings_total{kind=\"base_url\"} 1\n",
+        "llm_billing_database_connections{state=\"used\"} 0\n",
+        "llm_billing_lookup_retries_total 0\n",
+        "llm_billing_build_info{version=\"0.1.0\"} 1\n",
+    ] {
+        assert!(text.contains(line), "{line} is not in {text}");
+    }
+}
+
+#[test]
+fn a_real_prometheus_scrapes_every_series_on_the_page() {
+    let run = run();
+    let folder = tempfile::tempdir().unwrap();
+    let port = free_port();
+    let config = json!({
+        "global": {"scrape_interval": "1s"},
+        "scrape_configs": [{"job_name": "webhook", "static_configs": [{"targets": [run.webhook.health.to_string()]}]}],
+    });
+    let file = folder.path().join("prometheus.yaml");
+    fs::write(&file, config.to_string()).unwrap();
+    let mut prometheus = Command::new("prometheus");
+    let mut child = with_tools(&mut prometheus, Path::new(""))
+        .arg(format!("--config.file={}", file.display()))
+        .arg(format!(
+            "--storage.tsdb.path={}",
+            folder.path().join("data").display()
+        ))
+        .arg(format!("--web.listen-address=127.0.0.1:{port}"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("Prometheus is not installed; scripts/check installs it");
+    let names = || -> Option<BTreeSet<String>> {
+        let url = format!("http://127.0.0.1:{port}/api/v1/label/__name__/values");
+        let text = run
+            .webhook
+            .client
+            .get(url)
+            .call()
+            .ok()?
+            .body_mut()
+            .read_to_string()
+            .ok()?;
+        let answer: Value = serde_json::from_str(&text).ok()?;
+        serde_json::from_value(answer["data"].clone()).ok()
+    };
+    let scraped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        wait_for("Prometheus has scraped", || {
+            names().filter(|names| names.contains("llm_billing_build_info"))
+        })
+    }));
+    // Both fail only if it has ended already.
+    let _ = child.kill();
+    let _ = child.wait();
+    let scraped = scraped.unwrap();
+    for (name, (kind, _)) in documented() {
+        let name = if kind == "histogram" {
+            format!("{name}_bucket")
+        } else {
+            name
+        };
+        assert!(scraped.contains(&name), "{name} is not in {scraped:?}");
+    }
+}
