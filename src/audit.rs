@@ -1,31 +1,44 @@
 //! One sweep over the running pods: pages from the API server, modes from the database, verdicts from the core. What
 //! is shown or done about a verdict is cli's and server's business.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::api::core::v1::Pod as PodResource;
+use k8s_openapi::api::core::v1::{Namespace, Pod as PodResource};
 use kube::api::{ListParams, Request};
-use kube::{Client, Resource};
+use kube::{Api, Client, Resource};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use thiserror::Error;
 
 use crate::cluster::ClusterError;
 use crate::core::audit::{Finding, Verdict, audit};
-use crate::core::mode::{BillingMode, Reason, Resolution, Source, Stored};
+use crate::core::mode::{BillingMode, Reason, Resolution, Source};
 use crate::core::pod::{Pod, Text};
 use crate::core::policy::{Policy, Unlabelled};
+use crate::core::refusal::Refusal;
 use crate::core::workspace::{Identity, ParameterValue, identify, workspace_id};
 use crate::database::{Database, LookupError};
 
 /// Pods in one page, and workspaces in one query at most. kubectl asks for as many.
 const PAGE: u32 = 500;
 
+/// The namespaces whose pods are swept.
+#[derive(Clone, Debug, Default)]
+pub enum Namespaces {
+    /// All of them.
+    #[default]
+    All,
+    /// This one.
+    One(String),
+    /// Those that this label selector selects.
+    Selected(String),
+}
+
 /// Which pods are swept.
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
-    /// All namespaces if absent.
-    pub namespace: Option<String>,
+    /// Where.
+    pub namespaces: Namespaces,
     /// A label selector that they must fit besides.
     pub labels: Option<String>,
     /// The workspace that they must belong to.
@@ -33,15 +46,29 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// The label selector as the API server takes it. Every workspace pod has the label, unless the webhook is
-    /// asked about whole namespaces.
+    /// Whether the policy lets this be swept: where pods without the label count, somebody has to say where the
+    /// webhook is asked about them.
+    ///
+    /// # Errors
+    /// [`SweepError::Scope`]
+    pub fn check(&self, policy: &Policy) -> Result<(), SweepError> {
+        match (policy.unlabelled, &self.namespaces) {
+            (Unlabelled::PlatformManaged | Unlabelled::Deny, Namespaces::All)
+                if self.workspace.is_none() =>
+            {
+                Err(SweepError::Scope)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The label selector as the API server takes it.
     fn label_selector(&self, policy: &Policy) -> String {
         let label = policy.workspace_label.as_str();
-        let all_of_namespace = policy.unlabelled != Unlabelled::Ignore && self.namespace.is_some();
-        let workspace = match &self.workspace {
-            Some(id) => Some(format!("{label}={id}")),
-            None if all_of_namespace => None,
-            None => Some(label.to_owned()),
+        let workspace = match (&self.workspace, policy.unlabelled) {
+            (Some(id), _) => Some(format!("{label}={id}")),
+            (None, Unlabelled::Ignore) => Some(label.to_owned()),
+            (None, Unlabelled::PlatformManaged | Unlabelled::Deny) => None,
         };
         let parts: Vec<String> = workspace.into_iter().chain(self.labels.clone()).collect();
         parts.join(",")
@@ -83,6 +110,8 @@ pub struct Swept {
     pub audited: usize,
     /// Those whose env is not true.
     pub drifted: usize,
+    /// Those that could not be audited, and why.
+    pub not_audited: Vec<String>,
     /// Pods by the database's mode and by finding; a pod counts once for each of its findings.
     #[serde(skip)]
     pub by_finding: BTreeMap<(&'static str, Finding), usize>,
@@ -91,6 +120,15 @@ pub struct Swept {
 /// Why a sweep ended before its end.
 #[derive(Debug, Error)]
 pub enum SweepError {
+    /// Pods without the label count, but nobody says which.
+    #[error(
+        "by the policy's `unlabelled`, pods without the label count too, where the webhook is asked about them; \
+         say where that is, by one namespace or by a selector of namespaces"
+    )]
+    Scope,
+    /// The namespaces cannot be listed.
+    #[error("cannot list the namespaces")]
+    Namespaces(#[source] ClusterError),
     /// The pods cannot be listed.
     #[error("cannot list the pods in {0}")]
     List(String, #[source] ClusterError),
@@ -103,9 +141,6 @@ pub enum SweepError {
     /// What came is no list of pods.
     #[error("cannot read the list of pods in {0}")]
     Page(String),
-    /// A pod that the API server has stored is not readable.
-    #[error("cannot read pod {0}")]
-    Pod(String),
     /// The modes cannot be looked up.
     #[error("cannot look up the modes of the workspaces in {0}")]
     Lookup(String, #[source] LookupError),
@@ -114,7 +149,7 @@ pub enum SweepError {
 #[derive(Deserialize)]
 struct Page<'a> {
     metadata: PageMetadata,
-    #[serde(borrow, default)]
+    #[serde(borrow)]
     items: Vec<&'a RawValue>,
 }
 
@@ -124,7 +159,7 @@ struct PageMetadata {
     next: String,
 }
 
-/// What an audit needs of a pod besides what the webhook does.
+/// What an audit needs of a pod besides what the webhook reads.
 #[derive(Deserialize)]
 struct Running<'a> {
     #[serde(borrow)]
@@ -144,6 +179,12 @@ struct RunningMetadata<'a> {
     deletion_timestamp: Option<Text<'a>>,
     #[serde(borrow, default)]
     owner_references: Vec<Owner<'a>>,
+}
+
+impl RunningMetadata<'_> {
+    fn title(&self) -> String {
+        format!("{}/{}", self.namespace.as_str(), self.name.as_str())
+    }
 }
 
 #[derive(Deserialize)]
@@ -168,98 +209,133 @@ pub async fn sweep(
     swept: &mut Swept,
     mut each: impl FnMut(Audited),
 ) -> Result<(), SweepError> {
-    let place = match &selection.namespace {
-        Some(namespace) => format!("namespace {namespace}"),
-        None => "all namespaces".to_owned(),
+    selection.check(policy)?;
+    let namespaces = match &selection.namespaces {
+        Namespaces::All => vec![None],
+        Namespaces::One(name) => vec![Some(name.clone())],
+        Namespaces::Selected(selector) => {
+            let all: Api<Namespace> = Api::all(client.clone());
+            let selected = ListParams::default().labels(selector);
+            let found = all.list_metadata(&selected).await;
+            let found = found.map_err(|error| SweepError::Namespaces(error.into()))?;
+            found
+                .items
+                .into_iter()
+                .map(|one| one.metadata.name)
+                .collect()
+        }
     };
-    let request = Request::new(PodResource::url_path(&(), selection.namespace.as_deref()));
-    let mut parameters = ListParams::default()
-        .labels(&selection.label_selector(policy))
-        // What has ended uses no key.
-        .fields("status.phase!=Succeeded,status.phase!=Failed")
-        .limit(PAGE);
-    loop {
-        let listed = |error: kube::Error| match error {
-            kube::Error::Api(status) if status.code == 410 => SweepError::Expired(place.clone()),
-            error => SweepError::List(place.clone(), error.into()),
+    let labels = selection.label_selector(policy);
+    for namespace in namespaces {
+        let place = match &namespace {
+            Some(namespace) => format!("namespace {namespace}"),
+            None => "all namespaces".to_owned(),
         };
-        let page = request.list(&parameters);
-        let page = page.map_err(|error| {
-            SweepError::List(place.clone(), ClusterError::Unreachable(error.to_string()))
-        })?;
-        let page = client.request_text(page).await.map_err(listed)?;
-        let page: Page<'_> =
-            serde_json::from_str(&page).map_err(|_| SweepError::Page(place.clone()))?;
-        for audited in audit_page(&page, database, policy, &place).await? {
-            swept.count(&audited);
-            each(audited);
+        let request = Request::new(PodResource::url_path(&(), namespace.as_deref()));
+        let mut parameters = ListParams::default()
+            .labels(&labels)
+            // What has ended uses no key.
+            .fields("status.phase!=Succeeded,status.phase!=Failed")
+            .limit(PAGE);
+        loop {
+            let listed = |error: kube::Error| match error {
+                kube::Error::Api(status) if status.code == 410 => {
+                    SweepError::Expired(place.clone())
+                }
+                error => SweepError::List(place.clone(), error.into()),
+            };
+            let page = request.list(&parameters).map_err(|error| {
+                let error = ClusterError::Unreachable(error.to_string());
+                SweepError::List(place.clone(), error)
+            })?;
+            let page = client.request_text(page).await.map_err(listed)?;
+            let page: Page<'_> =
+                serde_json::from_str(&page).map_err(|_| SweepError::Page(place.clone()))?;
+            for verdict in audit_page(&page, database, policy, &place).await? {
+                match verdict {
+                    Ok(audited) => {
+                        swept.count(&audited);
+                        each(audited);
+                    }
+                    Err(why) => swept.not_audited.push(why),
+                }
+            }
+            if page.metadata.next.is_empty() {
+                break;
+            }
+            parameters = parameters.continue_token(&page.metadata.next);
         }
-        if page.metadata.next.is_empty() {
-            return Ok(());
-        }
-        parameters = parameters.continue_token(&page.metadata.next);
     }
+    Ok(())
 }
+
+/// A pod that runs, and how its mode is to be found.
+type Found<'a> = (RunningMetadata<'a>, Pod<'a>, Result<Identity, Refusal>);
+
+/// A pod's audit, or why there is none.
+type PodAudit = Result<Audited, String>;
 
 async fn audit_page(
     page: &Page<'_>,
     database: &Database,
     policy: &Policy,
     place: &str,
-) -> Result<Vec<Audited>, SweepError> {
+) -> Result<Vec<PodAudit>, SweepError> {
     let mut pods = Vec::new();
     // Each workspace is looked up once, however many pods it has.
-    let mut asked: BTreeMap<Vec<ParameterValue>, usize> = BTreeMap::new();
+    let mut asked = BTreeSet::new();
     for item in &page.items {
-        let unreadable = |_| SweepError::Pod(place.to_owned());
-        let running: Running<'_> = serde_json::from_str(item.get()).map_err(unreadable)?;
-        let running = running.metadata;
-        if running.deletion_timestamp.is_some() {
+        let Ok(Running { metadata }) = serde_json::from_str(item.get()) else {
+            pods.push(Err(format!("a pod in {place} cannot be read")));
+            continue;
+        };
+        let metadata: RunningMetadata<'_> = metadata;
+        let Ok(pod) = serde_json::from_str::<Pod<'_>>(item.get()) else {
+            pods.push(Err(format!("{}: it cannot be read", metadata.title())));
+            continue;
+        };
+        if metadata.deletion_timestamp.is_some() {
             continue;
         }
-        let name = || format!("{}/{}", running.namespace.as_str(), running.name.as_str());
-        let pod: Pod<'_> = serde_json::from_str(item.get()).map_err(|_| SweepError::Pod(name()))?;
-        let identity = match identify(policy, &pod, running.namespace.as_str()) {
-            Ok(Identity::LookUp(parameters)) => {
-                let next = asked.len();
-                Known::LookedUp(*asked.entry(parameters).or_insert(next))
-            }
-            Ok(Identity::Resolved(resolution)) => Known::Resolved(resolution),
+        let identity = identify(policy, &pod, metadata.namespace.as_str());
+        match &identity {
             Ok(Identity::NotAWorkspace) => continue,
-            Err(refusal) => Known::Refused(refusal.to_string()),
-        };
-        pods.push((running, pod, identity));
+            Ok(Identity::LookUp(parameters)) => {
+                asked.insert(parameters.clone());
+            }
+            Ok(Identity::Resolved(_)) | Err(_) => {}
+        }
+        pods.push(Ok((metadata, pod, identity)));
     }
-    let mut many: Vec<(Vec<ParameterValue>, usize)> = asked.into_iter().collect();
-    many.sort_by_key(|(_, place)| *place);
-    let many: Vec<Vec<ParameterValue>> = many.into_iter().map(|(asked, _)| asked).collect();
+    let asked: Vec<Vec<ParameterValue>> = asked.into_iter().collect();
     let stored = database
-        .lookup_many(&many)
+        .lookup_many(&asked)
         .await
         .map_err(|error| SweepError::Lookup(place.to_owned(), error))?;
-    let one = |(running, pod, known): &(RunningMetadata<'_>, Pod<'_>, Known)| match known {
-        Known::Resolved(resolution) => audited(policy, running, pod, *resolution),
-        Known::LookedUp(place) => {
-            let stored = stored.get(*place).unwrap_or(&Stored::Failed);
-            audited(policy, running, pod, Resolution::from_stored(stored))
-        }
-        Known::Refused(refusal) => {
-            let resolution = Resolution::fallback(Reason::MissingWorkspaceId);
-            let mut audited = audited(policy, running, pod, resolution);
-            audited.findings = vec![Finding::Refused];
-            audited.details = vec![refusal.clone()];
-            audited
+    let stored: BTreeMap<_, _> = asked.iter().zip(stored).collect();
+    let audit = |one: Result<Found<'_>, String>| -> PodAudit {
+        let (running, pod, identity) = one?;
+        let audit = |resolution| audited(policy, &running, &pod, resolution);
+        match identity {
+            Ok(Identity::Resolved(resolution)) => Ok(audit(resolution)),
+            Ok(Identity::LookUp(parameters)) => match stored.get(&parameters) {
+                Some(Ok(stored)) => Ok(audit(Resolution::from_stored(stored))),
+                Some(Err(error)) => Err(format!("{}: {error}", running.title())),
+                None => Err(format!("{}: it was not looked up", running.title())),
+            },
+            // Those that are no workspace's are left out above.
+            Ok(Identity::NotAWorkspace) => {
+                Err(format!("{}: it is no workspace's", running.title()))
+            }
+            Err(refusal) => {
+                let mut refused = audit(Resolution::fallback(Reason::MissingWorkspaceId));
+                refused.findings = vec![Finding::Refused];
+                refused.details = vec![refusal.to_string()];
+                Ok(refused)
+            }
         }
     };
-    Ok(pods.iter().map(one).collect())
-}
-
-/// How a pod's mode is known.
-enum Known {
-    Resolved(Resolution),
-    /// By its place among the workspaces that were looked up.
-    LookedUp(usize),
-    Refused(String),
+    Ok(pods.into_iter().map(audit).collect())
 }
 
 fn audited(

@@ -1,16 +1,21 @@
 //! The Kubernetes API as a client: how to reach it, and how its errors read. What is asked of it is the business
 //! of those who ask.
 
+use std::time::Duration;
+
 use axum::http;
 use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference, Pod};
 use k8s_openapi::api::policy::v1::Eviction;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{DeleteOptions, Preconditions, Time};
 use k8s_openapi::jiff::Timestamp;
 use kube::api::PostParams;
-use kube::core::ObjectMeta;
+use kube::core::{ObjectMeta, Status};
 use kube::{Api, Client, Config};
 use serde_json::Value;
 use thiserror::Error;
+
+/// Longest wait for an answer: the API server ends what takes longer than a minute.
+const LONGEST_ANSWER: Duration = Duration::from_secs(65);
 
 /// What went wrong, in the API server's words where it has any. They name objects, and never what is in them.
 #[derive(Debug, Error)]
@@ -33,15 +38,23 @@ impl From<kube::Error> for ClusterError {
     fn from(error: kube::Error) -> Self {
         match error {
             kube::Error::Api(status) if status.code == 409 => Self::Conflict(status.message),
+            // Too many requests, or a fault of the server's: it may pass.
+            kube::Error::Api(status) if status.code == 429 || status.code >= 500 => {
+                Self::Unreachable(status.message)
+            }
             kube::Error::Api(status) => Self::Refused(status.message),
+            // Its text quotes what was answered.
+            kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => {
+                Self::Unreachable("its answer cannot be read".to_owned())
+            }
             // Its text has its causes in it.
             error => Self::Unreachable(error.to_string()),
         }
     }
 }
 
-/// A client for the cluster that the environment tells of: a service account's token, else `KUBECONFIG`. What the
-/// API server cannot do just now is tried again.
+/// A client for the cluster that the environment tells of: by `KUBECONFIG` or the kubeconfig in its usual place, else by
+/// a service account's token. What the API server cannot do just now is tried again.
 ///
 /// # Errors
 /// [`ClusterError::Unknown`] and [`ClusterError::Unreachable`]
@@ -49,19 +62,23 @@ pub async fn connect() -> Result<Client, ClusterError> {
     Ok(Client::try_from(config().await?)?)
 }
 
-/// One that takes the first answer, for evictions: a disruption budget refuses them as if the server were busy.
+/// One that takes the first answer, for evictions: a disruption budget refuses them as if the server were busy. And
+/// the API server's address, to ask people about.
 ///
 /// # Errors
 /// As [`connect`].
-pub async fn connect_without_retries() -> Result<Client, ClusterError> {
+pub async fn connect_without_retries() -> Result<(Client, String), ClusterError> {
     let mut config = config().await?;
     config.default_retry = false;
-    Ok(Client::try_from(config)?)
+    let address = config.cluster_url.to_string();
+    Ok((Client::try_from(config)?, address))
 }
 
 async fn config() -> Result<Config, ClusterError> {
     let config = Config::infer().await;
-    config.map_err(|error| ClusterError::Unknown(error.to_string()))
+    let mut config = config.map_err(|error| ClusterError::Unknown(error.to_string()))?;
+    config.read_timeout = Some(LONGEST_ANSWER);
+    Ok(config)
 }
 
 /// An object as it is stored, by its path, without the record of who manages which field.
@@ -132,10 +149,17 @@ pub async fn evict(
         .await;
     match answered {
         Ok(_) => Ok(Evicted::Done),
-        Err(kube::Error::Api(status)) if status.code == 429 => Ok(Evicted::Kept(status.message)),
+        Err(kube::Error::Api(status)) if is_of_budget(&status) => Ok(Evicted::Kept(status.message)),
         Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => Ok(Evicted::Gone),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Whether a disruption budget refuses, and not a server that is busy.
+fn is_of_budget(status: &Status) -> bool {
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    let mut reasons = causes.map(|cause| cause.reason.as_str());
+    status.code == 429 && reasons.any(|reason| reason == "DisruptionBudget")
 }
 
 /// Writes a warning where `kubectl describe pod` shows it.

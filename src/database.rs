@@ -14,7 +14,7 @@ use std::{fmt, io};
 use futures_util::{StreamExt, TryStreamExt};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions, PgTypeKind};
+use sqlx::postgres::{PgConnectOptions, PgConnection, PgPoolOptions, PgRow, PgTypeKind};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection, SqlitePoolOptions};
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, Either, Executor, Pool, Postgres, Row, SqlSafeStr,
@@ -36,6 +36,8 @@ const MOST_LOOKUPS: usize = 1024;
 /// The same after a lookup that timed out, until one succeeds: enough to find out that the database is back,
 /// and few enough that a database that hangs holds up few admissions.
 const MOST_LOOKUPS_IN_DOUBT: usize = MOST_CONNECTIONS as usize;
+/// Lookups that an audit runs at a time, where it cannot ask for many at once: pods that wait come first.
+const MOST_LOOKUPS_OF_AN_AUDIT: usize = 4;
 /// Between two tries to connect.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
 /// The id that `check` looks up. No workspace should have it; it is no mistake if one does.
@@ -136,6 +138,9 @@ pub enum LookupError {
     /// No connection, or the connection broke, or the database could not do it just now.
     #[error("the database could not be asked: {0}")]
     Unavailable(String),
+    /// The database cannot use what this pod brings, such as text that is no UUID where the query casts it.
+    #[error("the database cannot use the pod's parameters: {0}")]
+    Unusable(String),
     /// The database refuses the query as such: no passing fault. The text is the database's own.
     #[error("the database refuses the policy's query: {0}")]
     Refused(String),
@@ -149,6 +154,7 @@ impl LookupError {
             Self::Timeout => "timeout",
             Self::Crowded => "crowded",
             Self::Unavailable(_) => "unavailable",
+            Self::Unusable(_) => "unusable",
             Self::Refused(_) => "refused",
         }
     }
@@ -156,13 +162,7 @@ impl LookupError {
 
 impl From<sqlx::Error> for LookupError {
     fn from(error: sqlx::Error) -> Self {
-        Self::from_ref(&error)
-    }
-}
-
-impl LookupError {
-    fn from_ref(error: &sqlx::Error) -> Self {
-        match error {
+        match &error {
             sqlx::Error::PoolTimedOut => Self::Timeout,
             sqlx::Error::Io(missing) if missing.kind() == io::ErrorKind::NotFound => {
                 Self::Unavailable(format!(
@@ -187,6 +187,8 @@ impl LookupError {
                 let of_the_schema = code.starts_with("42") || code.starts_with("3F");
                 if of_the_schema || ["08P01", "1", "25"].contains(&code.as_ref()) {
                     Self::Refused(words.to_owned())
+                } else if code.starts_with("22") {
+                    Self::Unusable(words.to_owned())
                 } else {
                     Self::Unavailable(words.to_owned())
                 }
@@ -452,8 +454,21 @@ impl Database {
         parameters: &[ParameterValue],
         limit: Option<Duration>,
     ) -> Result<Stored, LookupError> {
-        let deadline = Instant::now() + limit.map_or(self.timeout, |limit| limit.min(self.timeout));
         let _place = self.crowd.enter().ok_or(LookupError::Crowded)?;
+        let time = limit.map_or(self.timeout, |limit| limit.min(self.timeout));
+        let result = self.lookup_uncrowded(parameters, time).await;
+        let timed_out = matches!(result, Err(LookupError::Timeout));
+        self.crowd.in_doubt.store(timed_out, Ordering::Relaxed);
+        result
+    }
+
+    /// A lookup that takes nobody's place, and says nothing of whether the database hangs.
+    async fn lookup_uncrowded(
+        &self,
+        parameters: &[ParameterValue],
+        time: Duration,
+    ) -> Result<Stored, LookupError> {
+        let deadline = Instant::now() + time;
         let used = self.current();
         let mut result = used
             .fetch(&self.query, parameters, deadline, &self.metrics)
@@ -469,21 +484,19 @@ impl Database {
                     .await;
             }
         }
-        let result = result.map_err(LookupError::from);
-        let timed_out = matches!(result, Err(LookupError::Timeout));
-        self.crowd.in_doubt.store(timed_out, Ordering::Relaxed);
-        result
+        result.map_err(LookupError::from)
     }
 
     /// Looks many workspaces up, each by its parameters, and answers in their order: by one query where the
-    /// policy's allows it, else by one each, a few at a time.
+    /// policy's allows it, else by one each, a few at a time. What one pod brings can be of no use, and the others
+    /// are looked up all the same.
     ///
     /// # Errors
-    /// [`LookupError`], if one of them fails.
+    /// [`LookupError`], if the database fails or refuses the query.
     pub async fn lookup_many(
         &self,
         many: &[Vec<ParameterValue>],
-    ) -> Result<Vec<Stored>, LookupError> {
+    ) -> Result<Vec<Result<Stored, LookupError>>, LookupError> {
         if let AnyPool::Postgres { pool, begin } = self.current().pool
             && let Some(query) = query_of_many(&self.query, &self.parameters)
         {
@@ -493,15 +506,26 @@ impl Database {
                 many,
                 begin: begin.as_deref(),
             };
-            match fetch(&pool, &asked, Instant::now() + self.timeout, &self.metrics).await {
-                // The policy's own query is right; it just cannot stand in this one.
-                Err(error) if matches!(LookupError::from_ref(&error), LookupError::Refused(_)) => {}
-                answered => return answered.map_err(LookupError::from),
+            let deadline = Instant::now() + self.timeout;
+            let answered = fetch(&pool, &asked, deadline, &self.metrics).await;
+            match answered.map_err(LookupError::from) {
+                Ok(stored) if stored.len() == many.len() => {
+                    return Ok(stored.into_iter().map(Ok).collect());
+                }
+                // Which of them it is, or whether the policy's query cannot stand in another, shows one by one.
+                Ok(_) | Err(LookupError::Unusable(_) | LookupError::Refused(_)) => {}
+                Err(error) => return Err(error),
             }
         }
-        let one_by_one = many.iter().map(|parameters| self.lookup(parameters, None));
-        futures_util::stream::iter(one_by_one)
-            .buffered(MOST_CONNECTIONS as usize)
+        let one = async |parameters: &Vec<ParameterValue>| match self
+            .lookup_uncrowded(parameters, self.timeout)
+            .await
+        {
+            Err(unusable @ LookupError::Unusable(_)) => Ok(Err(unusable)),
+            answered => answered.map(Ok),
+        };
+        futures_util::stream::iter(many.iter().map(one))
+            .buffered(MOST_LOOKUPS_OF_AN_AUDIT)
             .try_collect()
             .await
     }
@@ -718,8 +742,7 @@ impl Ask<PgConnection> for Many<'_> {
     type Answer = Vec<Stored>;
 
     async fn ask(&self, connection: &mut PgConnection) -> Result<Vec<Stored>, sqlx::Error> {
-        let mut statement =
-            sqlx::query_as(AssertSqlSafe(self.query)).persistent(self.begin.is_none());
+        let mut statement = sqlx::query(AssertSqlSafe(self.query)).persistent(self.begin.is_none());
         for (place, parameter) in self.parameters.iter().enumerate() {
             let values = self.many.iter().map(|one| one.get(place));
             statement = if is_uuid(parameter) {
@@ -736,7 +759,7 @@ impl Ask<PgConnection> for Many<'_> {
                 statement.bind(values.map(text).collect::<Vec<_>>())
             };
         }
-        let rows: Vec<(Option<String>, Option<bool>)> = match self.begin {
+        let rows = match self.begin {
             None => statement.fetch_all(connection).await?,
             Some(begin) => {
                 let mut transaction = connection.begin_with(AssertSqlSafe(begin)).await?;
@@ -745,11 +768,11 @@ impl Ask<PgConnection> for Many<'_> {
                 rows
             }
         };
-        let stored = |(mode, is_there): (_, Option<bool>)| match is_there {
-            Some(_) => Stored::Row(mode),
-            None => Stored::NoRow,
+        let stored = |row: &PgRow| match row.try_get(1)? {
+            Some(true) => Ok(Stored::Row(mode(row)?)),
+            _ => Ok(Stored::NoRow),
         };
-        Ok(rows.into_iter().map(stored).collect())
+        rows.iter().map(stored).collect()
     }
 }
 
@@ -783,7 +806,7 @@ fn query_of_many(query: &str, parameters: &[Parameter]) -> Option<String> {
         if !is_parameter {
             return None;
         }
-        one += &format!("llm_billing_asked.p{number}{rest}");
+        one += &format!("llm_billing_asked.llm_billing_p{number}{rest}");
     }
     let list = |each: &dyn Fn((usize, &Parameter)) -> String| -> String {
         let all: Vec<String> = parameters.iter().enumerate().map(each).collect();
@@ -793,14 +816,14 @@ fn query_of_many(query: &str, parameters: &[Parameter]) -> Option<String> {
         let kind = if is_uuid(parameter) { "uuid" } else { "text" };
         format!("${}::{kind}[]", place + 1)
     });
-    let columns = list(&|(place, _)| format!("p{}", place + 1));
+    let columns = list(&|(place, _)| format!("llm_billing_p{}", place + 1));
     Some(format!(
-        "SELECT found.mode::text, found.is_there
-         FROM unnest({arrays}) WITH ORDINALITY AS llm_billing_asked({columns}, place)
+        "SELECT llm_billing_found.mode, llm_billing_found.is_there
+         FROM unnest({arrays}) WITH ORDINALITY AS llm_billing_asked({columns}, llm_billing_place)
          LEFT JOIN LATERAL (
-             SELECT one.mode, true FROM ({one}) AS one(mode) LIMIT 1
-         ) AS found(mode, is_there) ON true
-         ORDER BY llm_billing_asked.place"
+             SELECT llm_billing_one.mode, true FROM ({one}) AS llm_billing_one(mode) LIMIT 1
+         ) AS llm_billing_found(mode, is_there) ON true
+         ORDER BY llm_billing_asked.llm_billing_place"
     ))
 }
 
@@ -821,14 +844,18 @@ async fn select(
     let Some(row) = statement.fetch_optional(connection).await? else {
         return Ok(Stored::NoRow);
     };
+    Ok(Stored::Row(mode(&row)?))
+}
+
+/// The first column of a row.
+fn mode(row: &PgRow) -> Result<Option<String>, sqlx::Error> {
     let is_enum = matches!(row.try_get_raw(0)?.type_info().kind(), PgTypeKind::Enum(_));
     // An enum is sent as its label, which sqlx decodes as text only when it is told not to look at the type.
-    let mode = if is_enum {
-        row.try_get_unchecked(0)?
+    if is_enum {
+        row.try_get_unchecked(0)
     } else {
-        row.try_get(0)?
-    };
-    Ok(Stored::Row(mode))
+        row.try_get(0)
+    }
 }
 
 impl Ask<SqliteConnection> for One<'_> {

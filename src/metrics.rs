@@ -249,23 +249,25 @@ impl Metrics {
         self
     }
 
-    /// Tells which program and which policy run, and counts what this database's connections do.
+    /// Tells which program runs and, if it may be shown, which policy, and counts what this database's connections do.
     #[must_use]
-    pub fn of(mut self, policy_text: &str, database: &ConnectionMetrics) -> Self {
+    pub fn of(mut self, policy_text: Option<&str>, database: &ConnectionMetrics) -> Self {
         let version = [("version", env!("CARGO_PKG_VERSION"))];
         self.registry.register(
             "build",
             "The program that runs",
             Info::new(version.to_vec()),
         );
-        let digest = ring::digest::digest(&ring::digest::SHA256, policy_text.as_bytes());
-        let bytes = digest.as_ref().iter();
-        let sha256: String = bytes.map(|byte| format!("{byte:02x}")).collect();
-        self.registry.register(
-            "policy",
-            "The policy file's SHA-256 checksum",
-            Info::new(vec![("sha256", sha256)]),
-        );
+        if let Some(text) = policy_text {
+            let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
+            let bytes = digest.as_ref().iter();
+            let sha256: String = bytes.map(|byte| format!("{byte:02x}")).collect();
+            self.registry.register(
+                "policy",
+                "The policy file's SHA-256 checksum",
+                Info::new(vec![("sha256", sha256)]),
+            );
+        }
         self.registry.register(
             "lookup_retries",
             "Lookups tried again because their connection was of no use",

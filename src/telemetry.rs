@@ -2,7 +2,11 @@
 //! own. Levels come from `RUST_LOG`, as tracing-subscriber reads it. And how errors read in them.
 
 use clap::ValueEnum;
-use tracing_subscriber::EnvFilter;
+use tracing::Level;
+use tracing_subscriber::filter::{FilterExt, filter_fn};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -15,19 +19,25 @@ pub enum LogFormat {
 
 /// Starts logging. What `RUST_LOG` does not say is logged at info.
 pub fn start(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let subscriber = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    match format {
-        LogFormat::Json => subscriber
+    let levels = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // The client of the Kubernetes API logs answers that it cannot read, and they may hold keys.
+    let quotes_nothing = filter_fn(|event| {
+        !event.target().starts_with("kube_client") || *event.level() == Level::ERROR
+    });
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = match format {
+        LogFormat::Json => lines
             .json()
             .flatten_event(true)
             .with_current_span(false)
             .with_span_list(false)
-            .init(),
-        LogFormat::Pretty => subscriber.with_target(false).init(),
-    }
+            .boxed(),
+        LogFormat::Pretty => lines.with_target(false).boxed(),
+    };
+    let filter = levels.and(quotes_nothing);
+    tracing_subscriber::registry()
+        .with(lines.with_filter(filter))
+        .init();
 }
 
 /// An error with its causes, on one line. Each error of this crate says its own step only.

@@ -13,7 +13,7 @@ use kube::Client;
 use serde_json::json;
 
 use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print};
-use crate::audit::{Audited, Selection, SweepError, Swept, sweep};
+use crate::audit::{Audited, Namespaces, Selection, SweepError, Swept, sweep};
 use crate::cluster::{self, Evicted, PodName};
 use crate::core::audit::Finding;
 use crate::database::Database;
@@ -35,6 +35,14 @@ pub(super) struct AuditArgs {
     /// Audits the pods of all namespaces
     #[arg(short = 'A', long, env = "LLM_BILLING_ALL_NAMESPACES")]
     all_namespaces: bool,
+    /// Audits the pods of the namespaces that fit this label selector
+    #[arg(
+        long,
+        env = "LLM_BILLING_NAMESPACE_SELECTOR",
+        value_name = "SELECTOR",
+        conflicts_with_all = ["namespace", "all_namespaces"]
+    )]
+    namespace_selector: Option<String>,
     /// Audits only pods that fit this label selector too
     #[arg(short = 'l', long, env = "LLM_BILLING_SELECTOR")]
     selector: Option<String>,
@@ -127,13 +135,22 @@ pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
         bail!("--evict asks first, and nobody is there to answer; add --yes or --dry-run");
     }
     let client = cluster::connect().await?;
-    let namespace = args.namespace.clone();
-    let namespace = namespace.unwrap_or_else(|| client.default_namespace().to_owned());
+    let namespaces = match (&args.namespace, &args.namespace_selector) {
+        _ if args.all_namespaces => Namespaces::All,
+        (_, Some(selector)) => Namespaces::Selected(selector.clone()),
+        (Some(name), None) => Namespaces::One(name.clone()),
+        (None, None) => Namespaces::One(client.default_namespace().to_owned()),
+    };
     let selection = Selection {
-        namespace: (!args.all_namespaces).then_some(namespace),
+        namespaces,
         labels: args.selector.clone(),
         workspace: args.workspace.clone(),
     };
+    selection
+        .check(&policy)
+        .context("see -n and --namespace-selector")?;
+    // What serve would not start with is no ground for a verdict.
+    database.check().await.context("cannot audit")?;
 
     let mut swept = Swept::default();
     let mut shown = Vec::new();
@@ -154,7 +171,10 @@ pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
         note("\r\x1b[K")?;
     }
     print(&text(&shown, &swept, &ended, &args)?)?;
-    note(&summary(&swept, &shown))?;
+    for why in &swept.not_audited {
+        note(&format!("error: not audited: {why}"))?;
+    }
+    note(&summary(&swept, ended.is_ok()))?;
     write_metrics(args.metrics_file.as_deref(), &swept, &ended)?;
     if let Err(error) = ended {
         return Err(error).with_context(|| {
@@ -168,13 +188,13 @@ pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
         .iter()
         .filter(|pod| !pod.findings.is_empty())
         .collect();
-    let mut failed = false;
+    let mut failed = !swept.not_audited.is_empty();
     if args.events {
         failed |= !warn_on_pods(&client, &drifted).await?;
     }
     if args.eviction.evict && !drifted.is_empty() {
-        let client = cluster::connect_without_retries().await?;
-        failed |= !evict(&client, &drifted, &args.eviction).await?;
+        let (client, place) = cluster::connect_without_retries().await?;
+        failed |= !evict(&client, &place, &drifted, &args.eviction).await?;
     }
     Ok(match (failed, drifted.is_empty()) {
         (true, _) => ExitCode::from(2),
@@ -204,7 +224,13 @@ fn text(
 ) -> anyhow::Result<String> {
     let whole = || {
         let error = ended.as_ref().err().map(|error| telemetry::chain(error));
-        let summary = json!({"audited": swept.audited, "drifted": swept.drifted, "complete": ended.is_ok(), "error": error});
+        let summary = json!({
+            "audited": swept.audited,
+            "drifted": swept.drifted,
+            "not_audited": swept.not_audited,
+            "complete": ended.is_ok() && swept.not_audited.is_empty(),
+            "error": error,
+        });
         json!({"pods": pods, "summary": summary})
     };
     Ok(match args.output {
@@ -307,29 +333,36 @@ fn csv(pods: &[Audited]) -> anyhow::Result<String> {
     Ok(String::from_utf8(writer.into_inner()?)?)
 }
 
-fn summary(swept: &Swept, shown: &[Audited]) -> String {
+fn summary(swept: &Swept, is_whole: bool) -> String {
+    let Swept {
+        audited,
+        drifted,
+        not_audited,
+        by_finding,
+    } = swept;
     let mut counts: BTreeMap<Finding, usize> = BTreeMap::new();
-    for finding in shown.iter().flat_map(|pod| &pod.findings) {
-        *counts.entry(*finding).or_default() += 1;
+    for ((_, finding), count) in by_finding {
+        *counts.entry(*finding).or_default() += count;
     }
     let counts: Vec<String> = counts
         .iter()
         .map(|(finding, count)| format!("{} {count}", finding.as_str()))
         .collect();
-    let Swept {
-        audited, drifted, ..
-    } = swept;
-    match drifted {
-        0 => format!("{audited} pods audited, the env of all is true"),
-        _ => format!(
+    match (audited, drifted) {
+        _ if !is_whole || !not_audited.is_empty() => {
+            format!("{audited} pods audited, and not all, the env of {drifted} is not true")
+        }
+        (0, _) => "no pod was found".to_owned(),
+        (_, 0) => format!("{audited} pods audited, the env of all is true"),
+        (_, _) => format!(
             "{audited} pods audited, the env of {drifted} is not true: {}",
             counts.join(", ")
         ),
     }
 }
 
-/// Replaces the file whole, so that nobody reads half of it. An audit that ended early leaves it as it is, to grow
-/// old: what it saw is not what there is.
+/// Replaces the file whole, so that nobody reads half of it. An audit that did not see everything leaves it as it is,
+/// to grow old: what it saw is not what there is.
 fn write_metrics(
     file: Option<&Path>,
     swept: &Swept,
@@ -338,9 +371,13 @@ fn write_metrics(
     let (Some(file), Ok(())) = (file, ended) else {
         return Ok(());
     };
+    if !swept.not_audited.is_empty() {
+        return Ok(());
+    }
     let metrics = AuditMetrics::default();
     metrics.record(swept, now());
-    let new = file.with_extension("new");
+    let mut new = file.as_os_str().to_owned();
+    new.push(".new");
     let written = fs::write(&new, metrics.encode()?).and_then(|()| fs::rename(&new, file));
     written.with_context(|| format!("cannot write {}", file.display()))
 }
@@ -369,8 +406,14 @@ async fn warn_on_pods(client: &Client, pods: &[&Audited]) -> anyhow::Result<bool
 }
 
 /// Whether nothing failed; a pod that is kept for a reason is no failure.
-async fn evict(client: &Client, pods: &[&Audited], args: &EvictionArgs) -> anyhow::Result<bool> {
+async fn evict(
+    client: &Client,
+    place: &str,
+    pods: &[&Audited],
+    args: &EvictionArgs,
+) -> anyhow::Result<bool> {
     let kept_because = |pod: &Audited| match &pod.owner {
+        _ if pod.namespace == "kube-system" => Some("the webhook is never asked about kube-system"),
         _ if pod.findings.contains(&Finding::Refused) => {
             Some("the webhook would refuse the pod that takes its place")
         }
@@ -384,7 +427,7 @@ async fn evict(client: &Client, pods: &[&Audited], args: &EvictionArgs) -> anyho
         .iter()
         .filter(|pod| kept_because(pod).is_none())
         .count();
-    if !args.yes && !args.dry_run && candidates > 0 && !is_confirmed(candidates)? {
+    if !args.yes && !args.dry_run && candidates > 0 && !is_confirmed(candidates, place)? {
         note("nothing is evicted")?;
         return Ok(true);
     }
@@ -396,7 +439,7 @@ async fn evict(client: &Client, pods: &[&Audited], args: &EvictionArgs) -> anyho
             note(&format!("kept {name}: {reason}"))?;
             continue;
         }
-        if !first {
+        if !first && !args.dry_run {
             tokio::time::sleep(pause).await;
         }
         first = false;
@@ -417,10 +460,10 @@ async fn evict(client: &Client, pods: &[&Audited], args: &EvictionArgs) -> anyho
     Ok(all)
 }
 
-fn is_confirmed(pods: usize) -> io::Result<bool> {
+fn is_confirmed(pods: usize, place: &str) -> io::Result<bool> {
     write!(
         io::stderr(),
-        "Evict {pods} pods, to be made anew by their controllers? [y/N] "
+        "Evict {pods} pods at {place}, to be made anew by their controllers? [y/N] "
     )?;
     let mut answer = String::new();
     io::stdin().lock().read_line(&mut answer)?;

@@ -20,6 +20,7 @@ use crate::server::tls::Certificate;
 use crate::telemetry;
 
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct CheckArgs {
     #[command(flatten)]
     policy: PolicyArgs,
@@ -31,6 +32,11 @@ pub(super) struct CheckArgs {
     #[arg(long, env = "LLM_BILLING_DRY_RUN_IN", value_name = "NAMESPACE")]
     dry_run_in: Option<String>,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  llm-billing-webhook check --policy policy.yaml --database-url-file url
+  llm-billing-webhook check --policy policy.yaml --dry-run-in default  does the cluster ask the webhook?";
 
 /// The lines of the report, and whether anything is wrong.
 #[derive(Default)]

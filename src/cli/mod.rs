@@ -63,6 +63,11 @@ enum Command {
         /// The shell to complete for
         shell: Shell,
     },
+    /// Prints a man page: the program's, or that of one of its commands
+    Man {
+        /// The command, such as `audit`
+        command: Option<String>,
+    },
 }
 
 /// Runs a command, prints its error if it has one, and says with which code to exit.
@@ -76,6 +81,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Check(args) => check::check(args).await,
         Command::Policy(command) => policy::policy(&command),
         Command::Completions { shell } => completions(shell),
+        Command::Man { command } => man(command.as_deref()),
     };
     match done {
         Ok(code) => code,
@@ -105,6 +111,28 @@ fn completions(shell: Shell) -> anyhow::Result<ExitCode> {
         &mut script,
     );
     print(&String::from_utf8_lossy(&script))
+}
+
+fn man(name: Option<&str>) -> anyhow::Result<ExitCode> {
+    let program = env!("CARGO_PKG_NAME");
+    let mut all = Cli::command();
+    all.build();
+    let command = match name {
+        None => all,
+        Some(name) => {
+            let command = all
+                .find_subcommand(name)
+                .with_context(|| format!("there is no command {name:?}; see: {program} help"))?;
+            command.clone().name(
+                command
+                    .get_bin_name()
+                    .map_or_else(|| name.to_owned(), |name| name.replace(' ', "-")),
+            )
+        }
+    };
+    let mut page = Vec::new();
+    clap_mangen::Man::new(command).render(&mut page)?;
+    print(&String::from_utf8_lossy(&page))
 }
 
 /// Whether to colour what goes to stdout.
@@ -200,6 +228,19 @@ impl DatabaseArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_command_that_does_something_teaches_by_example() {
+        for command in Cli::command().get_subcommands() {
+            let name = command.get_name();
+            let help = command.get_after_help().map(ToString::to_string);
+            let teaches = help.is_some_and(|help| help.contains(&format!("{name} ")));
+            assert!(
+                teaches || ["completions", "man", "policy"].contains(&name),
+                "{name}"
+            );
+        }
+    }
 
     #[test]
     fn every_flag_is_also_an_environment_variable_of_its_name() {

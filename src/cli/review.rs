@@ -24,6 +24,7 @@ use crate::database::Database;
 use crate::telemetry;
 
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct ReviewArgs {
     /// A Pod, Deployment, StatefulSet, DaemonSet, ReplicaSet, Job, CronJob, List, AdmissionReview or several
     /// of them, in YAML or JSON; `-` for standard input
@@ -63,6 +64,12 @@ pub(super) struct ReviewArgs {
     #[command(flatten)]
     database: DatabaseArgs,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  llm-billing-webhook review -f pod.yaml --mode byok                   what changes, without a database
+  kubectl kustomize . | llm-billing-webhook review -f - --mode platform_managed --policy policy.yaml
+  llm-billing-webhook review -n ws-acme deployment/agent -o patch      of what is in the cluster";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Output {

@@ -11,7 +11,9 @@ use clap::Args;
 use tracing::warn;
 
 use super::{DatabaseArgs, PolicyArgs, dev};
+use crate::audit::{Namespaces, Selection};
 use crate::cluster;
+use crate::core::policy::Policy;
 use crate::database::{Database, LookupError, UrlSource};
 use crate::metrics::Metrics;
 use crate::server::authority::Wanted;
@@ -23,6 +25,7 @@ use crate::server::{Audits, Bound, Drain, Upkeep};
 use crate::telemetry::{self, LogFormat};
 
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub(super) struct ServeArgs {
     /// Tries it with nothing else installed: an SQLite file with sample workspaces, a certificate made at
     /// start, a sample proxy. Listens on 127.0.0.1 unless told otherwise
@@ -48,6 +51,14 @@ pub(super) struct ServeArgs {
     /// Audits all running workspace pods, and again so long after each audit; needs the permission to list pods
     #[arg(long, env = "LLM_BILLING_AUDIT_INTERVAL", value_name = "DURATION", value_parser = humantime::parse_duration)]
     audit_interval: Option<Duration>,
+    /// Audits the namespaces that fit this label selector alone; needs the permission to list namespaces
+    #[arg(
+        long,
+        env = "LLM_BILLING_AUDIT_NAMESPACE_SELECTOR",
+        value_name = "SELECTOR",
+        requires = "audit_interval"
+    )]
+    audit_namespace_selector: Option<String>,
     /// How long to go on accepting connections after SIGTERM, while the cluster takes the address out
     #[arg(long, env = "LLM_BILLING_DRAIN_DELAY", value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
     drain_delay: Duration,
@@ -58,6 +69,11 @@ pub(super) struct ServeArgs {
     #[arg(long, env = "LLM_BILLING_LOG_FORMAT", value_enum)]
     log_format: Option<LogFormat>,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  llm-billing-webhook serve --dev                                      try it, with nothing else installed
+  llm-billing-webhook serve --policy policy.yaml --database-url-file url --tls-cert tls.crt --tls-key tls.key";
 
 /// The certificate's files.
 #[derive(Debug, Args)]
@@ -176,14 +192,10 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let database = Database::connect_lazily(database(&args).await?, &policy.lookup)?;
     let (certificate, upkeep) = certificate(&args).await?;
     refuse_wrong_query(&database).await?;
-    let audits = match args.audit_interval {
-        Some(interval) => Some(Audits {
-            client: cluster::connect().await?,
-            interval,
-        }),
-        None => None,
-    };
-    let metrics = Metrics::default().of(&policy_text, &database.metrics);
+    let audits = audits(&args, &policy).await?;
+    // Even a checksum can tell whether a token was guessed.
+    let policy_shown = (!policy.has_literal_token()).then_some(policy_text.as_str());
+    let metrics = Metrics::default().of(policy_shown, &database.metrics);
     let metrics = match audits {
         Some(_) => metrics.with_audits(),
         None => metrics,
@@ -219,6 +231,25 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         .await
         .context("cannot serve")?;
     Ok(ExitCode::SUCCESS)
+}
+
+async fn audits(args: &ServeArgs, policy: &Policy) -> anyhow::Result<Option<Audits>> {
+    let Some(interval) = args.audit_interval else {
+        return Ok(None);
+    };
+    let selector = args.audit_namespace_selector.clone();
+    let selection = Selection {
+        namespaces: selector.map_or(Namespaces::All, Namespaces::Selected),
+        ..Selection::default()
+    };
+    selection
+        .check(policy)
+        .context("see --audit-namespace-selector")?;
+    Ok(Some(Audits {
+        client: cluster::connect().await?,
+        selection,
+        interval,
+    }))
 }
 
 async fn certificate(args: &ServeArgs) -> anyhow::Result<(Certificate, Upkeep)> {

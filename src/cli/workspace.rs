@@ -18,6 +18,7 @@ use crate::core::workspace::{Identity, identify};
 use crate::database::{Database, DatabaseUrl, Embedded};
 
 #[derive(Debug, Args)]
+#[command(after_help = RESOLVE_EXAMPLES)]
 pub(super) struct ResolveArgs {
     /// The workspace's id: the value of its pods' workspace label
     workspace: String,
@@ -47,6 +48,11 @@ pub(super) struct ResolveArgs {
     #[command(flatten)]
     database: DatabaseArgs,
 }
+
+const RESOLVE_EXAMPLES: &str = "\
+Examples:
+  llm-billing-webhook resolve 22222222-2222-4222-8222-222222222222 --database-url-file url
+  llm-billing-webhook resolve 22222222-2222-4222-8222-222222222222 -n ws-acme -o json";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Output {
@@ -103,6 +109,7 @@ pub(super) async fn resolution(
 }
 
 #[derive(Debug, Subcommand)]
+#[command(after_help = WORKSPACE_EXAMPLES)]
 pub(super) enum WorkspaceCommand {
     /// Prints all workspaces with their modes; `-` where nobody chose one
     List(EmbeddedArgs),
@@ -124,6 +131,11 @@ pub(super) enum WorkspaceCommand {
         embedded: EmbeddedArgs,
     },
 }
+
+const WORKSPACE_EXAMPLES: &str = "\
+Examples:
+  llm-billing-webhook workspace list
+  llm-billing-webhook workspace set 22222222-2222-4222-8222-222222222222 byok";
 
 #[derive(Debug, Args)]
 pub(super) struct EmbeddedArgs {

@@ -471,6 +471,16 @@ impl Policy {
         warnings
     }
 
+    /// Whether the usage token itself is in the policy.
+    #[must_use]
+    pub fn has_literal_token(&self) -> bool {
+        let token = self
+            .proxy
+            .as_ref()
+            .and_then(|proxy| proxy.usage_token.as_ref());
+        matches!(token, Some(UsageToken::Literal(_)))
+    }
+
     fn validate(&self) -> Result<(), PolicyError> {
         let contradiction =
             |field: String, problem| Err(PolicyError::Contradiction { field, problem });

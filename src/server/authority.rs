@@ -19,6 +19,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use thiserror::Error;
 use time::OffsetDateTime;
+use x509_parser::extensions::GeneralName;
 
 use super::tls::{Certificate, CertificatePem};
 
@@ -84,7 +85,7 @@ impl Wanted {
             return Err(WantedError::Name(name.clone()));
         }
         if certificate_lifetime < Duration::from_secs(5)
-            || authority_lifetime < 2 * certificate_lifetime
+            || authority_lifetime / 2 < certificate_lifetime
         {
             return Err(WantedError::Lifetimes);
         }
@@ -130,68 +131,30 @@ impl Wanted {
             }
         };
         next.authorities = trusted.iter().map(|one| format!("{}\n", one.pem)).collect();
-        let renews = match self.serving(held, &trusted, now) {
-            None => true,
+        let names = match serving(held, &trusted, now) {
+            None => Some(self.names.clone()),
             // Nobody trusts the new authority yet.
-            Some(_) if is_new => false,
-            Some(serving) => is_settled && (serving.is_due || !serving.is_of_the_newest),
+            Some(_) if is_new || !is_settled => None,
+            Some(serving) if self.is_due(&serving, now) => Some(self.names.clone()),
+            // Replicas that want other names are about, perhaps in a rollout: it has to have theirs too.
+            Some(serving) => {
+                let lacking = |name: &&String| !serving.names.contains(name);
+                let mut names: Vec<String> = self.names.iter().filter(lacking).cloned().collect();
+                (!names.is_empty()).then(|| {
+                    names.extend(serving.names);
+                    names
+                })
+            }
         };
-        if renews {
-            (next.certificate, next.key) = self.make_certificate(&signer, now)?;
+        if let Some(names) = names {
+            (next.certificate, next.key) = self.make_certificate(&signer, names, now)?;
         }
         Ok((next != *held).then_some(next))
     }
 
-    /// What is kept, put right from what is remembered of it if nobody would accept a certificate by what is
-    /// kept alone: clients go on trusting what the replicas serve, even if the Secret is deleted.
-    #[must_use]
-    pub fn restored(&self, kept: Option<Held>, remembered: &Held, now: i64) -> Held {
-        let Some(mut held) = kept else {
-            return remembered.clone();
-        };
-        if self.is_accepted(&held, now) {
-            return held;
-        }
-        held.authorities += &remembered.authorities;
-        if !self.is_accepted(&held, now) {
-            held.certificate.clone_from(&remembered.certificate);
-            held.key.clone_from(&remembered.key);
-        }
-        held
-    }
-
-    /// Whether clients that trust the authorities that are held accept the certificate, by every name.
-    fn is_accepted(&self, held: &Held, now: i64) -> bool {
-        self.serving(held, &trusted(&held.authorities, now), now)
-            .is_some()
-    }
-
-    fn serving(&self, held: &Held, trusted: &[Authority], now: i64) -> Option<Serving> {
-        let pem = CertificatePem {
-            certificate: held.certificate.clone().into_bytes(),
-            key: held.key.clone().into_bytes(),
-            client_ca: None,
-        };
-        let certificate = Certificate::from_pem(&pem).ok()?;
-        let leaf = CertificateDer::from_pem_slice(&pem.certificate).ok()?;
-        let is_accepted = |authorities: &[Authority]| {
-            let verifier = verifier(authorities);
-            let at = UnixTime::since_unix_epoch(Duration::from_secs(now.unsigned_abs()));
-            verifier.is_some_and(|verifier| {
-                self.names.iter().all(|name| {
-                    ServerName::try_from(name.as_str()).is_ok_and(|name| {
-                        verifier
-                            .verify_server_cert(&leaf, &[], &name, &[], at)
-                            .is_ok()
-                    })
-                })
-            })
-        };
+    fn is_due(&self, serving: &Serving, now: i64) -> bool {
         let third = i64::try_from(self.certificate_lifetime.as_secs() / 3).unwrap_or(i64::MAX);
-        is_accepted(trusted).then(|| Serving {
-            is_due: certificate.not_after.saturating_sub(now) < third,
-            is_of_the_newest: trusted.get(..1).is_some_and(is_accepted),
-        })
+        serving.not_after.saturating_sub(now) < third || !serving.is_of_the_newest
     }
 
     fn make_authority(&self, now: i64) -> Result<(Authority, Signer), rcgen::Error> {
@@ -218,13 +181,11 @@ impl Wanted {
     fn make_certificate(
         &self,
         signer: &Signer,
+        names: Vec<String>,
         now: i64,
     ) -> Result<(String, String), rcgen::Error> {
         let key = KeyPair::generate()?;
-        let mut params = CertificateParams::new(self.names.clone())?;
-        if let Some(name) = self.names.first() {
-            params.distinguished_name.push(DnType::CommonName, name);
-        }
+        let mut params = CertificateParams::new(names)?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         params.use_authority_key_identifier_extension = true;
@@ -233,11 +194,79 @@ impl Wanted {
     }
 }
 
-/// The certificate that is held, if clients accept it.
+impl Held {
+    /// What is kept, put right from what is remembered of it if nobody would accept a certificate by what is kept
+    /// alone: clients go on trusting what the replicas serve, even if the Secret is deleted.
+    #[must_use]
+    pub fn restored(kept: Option<Self>, remembered: &Self, now: i64) -> Self {
+        let Some(mut held) = kept else {
+            return remembered.clone();
+        };
+        if held.is_accepted(now) {
+            return held;
+        }
+        held.authorities += &remembered.authorities;
+        if !held.is_accepted(now) {
+            held.certificate.clone_from(&remembered.certificate);
+            held.key.clone_from(&remembered.key);
+        }
+        held
+    }
+
+    /// Whether clients that trust the authorities that are held accept the certificate.
+    #[must_use]
+    pub fn is_accepted(&self, now: i64) -> bool {
+        serving(self, &trusted(&self.authorities, now), now).is_some()
+    }
+}
+
+/// The certificate that is held, if clients accept it by one of its names.
 struct Serving {
-    /// A third of its life or less is left.
-    is_due: bool,
+    names: Vec<String>,
+    /// In seconds since the epoch.
+    not_after: i64,
     is_of_the_newest: bool,
+}
+
+fn serving(held: &Held, trusted: &[Authority], now: i64) -> Option<Serving> {
+    let pem = CertificatePem {
+        certificate: held.certificate.clone().into_bytes(),
+        key: held.key.clone().into_bytes(),
+        client_ca: None,
+    };
+    let Certificate { not_after, .. } = Certificate::from_pem(&pem).ok()?;
+    let leaf = CertificateDer::from_pem_slice(&pem.certificate).ok()?;
+    let names = names(&leaf)?;
+    let is_accepted = |authorities: &[Authority]| {
+        let at = UnixTime::since_unix_epoch(Duration::from_secs(now.unsigned_abs()));
+        let name = names
+            .first()
+            .and_then(|name| ServerName::try_from(name.as_str()).ok());
+        verifier(authorities)
+            .zip(name)
+            .is_some_and(|(verifier, name)| {
+                verifier
+                    .verify_server_cert(&leaf, &[], &name, &[], at)
+                    .is_ok()
+            })
+    };
+    is_accepted(trusted).then(|| Serving {
+        is_of_the_newest: trusted.get(..1).is_some_and(is_accepted),
+        names: names.clone(),
+        not_after,
+    })
+}
+
+/// The DNS names of a certificate.
+fn names(certificate: &CertificateDer<'_>) -> Option<Vec<String>> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let alternative = parsed.subject_alternative_name().ok()??;
+    let names = alternative.value.general_names.iter();
+    let names = names.filter_map(|name| match name {
+        GeneralName::DNSName(name) => Some((*name).to_owned()),
+        _ => None,
+    });
+    Some(names.collect())
 }
 
 type Signer = Issuer<'static, KeyPair>;
@@ -266,7 +295,7 @@ impl Authority {
     }
 }
 
-/// The authorities in a text that have not expired, in its order. What else is in it is passed over.
+/// The authorities in a text that have not expired, in its order, each once. What else is in it is passed over.
 fn trusted(text: &str, now: i64) -> Vec<Authority> {
     const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
     const END: &str = "-----END CERTIFICATE-----";
@@ -284,10 +313,14 @@ fn trusted(text: &str, now: i64) -> Vec<Authority> {
             not_after,
         })
     };
-    blocks
-        .filter_map(authority)
-        .filter(|authority| authority.not_after > now)
-        .collect()
+    let mut trusted: Vec<Authority> = Vec::new();
+    for authority in blocks.filter_map(authority) {
+        let is_known = trusted.iter().any(|known| known.der == authority.der);
+        if authority.not_after > now && !is_known {
+            trusted.push(authority);
+        }
+    }
+    trusted
 }
 
 fn verifier(authorities: &[Authority]) -> Option<Arc<WebPkiServerVerifier>> {
@@ -346,18 +379,18 @@ mod tests {
             authorities: authorities.to_owned(),
             ..served.clone()
         };
-        service().is_accepted(&client, now)
+        client.is_accepted(now)
     }
 
     #[test]
     fn out_of_nothing_come_one_authority_and_a_certificate_that_its_clients_accept() {
         let held = first();
         assert_eq!(count(&held), 1);
-        assert!(service().is_accepted(&held, START));
+        assert!(held.is_accepted(START));
         // A client's clock may be behind, and by the end of its life nobody accepts it.
-        assert!(service().is_accepted(&held, START - 3000));
-        assert!(service().is_accepted(&held, START + 90 * DAY));
-        assert!(!service().is_accepted(&held, START + 90 * DAY + 1));
+        assert!(held.is_accepted(START - 3000));
+        assert!(held.is_accepted(START + 90 * DAY));
+        assert!(!held.is_accepted(START + 90 * DAY + 1));
         for settled in [false, true] {
             assert!(service().next(&held, START + 1, settled).unwrap().is_none());
         }
@@ -438,7 +471,7 @@ mod tests {
         }
         let (_, next) = damaged(&|held| held.authorities = "no PEM".to_owned()).unwrap();
         assert_eq!(count(&next), 1);
-        assert!(service().is_accepted(&next, START));
+        assert!(next.is_accepted(START));
         let (_, next) = damaged(&|held| held.authorities.insert_str(0, "# ours\n")).unwrap();
         assert!(next == held);
     }
@@ -447,7 +480,7 @@ mod tests {
     fn what_is_deleted_or_damaged_comes_back_from_memory_unless_what_is_left_is_good() {
         let (remembered, other) = (first(), first());
         let restored = |kept| {
-            let restored = service().restored(kept, &remembered, START);
+            let restored = Held::restored(kept, &remembered, START);
             let next = service().next(&restored, START, true).unwrap();
             next.unwrap_or(restored)
         };
@@ -461,7 +494,7 @@ mod tests {
         assert_eq!(count(&next), 2);
         assert!(next.authorities.starts_with(&other.authorities));
         assert!(accepts(&remembered.authorities, &remembered, START));
-        assert!(service().is_accepted(&next, START));
+        assert!(next.is_accepted(START));
         let next = restored(Some(Held::default()));
         assert!(next.certificate == remembered.certificate);
         assert_eq!(count(&next), 2);
@@ -470,18 +503,49 @@ mod tests {
     }
 
     #[test]
-    fn another_name_is_another_certificate() {
-        let held = first();
-        let renamed = wanted(&["w.ns.svc", "other.ns.svc"]);
-        let next = renamed.next(&held, START, false).unwrap().unwrap();
-        assert!(next.authorities == held.authorities);
-        assert!(renamed.is_accepted(&next, START));
-        assert!(
-            wanted(&["w.ns.svc"])
-                .next(&held, START, true)
-                .unwrap()
-                .is_none()
+    fn replicas_that_want_other_names_agree_on_a_certificate_with_all_of_them() {
+        let mut held = first();
+        let other = wanted(&["w.ns.svc", "other.ns.svc"]);
+        for (wanted, changes) in [(&other, true), (&service(), false), (&other, false)] {
+            assert!(
+                wanted.next(&held, START, false).unwrap().is_none(),
+                "it is not settled"
+            );
+            let next = wanted.next(&held, START, true).unwrap();
+            assert_eq!(next.is_some(), changes);
+            held = next.unwrap_or(held);
+        }
+        assert!(held.authorities == first_authorities(&held));
+        let leaf = CertificateDer::from_pem_slice(held.certificate.as_bytes()).unwrap();
+        assert_eq!(
+            names(&leaf).unwrap(),
+            ["other.ns.svc", "w.ns.svc", "w.ns.svc.cluster.local"]
         );
+        // Once it is due, only those that are wanted then.
+        let renewed = other.next(&held, START + 61 * DAY, true).unwrap().unwrap();
+        let leaf = CertificateDer::from_pem_slice(renewed.certificate.as_bytes()).unwrap();
+        assert_eq!(names(&leaf).unwrap(), ["w.ns.svc", "other.ns.svc"]);
+    }
+
+    /// The authorities as they are held when there is one.
+    fn first_authorities(held: &Held) -> String {
+        assert_eq!(count(held), 1);
+        held.authorities.clone()
+    }
+
+    #[test]
+    fn what_is_damaged_again_and_again_does_not_make_the_authorities_more() {
+        let remembered = first();
+        let mut kept = remembered.clone();
+        for _ in 0..3 {
+            kept.certificate.clear();
+            let restored = Held::restored(Some(kept), &remembered, START);
+            kept = service()
+                .next(&restored, START, true)
+                .unwrap()
+                .unwrap_or(restored);
+        }
+        assert!(kept == remembered);
     }
 
     #[test]
@@ -523,6 +587,7 @@ mod tests {
                 .map(|error| error.to_string())
         };
         assert_eq!(of(&["a.b.svc"], 5, 10), None);
+        assert!(of(&["a.b.svc"], u64::MAX, 10).is_some());
         assert!(of(&[], 5, 10).unwrap().contains("--tls-dns-name"));
         assert!(
             of(&["a b"], 5, 10)

@@ -69,6 +69,8 @@ pub enum Upkeep {
 pub struct Audits {
     /// Lists the pods.
     pub client: kube::Client,
+    /// Which pods are audited.
+    pub selection: Selection,
     /// From the end of one audit to the start of the next.
     pub interval: Duration,
 }
@@ -271,24 +273,37 @@ async fn follow_database_url(app: &App) {
 
 /// Audits all running workspace pods again and again, for ever.
 async fn audit(app: &App, audits: Option<Audits>) {
-    let Some(Audits { client, interval }) = audits else {
+    let Some(Audits {
+        client,
+        selection,
+        interval,
+    }) = audits
+    else {
         return std::future::pending().await;
     };
-    let all = Selection::default();
     loop {
         let mut swept = Swept::default();
         let (database, policy) = (&app.database, &app.policy);
-        match sweep(&client, database, policy, &all, &mut swept, drop).await {
-            Ok(()) => {
+        match sweep(&client, database, policy, &selection, &mut swept, drop).await {
+            Ok(()) if swept.not_audited.is_empty() => {
                 app.metrics.audits.record(&swept, health::now());
                 info!(audited = swept.audited, drifted = swept.drifted, "audit");
+            }
+            Ok(()) => {
+                app.metrics.audits.fail();
+                error!(
+                    error = swept.not_audited.first(),
+                    audited = swept.audited,
+                    not_audited = swept.not_audited.len(),
+                    "some pods were not audited; what the last whole audit found stays"
+                );
             }
             Err(error) => {
                 app.metrics.audits.fail();
                 error!(
                     error = telemetry::chain(&error),
                     audited = swept.audited,
-                    "the audit ended early; what the last one found stays"
+                    "the audit ended early; what the last whole one found stays"
                 );
             }
         }

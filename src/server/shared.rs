@@ -33,8 +33,9 @@ use crate::telemetry;
 const START_TIMEOUT: Duration = Duration::from_secs(30);
 /// Between two tries until then.
 const START_PAUSE: Duration = Duration::from_secs(1);
-/// Longest wait for all that is asked of the API server at a time.
-const ROUND_TIMEOUT: Duration = Duration::from_secs(10);
+/// Looks in whose time all that is asked of the API server at one look must be answered: less than the time in which
+/// an authority settles, so that no slow replica writes an older list over a newer one.
+const LONGEST_LOOK: u32 = 2;
 /// Looks after which an authority that was there each time is known to all API servers: they follow webhook
 /// configurations within a second or so, and looks are ten seconds apart.
 const SETTLING_LOOKS: u32 = 3;
@@ -140,7 +141,11 @@ impl Shared {
     pub async fn obtain(&mut self) -> Result<Certificate, SharedError> {
         let started = Instant::now();
         loop {
-            match self.look().await {
+            let looked = match self.look().await {
+                Ok((pem, Ok(()))) => Ok(pem),
+                Ok((_, Err(error))) | Err(error) => Err(error),
+            };
+            match looked {
                 Ok(pem) => {
                     let certificate = Certificate::from_pem(&pem)?;
                     self.served = Some(pem);
@@ -160,34 +165,39 @@ impl Shared {
         let mut failing = false;
         loop {
             sleep(self.wanted.interval()).await;
-            let looked = self.look().await;
-            match &looked {
-                Ok(pem) if self.served.as_ref() == Some(pem) => {}
-                Ok(pem) => {
-                    shown.change(Certificate::from_pem(pem));
-                    self.served = Some(pem.clone());
+            let failed = match self.look().await {
+                Ok((pem, published)) => {
+                    if self.served.as_ref() != Some(&pem) {
+                        shown.change(Certificate::from_pem(&pem));
+                        self.served = Some(pem);
+                    }
+                    published.err()
                 }
+                Err(error) => Some(error),
+            };
+            if let Some(error) = &failed {
+                shown.metrics.certificate_reload("failed");
                 // Said once, not every ten seconds.
-                Err(_) if failing => {}
-                Err(error) => {
-                    shown.metrics.certificate_reload("failed");
+                if !failing {
                     error!(
                         error = telemetry::chain(error),
-                        "the certificate cannot be kept; the old one stays"
+                        "the certificate cannot be kept; what is served stays"
                     );
                 }
             }
-            failing = looked.is_err();
+            failing = failed.is_some();
         }
     }
 
-    /// Does what must be done, and tells what is to be served.
-    async fn look(&mut self) -> Result<CertificatePem, SharedError> {
+    /// Does what must be done, and tells what is to be served: also if it cannot be published just now, for nothing
+    /// is signed by an authority that was not published before.
+    async fn look(&mut self) -> Result<(CertificatePem, Result<(), SharedError>), SharedError> {
+        let longest = self.wanted.interval() * LONGEST_LOOK;
         let done = async {
             self.agree().await?;
-            self.publish().await
+            Ok(self.publish().await)
         };
-        timeout(ROUND_TIMEOUT, done)
+        let published = timeout(longest.max(Duration::from_secs(1)), done)
             .await
             .unwrap_or(Err(SharedError::Timeout))?;
         let client_ca = self
@@ -196,11 +206,12 @@ impl Shared {
             .as_deref()
             .map(tls::read)
             .transpose()?;
-        Ok(CertificatePem {
+        let pem = CertificatePem {
             certificate: self.held.certificate.clone().into_bytes(),
             key: self.held.key.clone().into_bytes(),
             client_ca,
-        })
+        };
+        Ok((pem, published))
     }
 
     /// Brings what is held and what is in the Secret to the same.
@@ -217,7 +228,11 @@ impl Shared {
             let kept = kept.map_err(|error| failed(error.into()))?;
             let kept_held = kept.as_ref().map(held);
             let now = now();
-            let restored = self.wanted.restored(kept_held.clone(), &self.held, now);
+            let mut restored = Held::restored(kept_held.clone(), &self.held, now);
+            if !restored.is_accepted(now) {
+                // There may be replicas, or a certificate of somebody else's, that are trusted by what is published.
+                restored.authorities += &self.published_authorities().await?;
+            }
             let is_settled = self.is_settled(&restored.authorities);
             let next = self.wanted.next(&restored, now, is_settled)?;
             let next = next.unwrap_or(restored);
@@ -270,13 +285,29 @@ impl Shared {
         Ok(())
     }
 
+    /// The authorities that clients trust now.
+    async fn published_authorities(&self) -> Result<String, SharedError> {
+        let mut all = String::new();
+        for Configuration { api, name, .. } in &self.configurations {
+            let found = api.get_opt(name).await;
+            let found = found.map_err(|error| SharedError::Publish(name.clone(), error.into()))?;
+            all.extend(found.iter().flat_map(ca_bundles));
+        }
+        Ok(all)
+    }
+
     /// Puts the authorities into every configuration that lacks them.
     async fn publish(&mut self) -> Result<(), SharedError> {
         let authorities = &self.held.authorities;
         for configuration in &mut self.configurations {
-            if let Err(error) = configuration.publish(authorities).await {
-                self.published = None;
-                return Err(SharedError::Publish(configuration.name.clone(), error));
+            match configuration.publish(authorities).await {
+                Ok(false) => {}
+                // Whatever was there, from now on it is known.
+                Ok(true) => self.published = None,
+                Err(error) => {
+                    self.published = None;
+                    return Err(SharedError::Publish(configuration.name.clone(), error));
+                }
             }
         }
         let is_known = matches!(&self.published, Some((known, _)) if known == authorities);
@@ -330,7 +361,8 @@ struct Configuration {
 }
 
 impl Configuration {
-    async fn publish(&mut self, authorities: &str) -> Result<(), ClusterError> {
+    /// Whether the configuration lacked them.
+    async fn publish(&mut self, authorities: &str) -> Result<bool, ClusterError> {
         let mut conflicts = 0;
         loop {
             let Some(mut found) = self.api.get_opt(&self.name).await? else {
@@ -342,17 +374,17 @@ impl Configuration {
                     );
                 }
                 self.is_missing = true;
-                return Ok(());
+                return Ok(false);
             };
             self.is_missing = false;
             if !set_ca_bundle(&mut found, authorities) {
-                return Ok(());
+                return Ok(false);
             }
             let params = PostParams::default();
             match self.api.replace(&self.name, &params, &found).await {
                 Ok(_) => {
                     info!(name = self.name, "caBundle written");
-                    return Ok(());
+                    return Ok(true);
                 }
                 Err(kube::Error::Api(status))
                     if status.code == 409 && conflicts < MOST_CONFLICTS =>
@@ -363,6 +395,16 @@ impl Configuration {
             }
         }
     }
+}
+
+/// What the webhooks of a configuration are trusted by; what is no text is passed over.
+fn ca_bundles(found: &DynamicObject) -> Vec<String> {
+    let webhooks = found.data.get("webhooks").and_then(Value::as_array);
+    let bundles = webhooks.into_iter().flatten().filter_map(|webhook| {
+        let bundle = webhook.pointer("/clientConfig/caBundle")?.as_str()?;
+        String::from_utf8(STANDARD.decode(bundle).ok()?).ok()
+    });
+    bundles.collect()
 }
 
 /// Gives each webhook of a configuration the authorities; whether one lacked them.

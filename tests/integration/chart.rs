@@ -26,13 +26,28 @@ use crate::support::transcript::page;
 const DATABASE: &str = "database.existingSecret=db";
 
 /// Settings that together use every part of the chart.
-const MATRIX: [&[&str]; 9] = [
+const MATRIX: [&[&str]; 10] = [
     &[DATABASE],
     &[
         DATABASE,
         "guard.enabled=true",
         "tls.clientCA.secretName=clients",
         "database.caSecret.name=ca",
+    ],
+    &[
+        DATABASE,
+        "scope=namespace",
+        "namespaceSelector.matchLabels.workspaces=yes",
+        "namespaceSelector.matchExpressions[0].key=team",
+        "namespaceSelector.matchExpressions[0].operator=In",
+        "namespaceSelector.matchExpressions[0].values={a,b}",
+        "audit.interval=10m",
+        "audit.cronJob.enabled=true",
+        "rbac.create=false",
+        "tls.mode=provided",
+        "tls.provided.secretName=tls",
+        "networkPolicy.enabled=true",
+        "fullnameOverride=a-name-of-sixty-three-characters-is-as-long-as-one-may-be-here",
     ],
     &[
         DATABASE,
@@ -201,7 +216,7 @@ fn a_real_api_server_accepts_every_rendered_object_field_by_field() {
 
 #[test]
 fn settings_that_cannot_work_are_refused_with_the_remedy_before_anything_is_installed() {
-    let table: [(&[&str], &str); 15] = [
+    let table: [(&[&str], &str); 16] = [
         (&[], "no database is given: set database.existingSecret"),
         (&[DATABASE, "database.sqlite.enabled=true"], "are both set"),
         (&["database.sqlite.enabled=true"], "set replicas=1"),
@@ -213,6 +228,14 @@ fn settings_that_cannot_work_are_refused_with_the_remedy_before_anything_is_inst
         (
             &[DATABASE, "tls.mode=provided"],
             "set tls.provided.secretName",
+        ),
+        (
+            &[
+                DATABASE,
+                "tls.selfManaged.lifetime=1d",
+                "tls.selfManaged.caLifetime=1d",
+            ],
+            "less than twice tls.selfManaged.lifetime",
         ),
         (
             &[DATABASE, "tls.mode=self-signed"],

@@ -12,6 +12,7 @@ mod audit;
 mod boundary;
 mod chart;
 mod check;
+mod configuration;
 mod contract;
 mod core_contract;
 mod core_properties;

@@ -1,12 +1,14 @@
 //! The certificate that replicas make, share, publish and renew themselves, with the identity and the permissions
 //! that the chart gives them, while an API server asks them about pods by the `caBundle` that it has.
 
+use std::io::{Read, Write};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use rcgen::{CertificateParams, Issuer, KeyPair};
 use serde_json::{Value, json};
 
 use crate::support::api_server::ApiServer;
@@ -298,6 +300,155 @@ fn what_is_deleted_or_damaged_heals_by_itself_and_pods_are_created_meanwhile() {
             .then_some(())
     });
     cluster.create_a_pod().unwrap();
+}
+
+#[test]
+fn a_replica_that_starts_after_the_secret_was_deleted_cuts_off_none_that_runs() {
+    let cluster = Cluster::install();
+    // It looks every ten seconds, and has not noticed yet.
+    let old = cluster.start(&cluster.at_the_port(), "90d", "365d");
+    let authority = cluster.secret("ca.crt").unwrap();
+    let created = cluster.create_during(|| {
+        cluster.api.delete(SECRET);
+        let new = cluster.start("127.0.0.1:0", "90d", "365d");
+        let authorities = cluster.secret("ca.crt").unwrap();
+        assert_eq!(count(&authorities), 2);
+        assert!(authorities.ends_with(&authority));
+        wait_for("the old one serves the new certificate", || {
+            let newest = authorities.strip_suffix(&authority)?;
+            (new.is_trusted_by(newest) && old.is_trusted_by(newest)).then_some(())
+        });
+    });
+    assert!(created > 0);
+}
+
+#[test]
+fn a_certificate_that_others_made_stays_trusted_when_the_replicas_take_over() {
+    let cluster = Cluster::install();
+    let address = cluster.at_the_port();
+    let provided = Start {
+        policy: crate::support::PROXY,
+        database_url: "sqlite://nowhere.sqlite",
+        arguments: &["--listen", &address, "--health-listen", "127.0.0.1:0"],
+        ..Start::default()
+    }
+    .start();
+    let foreign = provided.authority.pem();
+    for configuration in [CONFIGURATION, GUARD] {
+        cluster.api.change(configuration, |configuration| {
+            configuration["webhooks"][0]["clientConfig"]["caBundle"] =
+                STANDARD.encode(&foreign).into();
+        });
+    }
+    wait_for("the API server knows it", || cluster.create_a_pod().ok());
+    let created = cluster.create_during(|| {
+        let replica = cluster.start("127.0.0.1:0", "90d", "365d");
+        let bundle = cluster.ca_bundle(CONFIGURATION).unwrap();
+        assert!(bundle.contains(foreign.trim()), "{bundle}");
+        assert!(replica.is_trusted_by(&bundle));
+        std::thread::sleep(Duration::from_secs(1));
+    });
+    assert!(created > 0);
+}
+
+#[test]
+fn a_configuration_that_cannot_be_written_stops_neither_renewal_nor_serving() {
+    let cluster = Cluster::install();
+    let replica = cluster.start(&cluster.at_the_port(), "9s", "1h");
+    let role = "/apis/rbac.authorization.k8s.io/v1/clusterroles/llm-billing-webhook";
+    let authority = cluster.secret("ca.crt").unwrap();
+    let created = cluster.create_during(|| {
+        cluster.api.change(role, |role| {
+            role["rules"]
+                .as_array_mut()
+                .unwrap()
+                .retain(|rule| rule["resources"][0] != "validatingwebhookconfigurations");
+        });
+        wait_for("it tells", || {
+            replica.log().contains("cannot publish").then_some(())
+        });
+        // Another replica, which can write it, renews the certificate.
+        let key = KeyPair::from_pem(&cluster.secret("ca.key").unwrap()).unwrap();
+        let issuer = Issuer::from_ca_cert_pem(&authority, key).unwrap();
+        let key = KeyPair::generate().unwrap();
+        let names = of_chart_and_localhost(&cluster);
+        let certificate = CertificateParams::new(names).unwrap();
+        let certificate = certificate.signed_by(&key, &issuer).unwrap().pem();
+        cluster.api.change(SECRET, |secret| {
+            secret["data"]["tls.crt"] = STANDARD.encode(&certificate).into();
+            secret["data"]["tls.key"] = STANDARD.encode(key.serialize_pem()).into();
+        });
+        replica.wait_for_log("\"certificate reloaded\"");
+    });
+    assert!(created > 0);
+    let metrics = replica.health("/metrics").1;
+    let failed = "llm_billing_certificate_reloads_total{result=\"failed\"} ";
+    let failed = metrics.lines().find_map(|line| line.strip_prefix(failed));
+    let failed: u32 = failed.unwrap().parse().unwrap();
+    assert!(failed > 1, "each look is counted: {failed}");
+    assert!(replica.is_trusted_by(&authority));
+}
+
+/// The names that a replica's certificate has here.
+fn of_chart_and_localhost(cluster: &Cluster) -> Vec<String> {
+    let arguments = cluster.arguments("127.0.0.1:0", "9s", "1h");
+    let names = arguments
+        .iter()
+        .filter_map(|argument| argument.strip_prefix("--tls-dns-name="));
+    names.map(str::to_owned).collect()
+}
+
+#[test]
+fn an_answer_that_cannot_be_read_is_not_quoted_for_it_may_hold_keys() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    // Threads end with the process.
+    std::thread::spawn(move || {
+        for (number, mut client) in listener.incoming().map_while(Result::ok).enumerate() {
+            let mut request = [0; 4096];
+            let _ = client.read(&mut request);
+            let body = [r#"{"data": "key-0123456789"}"#, "key-0123456789"][number % 2];
+            let head = format!(
+                "HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+                body.len()
+            );
+            let _ = client.write_all((head + body).as_bytes());
+        }
+    });
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c", "users": [],
+        "clusters": [{"name": "c", "cluster": {"server": format!("http://{address}")}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": ""}}],
+    });
+    let kubeconfig = folder.path().join("kubeconfig");
+    std::fs::write(&kubeconfig, config.to_string()).unwrap();
+    let mut child = program(&[
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--health-listen",
+        "127.0.0.1:0",
+    ])
+    .args([
+        "--database-url",
+        "sqlite://nowhere.sqlite",
+        "--tls-secret",
+        "s",
+        "--tls-dns-name",
+        "w.ns.svc",
+    ])
+    .env("KUBECONFIG", kubeconfig)
+    .env("RUST_LOG", "trace")
+    .stderr(Stdio::piped())
+    .spawn()
+    .unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    child.kill().unwrap();
+    let log = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
+    assert!(log.contains("no certificate yet"), "{log}");
+    assert!(log.contains("its answer cannot be read"), "{log}");
+    assert!(!log.contains("key-0123456789"), "{log}");
 }
 
 #[test]

@@ -68,6 +68,31 @@ without the label are platform_managed unless it says otherwise. */}}
 {{- toYaml $policy }}
 {{- end }}
 
+{{/* A time such as 90d, in seconds. */}}
+{{- define "llm-billing-webhook.seconds" -}}
+{{- $units := dict "s" 1 "m" 60 "h" 3600 "d" 86400 "w" 604800 }}
+{{- mul (regexFind "^[0-9]+" . | int64) (get $units (regexFind "[a-z]$" .)) }}
+{{- end }}
+
+{{/* The namespaces in which the webhook is asked, as a label selector; for audits where pods without the label count. */}}
+{{- define "llm-billing-webhook.namespaceSelector" -}}
+{{- $exempt := concat (list "kube-system" .Release.Namespace) .Values.exemptNamespaces | uniq }}
+{{- $parts := list (printf "kubernetes.io/metadata.name notin (%s)" (join "," $exempt)) }}
+{{- range $key, $value := .Values.namespaceSelector.matchLabels }}
+{{- $parts = append $parts (printf "%s=%s" $key $value) }}
+{{- end }}
+{{- range .Values.namespaceSelector.matchExpressions }}
+{{- if eq .operator "Exists" }}
+{{- $parts = append $parts .key }}
+{{- else if eq .operator "DoesNotExist" }}
+{{- $parts = append $parts (printf "!%s" .key) }}
+{{- else }}
+{{- $parts = append $parts (printf "%s %s (%s)" .key (lower .operator) (join "," .values)) }}
+{{- end }}
+{{- end }}
+{{- join "," $parts }}
+{{- end }}
+
 {{/* More than one replica, now or by autoscaling. */}}
 {{- define "llm-billing-webhook.isReplicated" -}}
 {{- if gt (int (ternary .Values.autoscaling.minReplicas .Values.replicas .Values.autoscaling.enabled)) 1 }}true{{ end }}

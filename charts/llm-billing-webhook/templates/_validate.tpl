@@ -16,6 +16,9 @@
 {{- if and .Values.autoscaling.enabled (lt (int .Values.autoscaling.maxReplicas) (int .Values.autoscaling.minReplicas)) }}
 {{- fail "autoscaling.maxReplicas is less than autoscaling.minReplicas: raise it" }}
 {{- end }}
+{{- if and (eq .Values.tls.mode "self-managed") (lt (int64 (include "llm-billing-webhook.seconds" .Values.tls.selfManaged.caLifetime)) (mul 2 (int64 (include "llm-billing-webhook.seconds" .Values.tls.selfManaged.lifetime)))) }}
+{{- fail "tls.selfManaged.caLifetime is less than twice tls.selfManaged.lifetime: raise it, for a CA must outlive what it signs" }}
+{{- end }}
 {{- if and (eq .Values.tls.mode "provided") (not .Values.tls.provided.secretName) }}
 {{- fail "tls.mode is provided, and no certificate is: set tls.provided.secretName to a Secret of type kubernetes.io/tls" }}
 {{- end }}

@@ -249,9 +249,12 @@ impl Asked {
         };
         let is_one = |path: &str| match (&self.at.namespace, path.strip_prefix(&start)) {
             (Some(_), Some(name)) => !name.contains('/'),
-            (None, Some(rest)) => {
-                rest.split('/').nth(1) == Some(resource) && rest.split('/').count() == 3
-            }
+            // Of a namespaced kind, or namespaces themselves.
+            (None, Some(rest)) => match rest.split('/').collect::<Vec<_>>()[..] {
+                [_, kind, _] => kind == resource,
+                [_] => resource == "namespaces",
+                _ => false,
+            },
             (_, None) => false,
         };
         let parts = |parameter: &str| {
@@ -338,7 +341,9 @@ impl Asked {
             });
         if is_kept {
             let message = "Cannot evict pod as it would violate the pod's disruption budget.";
-            return Err((429, "TooManyRequests", message.to_owned()));
+            let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": 429,
+                "reason": "TooManyRequests", "message": message, "details": {"causes": [{"reason": "DisruptionBudget"}]}});
+            return Ok((429, status));
         }
         if options["dryRun"].is_null() {
             store.objects.remove(pod);

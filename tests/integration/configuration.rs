@@ -1,0 +1,164 @@
+//! docs/configuration.md is what the program says of itself, and so are its man pages.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::support::program::run;
+use crate::support::transcript::page;
+
+const HEAD: &str = "\
+<!-- Written by scripts/configuration. -->
+
+# Configuration
+
+For those who set it up: every field of the policy file, and every command with its flags. The chart's values are
+described in [values.yaml](../charts/llm-billing-webhook/values.yaml).
+
+## The policy file
+
+YAML; an empty file is the default policy, and a field that is not here is an error that names its line. `policy default`
+prints it with remarks, and `policy schema` as a JSON schema for an editor.
+
+| field | values | default | meaning |
+|---|---|---|---|
+";
+
+/// A schema without its reference.
+fn resolved<'s>(root: &'s Value, schema: &'s Value) -> &'s Value {
+    let alternatives = schema["anyOf"].as_array().into_iter().flatten();
+    let mut alternatives = alternatives.filter(|one| one["type"] != "null");
+    let schema = alternatives.next().unwrap_or(schema);
+    match schema["$ref"].as_str() {
+        Some(reference) => root.pointer(reference.trim_start_matches('#')).unwrap(),
+        None => schema,
+    }
+}
+
+/// What a field may be, in a word or by its values.
+fn values(root: &Value, schema: &Value) -> String {
+    let schema = resolved(root, schema);
+    let constants: Vec<String> = schema["oneOf"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|one| Some(format!("`{}`", one["const"].as_str()?)))
+        .collect();
+    if !constants.is_empty() {
+        return constants.join(", ");
+    }
+    match &schema["type"] {
+        Value::String(kind) if kind == "array" => {
+            format!("list of {}", values(root, &schema["items"]))
+        }
+        Value::String(kind) if kind == "object" => "fields".to_owned(),
+        Value::String(kind) => kind.clone(),
+        Value::Array(kinds) => kinds[0].as_str().unwrap().to_owned(),
+        _ => "one of its fields".to_owned(),
+    }
+}
+
+fn rows(root: &Value, schema: &Value, path: &str, text: &mut String) {
+    let schema = resolved(root, schema);
+    let alternatives = schema["oneOf"].as_array().into_iter().flatten();
+    for object in [schema].into_iter().chain(alternatives) {
+        for (name, field) in object["properties"].as_object().into_iter().flatten() {
+            let path = format!("{path}{name}");
+            let default = match &field["default"] {
+                Value::Null => String::new(),
+                Value::Array(list) if list.len() > 3 => "the contract's list".to_owned(),
+                Value::Object(_) => String::new(),
+                default => format!("`{default}`"),
+            };
+            let described =
+                [field, resolved(root, field)].map(|schema| schema["description"].as_str());
+            let meaning = described.into_iter().flatten().next().unwrap_or_default();
+            let meaning = meaning.replace('\n', " ").replace('|', "\\|");
+            *text += &format!(
+                "| `{path}` | {} | {default} | {meaning} |\n",
+                values(root, field)
+            );
+            let items = resolved(root, field);
+            if items["type"] == "array" {
+                rows(root, &items["items"], &format!("{path}[]."), text);
+            } else {
+                rows(root, field, &format!("{path}."), text);
+            }
+        }
+    }
+}
+
+/// The commands, as the program's own help lists them below `path`.
+fn commands(path: &[&str]) -> Vec<String> {
+    let (_, help, _) = run(&[&["help"], path].concat());
+    let Some((_, list)) = help.split_once("Commands:\n") else {
+        return Vec::new();
+    };
+    let names = list.lines().take_while(|line| line.starts_with("  "));
+    let names = names.filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    names
+        .filter(|name| !name.is_empty() && *name != "help")
+        .map(str::to_owned)
+        .collect()
+}
+
+fn generated() -> String {
+    let schema: Value = serde_json::from_str(&run(&["policy", "schema"]).1).unwrap();
+    let mut text = HEAD.to_owned();
+    rows(&schema, &schema, "", &mut text);
+    text += "\n## The command line\n\nEvery flag is also an environment variable, which its help names. Errors go to stderr and end with the remedy; the\nexit code is 2 then.\n";
+    for name in commands(&[]) {
+        for path in [vec![name.as_str()]].into_iter().chain(
+            commands(&[&name])
+                .iter()
+                .map(|sub| vec![name.as_str(), sub.as_str()]),
+        ) {
+            let (code, help, _) = run(&[&["help"], &path[..]].concat());
+            assert_eq!(code, 0);
+            let help: Vec<&str> = help.lines().map(str::trim_end).collect();
+            text += &format!(
+                "\n### `{}`\n\n```text\n{}\n```\n",
+                path.join(" "),
+                help.join("\n").trim_end()
+            );
+        }
+    }
+    text
+}
+
+#[test]
+fn the_page_on_configuration_is_what_the_program_says_of_itself() {
+    let generated = generated();
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
+        fs::write(file, &generated).unwrap();
+    }
+    assert!(
+        page("docs/configuration.md") == generated,
+        "docs/configuration.md is stale; run scripts/configuration"
+    );
+}
+
+#[test]
+fn there_is_a_man_page_of_the_program_and_of_each_command() {
+    let (code, page, _) = run(&["man"]);
+    assert_eq!(code, 0);
+    assert!(page.contains(".TH llm-billing-webhook 1"), "{page}");
+    for name in commands(&[]) {
+        let (code, page, _) = run(&["man", &name]);
+        assert_eq!(code, 0, "{name}");
+        assert!(
+            page.contains(&format!(".TH llm-billing-webhook-{name} 1")),
+            "{page}"
+        );
+    }
+    let (code, _, stderr) = run(&["man", "none"]);
+    assert_eq!(
+        (code, stderr.as_str()),
+        (
+            2,
+            "error: there is no command \"none\"; see: llm-billing-webhook help\n"
+        )
+    );
+}
