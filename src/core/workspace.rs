@@ -1,5 +1,5 @@
 //! Which workspace a pod belongs to, and what must be looked up for it. The lookup itself is an edge's
-//! business (database.rs); what the answer means is mode.rs's.
+//! business (database/); what the answer means is mode.rs's.
 
 use uuid::Uuid;
 

@@ -1,0 +1,430 @@
+//! The lookup of a workspace's mode, on PostgreSQL and on SQLite. What is looked up, and what the answer means, is
+//! core's business; how it is asked over one connection is ask.rs's, and what its errors mean is error.rs's.
+//!
+//! A production database is only ever read. Where its URL is in a file, the file is read again when it changes
+//! and when the database refuses the login, so that a password can be rotated without a restart.
+
+mod ask;
+mod embedded;
+mod error;
+mod url;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{PoisonError, RwLock};
+use std::time::Duration;
+
+use futures_util::{StreamExt, TryStreamExt};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use sqlx::postgres::PgPoolOptions;
+use sqlx::sqlite::SqlitePoolOptions;
+use sqlx::{AssertSqlSafe, Either, Executor, Pool, Postgres, SqlSafeStr, Sqlite, Statement};
+use tokio::time::{Instant, sleep, timeout_at};
+use uuid::Uuid;
+
+use self::ask::{Ask, Many, One, query_of_many};
+pub use self::embedded::{Embedded, EmbeddedError};
+pub use self::error::LookupError;
+use self::error::{is_cut_off, is_login_refused, is_stale};
+pub use self::url::{DatabaseUrl, SourceError, UrlError, UrlSource, UrlText};
+use crate::core::mode::Stored;
+use crate::core::policy::{Lookup, Parameter, ParameterType};
+use crate::core::workspace::ParameterValue;
+
+/// Connections at most; each is used for one short SELECT at a time.
+const MOST_CONNECTIONS: u32 = 16;
+/// Lookups at most that run or wait for a connection. Over a thousand pods at once are more than the API servers
+/// of a large cluster ask about, and their lookups are over in a fraction of a second.
+const MOST_LOOKUPS: usize = 1024;
+/// The same after a lookup that timed out, until one succeeds: enough to find out that the database is back,
+/// and few enough that a database that hangs holds up few admissions.
+const MOST_LOOKUPS_IN_DOUBT: usize = MOST_CONNECTIONS as usize;
+/// Lookups that an audit runs at a time, where it cannot ask for many at once: pods that wait come first.
+const MOST_LOOKUPS_OF_AN_AUDIT: usize = 4;
+/// Between two tries to connect.
+const RETRY_PAUSE: Duration = Duration::from_millis(10);
+/// The id that `check` looks up. No workspace should have it; it is no mistake if one does.
+const SAMPLE_ID: Uuid = Uuid::nil();
+
+/// What is counted of the connections.
+#[derive(Clone, Debug)]
+pub struct ConnectionMetrics {
+    /// Connections that turned out to be of no use, and lookups tried again on another.
+    pub retries: Counter,
+    /// How long lookups waited for a connection, one that had to be made included.
+    pub wait: Histogram,
+}
+
+impl Default for ConnectionMetrics {
+    fn default() -> Self {
+        Self {
+            retries: Counter::default(),
+            // From 0.1 ms to 3.3 s: it is a part of the lookup's time-out.
+            wait: Histogram::new(exponential_buckets(0.000_1, 2.0, 16)),
+        }
+    }
+}
+
+/// How many connections there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Connections {
+    /// Those on which a lookup runs, or which are being made.
+    pub used: usize,
+    /// Those that wait for one.
+    pub idle: usize,
+}
+
+/// The database that knows the workspaces' modes. No `Debug`: its URL may hold a password.
+pub struct Database {
+    source: UrlSource,
+    current: RwLock<Current>,
+    query: String,
+    parameters: Vec<Parameter>,
+    timeout: Duration,
+    crowd: Crowd,
+    /// What is counted of the connections.
+    pub metrics: ConnectionMetrics,
+}
+
+/// How many lookups there are, and whether the last one to end timed out.
+#[derive(Default)]
+struct Crowd {
+    lookups: AtomicUsize,
+    in_doubt: AtomicBool,
+}
+
+impl Crowd {
+    /// A place for one more lookup, until it is dropped.
+    fn enter(&self) -> Option<Place<'_>> {
+        let most = if self.in_doubt.load(Ordering::Relaxed) {
+            MOST_LOOKUPS_IN_DOUBT
+        } else {
+            MOST_LOOKUPS
+        };
+        let place = Place(self);
+        (self.lookups.fetch_add(1, Ordering::Relaxed) < most).then_some(place)
+    }
+}
+
+/// One lookup's place. A request that its client gave up gives it back too.
+struct Place<'a>(&'a Crowd);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.lookups.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The URL in use, and the connections to it.
+#[derive(Clone)]
+struct Current {
+    url: UrlText,
+    pool: AnyPool,
+}
+
+impl Current {
+    async fn fetch(
+        &self,
+        query: &str,
+        parameters: &[ParameterValue],
+        deadline: Instant,
+        metrics: &ConnectionMetrics,
+    ) -> Result<Stored, sqlx::Error> {
+        let one = |begin| One {
+            query,
+            parameters,
+            begin,
+        };
+        match &self.pool {
+            AnyPool::Postgres { pool, begin } => {
+                fetch(pool, &one(begin.as_deref()), deadline, metrics).await
+            }
+            AnyPool::Sqlite(pool) => fetch(pool, &one(None), deadline, metrics).await,
+        }
+    }
+}
+
+#[derive(Clone)]
+enum AnyPool {
+    Postgres {
+        pool: Pool<Postgres>,
+        /// Begins a transaction around the lookup, where a session is not the webhook's own.
+        begin: Option<String>,
+    },
+    Sqlite(Pool<Sqlite>),
+}
+
+impl AnyPool {
+    /// `timeout` is told to the server: one that waits for a lock does not notice that nobody waits any more,
+    /// and each such connection would stay until the lock is gone.
+    fn connect_lazily(url: DatabaseUrl, timeout: Duration) -> Self {
+        let milliseconds = timeout.as_millis().max(1);
+        match url {
+            DatabaseUrl::Postgres { options, session } => {
+                let (options, begin) = if session {
+                    let of_session = [("statement_timeout", milliseconds)];
+                    (options.options(of_session), None)
+                } else {
+                    let begin =
+                        format!("BEGIN READ ONLY; SET LOCAL statement_timeout = {milliseconds}");
+                    (*options, Some(begin))
+                };
+                // A connection that went stale costs one retry; a ping before each query would cost every
+                // lookup a round trip.
+                let pool = PgPoolOptions::new()
+                    .max_connections(MOST_CONNECTIONS)
+                    .test_before_acquire(false)
+                    .connect_lazy_with(options);
+                Self::Postgres { pool, begin }
+            }
+            DatabaseUrl::Sqlite(options) => Self::Sqlite(
+                SqlitePoolOptions::new()
+                    .max_connections(MOST_CONNECTIONS)
+                    .connect_lazy_with(options.read_only(true)),
+            ),
+        }
+    }
+}
+
+impl Database {
+    /// Prepares connections; none is made before the first lookup, so the database may come up later.
+    ///
+    /// # Errors
+    /// [`SourceError`]
+    pub fn connect_lazily(source: UrlSource, lookup: &Lookup) -> Result<Self, SourceError> {
+        let url = source.read()?;
+        let pool = AnyPool::connect_lazily(url.0.parse()?, lookup.timeout);
+        Ok(Self {
+            source,
+            current: RwLock::new(Current { url, pool }),
+            query: lookup.query.clone(),
+            parameters: lookup.parameters.clone(),
+            timeout: lookup.timeout,
+            crowd: Crowd::default(),
+            metrics: ConnectionMetrics::default(),
+        })
+    }
+
+    fn current(&self) -> Current {
+        let current = self.current.read();
+        current.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes the URL from its source again; whether it was another one.
+    ///
+    /// # Errors
+    /// [`SourceError`], and the URL in use stays.
+    pub fn reread(&self) -> Result<bool, SourceError> {
+        let url = self.source.read()?;
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        if current.url == url {
+            return Ok(false);
+        }
+        // The old connections close as the lookups that use them end.
+        let pool = AnyPool::connect_lazily(url.0.parse()?, self.timeout);
+        *current = Current { url, pool };
+        Ok(true)
+    }
+
+    /// Runs the policy's query, within the policy's time-out and `limit`, whichever is shorter.
+    ///
+    /// # Errors
+    /// [`LookupError`], whose text holds what the database says and no credentials.
+    pub async fn lookup(
+        &self,
+        parameters: &[ParameterValue],
+        limit: Option<Duration>,
+    ) -> Result<Stored, LookupError> {
+        let _place = self.crowd.enter().ok_or(LookupError::Crowded)?;
+        let time = limit.map_or(self.timeout, |limit| limit.min(self.timeout));
+        let result = self.lookup_uncrowded(parameters, time).await;
+        let timed_out = matches!(result, Err(LookupError::Timeout));
+        self.crowd.in_doubt.store(timed_out, Ordering::Relaxed);
+        result
+    }
+
+    /// A lookup that takes nobody's place, and says nothing of whether the database hangs.
+    async fn lookup_uncrowded(
+        &self,
+        parameters: &[ParameterValue],
+        time: Duration,
+    ) -> Result<Stored, LookupError> {
+        let deadline = Instant::now() + time;
+        let used = self.current();
+        let mut result = used
+            .fetch(&self.query, parameters, deadline, &self.metrics)
+            .await;
+        if result.as_ref().is_err_and(is_login_refused) {
+            // Whoever reads the file first: what counts is whether there is another URL by now. A file that
+            // cannot be used is reported by those who follow it.
+            let _ = self.reread();
+            let now = self.current();
+            if now.url != used.url {
+                result = now
+                    .fetch(&self.query, parameters, deadline, &self.metrics)
+                    .await;
+            }
+        }
+        result.map_err(LookupError::from)
+    }
+
+    /// Looks many workspaces up, each by its parameters, and answers in their order: by one query where the
+    /// policy's allows it, else by one each, a few at a time. What one pod brings can be of no use, and the others
+    /// are looked up all the same.
+    ///
+    /// # Errors
+    /// [`LookupError`], if the database fails or refuses the query.
+    pub async fn lookup_many(
+        &self,
+        many: &[Vec<ParameterValue>],
+    ) -> Result<Vec<Result<Stored, LookupError>>, LookupError> {
+        if let AnyPool::Postgres { pool, begin } = self.current().pool
+            && let Some(query) = query_of_many(&self.query, &self.parameters)
+        {
+            let asked = Many {
+                query: &query,
+                parameters: &self.parameters,
+                many,
+                begin: begin.as_deref(),
+            };
+            let deadline = Instant::now() + self.timeout;
+            let answered = fetch(&pool, &asked, deadline, &self.metrics).await;
+            match answered.map_err(LookupError::from) {
+                Ok(stored) if stored.len() == many.len() => {
+                    return Ok(stored.into_iter().map(Ok).collect());
+                }
+                // Which of them it is, or whether the policy's query cannot stand in another, shows one by one.
+                Ok(_) | Err(LookupError::Unusable(_) | LookupError::Refused(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let one = async |parameters: &Vec<ParameterValue>| match self
+            .lookup_uncrowded(parameters, self.timeout)
+            .await
+        {
+            Err(unusable @ LookupError::Unusable(_)) => Ok(Err(unusable)),
+            answered => answered.map(Ok),
+        };
+        futures_util::stream::iter(many.iter().map(one))
+            .buffered(MOST_LOOKUPS_OF_AN_AUDIT)
+            .try_collect()
+            .await
+    }
+
+    /// Runs the policy's query as a lookup does, for an id that no workspace has.
+    ///
+    /// # Errors
+    /// As [`Self::lookup`].
+    pub async fn check(&self) -> Result<(), LookupError> {
+        let sample = |parameter: &Parameter| match parameter {
+            Parameter::Label {
+                kind: ParameterType::Uuid,
+                ..
+            } => ParameterValue::Uuid(SAMPLE_ID),
+            // Text that is a UUID too, for queries that cast it.
+            Parameter::Label {
+                kind: ParameterType::Text,
+                ..
+            } => ParameterValue::Text(SAMPLE_ID.to_string()),
+            Parameter::Namespace => ParameterValue::Text("default".to_owned()),
+        };
+        let parameters: Vec<ParameterValue> = self.parameters.iter().map(sample).collect();
+        // PostgreSQL takes surplus parameters without a word, so it is asked how many there are.
+        match self.parameters_of_query().await {
+            Some(expected) if expected != parameters.len() => Err(LookupError::Refused(format!(
+                "it takes {expected} parameters, and lookup.parameters has {}",
+                parameters.len()
+            ))),
+            _ => self.lookup(&parameters, None).await.map(|_| ()),
+        }
+    }
+
+    /// How many parameters the query takes; `None` if the database cannot say without their types.
+    async fn parameters_of_query(&self) -> Option<usize> {
+        let query = AssertSqlSafe(self.query.as_str()).into_sql_str();
+        let deadline = Instant::now() + self.timeout;
+        // Prepared without types, the statement must not stay where lookups would find it.
+        let count = async {
+            match self.current().pool {
+                // What is prepared under a name would stay with the pooler.
+                AnyPool::Postgres { begin: Some(_), .. } => Ok(None),
+                AnyPool::Postgres { pool, .. } => {
+                    let mut connection = pool.acquire().await?.detach();
+                    count((&mut connection).prepare(query).await?.parameters())
+                }
+                AnyPool::Sqlite(pool) => {
+                    let mut connection = pool.acquire().await?.detach();
+                    count((&mut connection).prepare(query).await?.parameters())
+                }
+            }
+        };
+        timeout_at(deadline, count).await.ok()?.ok()?
+    }
+
+    /// How many connections there are now.
+    #[must_use]
+    pub fn connections(&self) -> Connections {
+        let (size, idle) = match self.current().pool {
+            AnyPool::Postgres { pool, .. } => (pool.size(), pool.num_idle()),
+            AnyPool::Sqlite(pool) => (pool.size(), pool.num_idle()),
+        };
+        let used = usize::try_from(size)
+            .unwrap_or(usize::MAX)
+            .saturating_sub(idle);
+        Connections { used, idle }
+    }
+
+    /// Closes all connections.
+    pub async fn close(&self) {
+        match self.current().pool {
+            AnyPool::Postgres { pool, .. } => pool.close().await,
+            AnyPool::Sqlite(pool) => pool.close().await,
+        }
+    }
+}
+
+fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sqlx::Error> {
+    Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
+}
+
+/// Fetches over one of the pool's connections. One that is of no use to the next lookup is closed: its query
+/// has not ended, or it is stale. A server that restarted leaves stale connections, at most as many as
+/// there are, and each shows itself only when it is used; then the next one is tried. While it restarts, it
+/// refuses new connections, for which sqlx tries again, or cuts them off.
+async fn fetch<DB, A>(
+    pool: &Pool<DB>,
+    asked: &A,
+    deadline: Instant,
+    metrics: &ConnectionMetrics,
+) -> Result<A::Answer, sqlx::Error>
+where
+    DB: sqlx::Database,
+    A: Ask<DB::Connection>,
+{
+    let mut tries_left = MOST_CONNECTIONS;
+    loop {
+        let waits_since = Instant::now();
+        let acquired = timeout_at(deadline, pool.acquire()).await;
+        metrics.wait.observe(waits_since.elapsed().as_secs_f64());
+        let mut connection = match acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
+            Err(error) if is_cut_off(&error) => {
+                sleep(RETRY_PAUSE).await;
+                continue;
+            }
+            acquired => acquired?,
+        };
+        let fetched = timeout_at(deadline, asked.ask(&mut connection)).await;
+        match fetched.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
+            Err(error) if is_stale(&error) && tries_left > 0 => {
+                drop(connection.detach());
+                tries_left -= 1;
+                metrics.retries.inc();
+            }
+            Err(error @ sqlx::Error::PoolTimedOut) => {
+                drop(connection.detach());
+                return Err(error);
+            }
+            fetched => return fetched,
+        }
+    }
+}

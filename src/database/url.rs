@@ -1,0 +1,156 @@
+//! Where the database is: URLs that show no password, and where they are given.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::{fmt, io};
+
+use sqlx::ConnectOptions;
+use sqlx::postgres::PgConnectOptions;
+use sqlx::sqlite::SqliteConnectOptions;
+use thiserror::Error;
+
+/// What a `PostgreSQL` URL says where connections are shared by a pooler that changes them between transactions.
+pub(super) const NO_PREPARED_STATEMENTS: &str = "statement-cache-capacity=0";
+
+/// Where the database is. Neither `Debug` nor `Display` shows user, password or options.
+#[derive(Clone)]
+pub enum DatabaseUrl {
+    /// `postgres://…`
+    Postgres {
+        /// Where, as whom and how to connect.
+        options: Box<PgConnectOptions>,
+        /// Whether a session is the webhook's own, so that what is set or prepared in it stays. It is not
+        /// behind a pooler in transaction mode, which the URL tells by `statement-cache-capacity=0`.
+        session: bool,
+    },
+    /// `sqlite://…`
+    Sqlite(Box<SqliteConnectOptions>),
+}
+
+/// Why a database URL cannot be used. Says nothing of the URL: it may hold a password.
+#[derive(Debug, PartialEq, Eq, Error)]
+pub enum UrlError {
+    /// The scheme is neither of the two.
+    #[error("it must start with postgres:// or sqlite://")]
+    Scheme,
+    /// The rest has the wrong shape.
+    #[error(
+        "it has the wrong shape; expected postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=… or sqlite://FILE"
+    )]
+    Shape,
+}
+
+impl FromStr for DatabaseUrl {
+    type Err = UrlError;
+
+    fn from_str(url: &str) -> Result<Self, UrlError> {
+        match url.split_once("://").map(|(scheme, _)| scheme) {
+            Some("postgres" | "postgresql") => {
+                let options = PgConnectOptions::from_str(url).map_err(|_| UrlError::Shape)?;
+                let options = options
+                    .application_name(env!("CARGO_PKG_NAME"))
+                    // No number is ever read, and PgBouncer refuses parameters that it does not know.
+                    .extra_float_digits(None)
+                    .disable_statement_logging();
+                let settings = url.split_once('?').map_or("", |(_, settings)| settings);
+                Ok(Self::Postgres {
+                    options: Box::new(options),
+                    session: !settings
+                        .split('&')
+                        .any(|pair| pair == NO_PREPARED_STATEMENTS),
+                })
+            }
+            Some("sqlite") => {
+                let options = SqliteConnectOptions::from_str(url).map_err(|_| UrlError::Shape)?;
+                Ok(Self::Sqlite(Box::new(options.disable_statement_logging())))
+            }
+            _ => Err(UrlError::Scheme),
+        }
+    }
+}
+
+impl fmt::Display for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Postgres { options, .. } => {
+                let database = options.get_database().unwrap_or_default();
+                write!(
+                    f,
+                    "postgres://{}:{}/{database}",
+                    options.get_host(),
+                    options.get_port()
+                )
+            }
+            Self::Sqlite(options) => write!(f, "sqlite://{}", options.get_filename().display()),
+        }
+    }
+}
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Where the database's URL is.
+pub enum UrlSource {
+    /// It was given as it is.
+    Given(UrlText),
+    /// It is in this file, which may change.
+    File(PathBuf),
+}
+
+/// A URL as it was given, not yet parsed. Its `Debug` says nothing: it may hold a password.
+#[derive(Clone, PartialEq, Eq)]
+pub struct UrlText(pub(super) String);
+
+impl From<&str> for UrlText {
+    fn from(url: &str) -> Self {
+        Self(url.trim().to_owned())
+    }
+}
+
+impl fmt::Debug for UrlText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("…")
+    }
+}
+
+/// Why there is no database URL to use.
+#[derive(Debug, Error)]
+pub enum SourceError {
+    /// The file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// What was given is no URL of a database.
+    #[error("cannot use the database URL")]
+    Url(#[from] UrlError),
+}
+
+impl UrlSource {
+    pub(super) fn read(&self) -> Result<UrlText, SourceError> {
+        match self {
+            Self::Given(text) => Ok(text.clone()),
+            Self::File(path) => match std::fs::read_to_string(path) {
+                Ok(text) => Ok(text.as_str().into()),
+                Err(source) => Err(SourceError::Read {
+                    path: path.clone(),
+                    source,
+                }),
+            },
+        }
+    }
+
+    /// The URL as it is now.
+    ///
+    /// # Errors
+    /// [`SourceError`]
+    pub fn url(&self) -> Result<DatabaseUrl, SourceError> {
+        Ok(self.read()?.0.parse()?)
+    }
+}
