@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use crate::support::api_server::{ApiServer, collection_of, say_skipped};
-use crate::support::chart::{RELEASE, render};
+use crate::support::chart::{RELEASE, of_kind, render};
 use crate::support::load::BYOK;
 use crate::support::postgres::Postgres;
 use crate::support::program::{Start, Webhook, program, shown, wait_for};
@@ -768,6 +768,68 @@ fn each_permission_that_the_chart_gives_to_the_audits_job_is_needed_and_they_are
     let (code, _, stderr) = audit();
     assert_eq!(code, 1, "{stderr}");
     assert!(stderr.contains("evicted ws-acme/flipped"), "{stderr}");
+}
+
+#[test]
+fn where_whole_namespaces_are_in_scope_the_chart_lets_its_audits_list_them_too_and_that_is_needed()
+{
+    let platform = Platform::start();
+    let objects = render(&[
+        "database.existingSecret=db",
+        "scope=namespace",
+        "namespaceSelector.matchLabels.workspaces=yes",
+        "audit.interval=1h",
+        "tls.mode=provided",
+        "tls.provided.secretName=t",
+    ]);
+    let kinds = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding"];
+    let of_kinds = |object: &&Value| kinds.iter().any(|kind| object["kind"] == *kind);
+    platform.api.create_all(objects.iter().filter(of_kinds));
+    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "scoped", "labels": {"workspaces": "yes"}}});
+    platform.api.create_all([&namespace]);
+    let mut unlabelled = pod("unlabelled", "", None);
+    unlabelled["metadata"]["namespace"] = "scoped".into();
+    unlabelled["metadata"]
+        .as_object_mut()
+        .unwrap()
+        .remove("labels");
+    platform.api.create_all([&unlabelled]);
+    let container = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"]["containers"][0];
+    let arguments: Vec<String> = serde_json::from_value(container["args"].clone()).unwrap();
+    let selector = arguments
+        .iter()
+        .find(|one| one.starts_with("--audit-namespace-selector="));
+    let user = format!("system:serviceaccount:{RELEASE}:{RELEASE}");
+    let kubeconfig = platform.api.kubeconfig(platform.folder.path(), Some(&user));
+    let start = Start {
+        policy: &format!("unlabelled: platform_managed\n{PROXY}"),
+        database_url: &platform.postgres.url(),
+        arguments: &["--audit-interval", "100ms", selector.unwrap()],
+        environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
+        ..Start::default()
+    };
+    let webhook = start.start();
+    let line = webhook.wait_for_log("\"audit\"");
+    assert!(line.contains("\"audited\":1,\"drifted\":1"), "{line}");
+    let role = format!("/apis/rbac.authorization.k8s.io/v1/clusterroles/{RELEASE}-audit");
+    platform.api.change(&role, |role| {
+        role["rules"][0]["resources"] = json!(["pods"])
+    });
+    let line = webhook.wait_for_log("cannot list the namespaces");
+    assert!(line.contains("is forbidden"), "{line}");
+
+    // Where pods without the label count, no server starts to audit without being told where.
+    let mut alone = Start {
+        arguments: &["--audit-interval", "1h"],
+        ..start
+    }
+    .command(webhook.folder.path());
+    let (code, _, stderr) = shown(&alone.output().unwrap());
+    assert_eq!(code, 2);
+    assert!(
+        stderr.starts_with("error: see --audit-namespace-selector: "),
+        "{stderr}"
+    );
 }
 
 #[test]

@@ -259,17 +259,27 @@ impl Asked {
         };
         let parts = |parameter: &str| {
             let text = self.parameters.get(parameter).cloned().unwrap_or_default();
-            let parts = text
-                .split(',')
-                .filter(|part| !part.is_empty())
-                .map(str::to_owned);
+            // Not at the commas of a set.
+            let mut depth = 0;
+            let parts = text.split(|c| {
+                depth += i32::from(c == '(') - i32::from(c == ')');
+                c == ',' && depth == 0
+            });
+            let parts = parts.filter(|part| !part.is_empty()).map(str::to_owned);
             parts.collect::<Vec<String>>()
         };
         let (labels, fields) = (parts("labelSelector"), parts("fieldSelector"));
         let fits = |object: &Value| {
-            let label = |part: &String| match part.split_once('=') {
-                Some((key, value)) => object["metadata"]["labels"][key] == value,
-                None => object["metadata"]["labels"].get(part).is_some(),
+            let label = |part: &String| {
+                let labels = &object["metadata"]["labels"];
+                if let Some((key, set)) = part.split_once(" notin ") {
+                    let mut set = set.trim_matches(['(', ')']).split(',');
+                    return !set.any(|value| labels[key] == value);
+                }
+                match part.split_once('=') {
+                    Some((key, value)) => labels[key] == value,
+                    None => labels.get(part).is_some(),
+                }
             };
             // Of fields, only phases are asked about.
             let field = |part: &String| {
