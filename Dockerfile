@@ -2,7 +2,7 @@
 # emulation: docker buildx build --platform linux/amd64,linux/arm64 .
 # Both bases are arguments, so that a mirror or a base of one's own can stand in. The first needs Rust and a C compiler,
 # the second glibc no older than the first's, libgcc and CA certificates.
-ARG BUILD_IMAGE=docker.io/library/rust:1.95.0-bookworm
+ARG BUILD_IMAGE=rust:1.95.0-bookworm
 ARG RUNTIME_IMAGE=gcr.io/distroless/cc-debian12:nonroot
 
 FROM ${BUILD_IMAGE} AS build

@@ -202,7 +202,7 @@ impl Default for Metrics {
         );
         registry.register(
             "certificate_reloads",
-            "Attempts to load changed certificate files",
+            "Changed certificates, and looks for one that failed",
             certificate_reloads.clone(),
         );
         registry.register_with_unit(

@@ -202,7 +202,7 @@ struct DatabaseArgs {
         hide_env_values = true
     )]
     database_url: Option<UrlText>,
-    /// File that holds the URL; read again when it changes, and when the database refuses the login
+    /// File that holds the URL. While serving, it is read again when it changes, and when the database refuses the login
     #[arg(long, env = "LLM_BILLING_DATABASE_URL_FILE", value_name = "FILE")]
     database_url_file: Option<PathBuf>,
 }

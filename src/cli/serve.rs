@@ -78,13 +78,13 @@ Examples:
 /// The certificate's files.
 #[derive(Debug, Args)]
 pub(super) struct TlsArgs {
-    /// Certificate chain in PEM; read again when it changes
+    /// Certificate chain in PEM; while serving, read again when it changes
     #[arg(long, env = "LLM_BILLING_TLS_CERT", value_name = "FILE")]
     tls_cert: Option<PathBuf>,
-    /// The certificate's private key in PEM; read again when it changes
+    /// The certificate's private key in PEM; while serving, read again when it changes
     #[arg(long, env = "LLM_BILLING_TLS_KEY", value_name = "FILE")]
     tls_key: Option<PathBuf>,
-    /// Authorities in PEM whose clients alone may connect (mutual TLS); read again when it changes
+    /// Authorities in PEM whose clients alone may connect (mutual TLS); while serving, read again when it changes
     #[arg(long, env = "LLM_BILLING_CLIENT_CA", value_name = "FILE")]
     client_ca: Option<PathBuf>,
 }
@@ -149,7 +149,7 @@ struct SharedArgs {
     /// How long a certificate lives; it is renewed when a third of that is left
     #[arg(long, env = "LLM_BILLING_TLS_LIFETIME", value_name = "DURATION", default_value = "90d", value_parser = humantime::parse_duration)]
     tls_lifetime: Duration,
-    /// How long a CA lives; its successor is published before it can sign no certificate to the end any more
+    /// How long a CA lives; its successor is published when less than --tls-lifetime of that is left
     #[arg(long, env = "LLM_BILLING_TLS_CA_LIFETIME", value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     tls_ca_lifetime: Duration,
 }

@@ -491,6 +491,15 @@ mod tests {
             refusal(5).unwrap(),
             format!("ENV_NOT_SETTLED: {three}; and 2 more containers{remedy}")
         );
+        // The log tells the same.
+        let pod =
+            json!({"spec": {"initContainers": [{"name": "i"}], "containers": [{"name": "c"}]}})
+                .to_string();
+        let pod = serde_json::from_str(&pod).unwrap();
+        let byok = Resolution::chosen(BillingMode::Byok);
+        let plan = plan(&policy, byok, &pod, Scope::Pod).unwrap();
+        let modes = "MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED";
+        assert_eq!(plan.changed(), format!("i: {modes}; c: {modes}"));
         assert_eq!(
             listed(["a", "b", "c", "d", "e", "f", "g", "h"]),
             "a, b, c, d, e, f, g, h"

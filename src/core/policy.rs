@@ -191,9 +191,12 @@ pub enum ParameterType {
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct RawParameter {
+    /// The label whose value is meant.
     label: Option<Name>,
+    /// How the database takes it.
     #[serde(rename = "type")]
     kind: Option<ParameterType>,
+    /// `namespace`, for the pod's namespace as text.
     field: Option<Field>,
 }
 
@@ -283,7 +286,9 @@ pub enum UsageToken {
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 enum RawUsageToken {
+    /// A key of a Secret in each workspace's own namespace.
     SecretKeyRef(SecretKey),
+    /// The token itself, which everyone who may read pods can read.
     Value(String),
 }
 
@@ -291,7 +296,9 @@ enum RawUsageToken {
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct SecretKey {
+    /// The Secret.
     name: Name,
+    /// The key in it.
     key: Name,
 }
 

@@ -36,7 +36,7 @@ const MOST_CONNECTIONS: u32 = 16;
 /// Lookups at most that run or wait for a connection. Over a thousand pods at once are more than the API servers
 /// of a large cluster ask about, and their lookups are over in a fraction of a second.
 const MOST_LOOKUPS: usize = 1024;
-/// The same after a lookup that timed out, until one succeeds: enough to find out that the database is back,
+/// The same after a lookup that timed out, until one ends in time: enough to find out that the database is back,
 /// and few enough that a database that hangs holds up few admissions.
 const MOST_LOOKUPS_IN_DOUBT: usize = MOST_CONNECTIONS as usize;
 /// Lookups that an audit runs at a time, where it cannot ask for many at once: pods that wait come first.

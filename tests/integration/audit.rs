@@ -116,6 +116,16 @@ impl Platform {
         self.set(FLIPPED, "disabled");
     }
 
+    /// A pod without the label, in a namespace of which all pods are in scope.
+    fn create_without_label(&self) {
+        let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "scoped", "labels": {"workspaces": "yes"}}});
+        let mut unlabelled = pod("unlabelled", "", None);
+        let metadata = unlabelled["metadata"].as_object_mut().unwrap();
+        metadata.remove("labels");
+        metadata.insert("namespace".to_owned(), "scoped".into());
+        self.api.create_all([&namespace, &unlabelled]);
+    }
+
     fn set(&self, workspace: &str, mode: &str) {
         self.postgres.execute(&format!(
             "UPDATE workspaces SET llm_billing_mode = '{mode}' WHERE id = '{workspace}'"
@@ -425,15 +435,7 @@ fn a_pod_that_the_database_cannot_use_is_told_and_the_others_are_audited() {
 #[test]
 fn where_pods_without_the_label_count_somebody_must_say_where_and_then_they_are_found() {
     let platform = Platform::start();
-    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "scoped", "labels": {"workspaces": "yes"}}});
-    platform.api.create_all([&namespace]);
-    let mut unlabelled = pod("unlabelled", "", None);
-    unlabelled["metadata"]["namespace"] = "scoped".into();
-    unlabelled["metadata"]
-        .as_object_mut()
-        .unwrap()
-        .remove("labels");
-    platform.api.create_all([&unlabelled]);
+    platform.create_without_label();
     for (rule, finding) in [("platform_managed", "vendor_key"), ("deny", "refused")] {
         let file = platform.folder.path().join("policy.yaml");
         fs::write(&file, format!("unlabelled: {rule}\n{PROXY}")).unwrap();
@@ -785,15 +787,7 @@ fn where_whole_namespaces_are_in_scope_the_chart_lets_its_audits_list_them_too_a
     let kinds = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding"];
     let of_kinds = |object: &&Value| kinds.iter().any(|kind| object["kind"] == *kind);
     platform.api.create_all(objects.iter().filter(of_kinds));
-    let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "scoped", "labels": {"workspaces": "yes"}}});
-    platform.api.create_all([&namespace]);
-    let mut unlabelled = pod("unlabelled", "", None);
-    unlabelled["metadata"]["namespace"] = "scoped".into();
-    unlabelled["metadata"]
-        .as_object_mut()
-        .unwrap()
-        .remove("labels");
-    platform.api.create_all([&unlabelled]);
+    platform.create_without_label();
     let container = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"]["containers"][0];
     let arguments: Vec<String> = serde_json::from_value(container["args"].clone()).unwrap();
     let selector = arguments

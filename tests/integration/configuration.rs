@@ -59,17 +59,16 @@ fn values(root: &Value, schema: &Value) -> String {
     }
 }
 
-fn rows(root: &Value, schema: &Value, path: &str, text: &mut String) {
+fn rows(root: &Value, defaults: &Value, schema: &Value, path: &str, text: &mut String) {
     let schema = resolved(root, schema);
     let alternatives = schema["oneOf"].as_array().into_iter().flatten();
     for object in [schema].into_iter().chain(alternatives) {
         for (name, field) in object["properties"].as_object().into_iter().flatten() {
             let path = format!("{path}{name}");
-            let default = match &field["default"] {
-                Value::Null => String::new(),
-                Value::Array(list) if list.len() > 3 => "the contract's list".to_owned(),
-                Value::Object(_) => String::new(),
-                default => format!("`{default}`"),
+            let default = match defaults.pointer(&format!("/{}", path.replace('.', "/"))) {
+                None | Some(Value::Null | Value::Object(_)) => String::new(),
+                Some(Value::Array(list)) if list.len() > 3 => "see `policy default`".to_owned(),
+                Some(default) => format!("`{default}`"),
             };
             let described =
                 [field, resolved(root, field)].map(|schema| schema["description"].as_str());
@@ -81,9 +80,9 @@ fn rows(root: &Value, schema: &Value, path: &str, text: &mut String) {
             );
             let items = resolved(root, field);
             if items["type"] == "array" {
-                rows(root, &items["items"], &format!("{path}[]."), text);
+                rows(root, defaults, &items["items"], &format!("{path}[]."), text);
             } else {
-                rows(root, field, &format!("{path}."), text);
+                rows(root, defaults, field, &format!("{path}."), text);
             }
         }
     }
@@ -106,8 +105,9 @@ fn commands(path: &[&str]) -> Vec<String> {
 fn generated() -> String {
     let schema: Value = serde_json::from_str(&run(&["policy", "schema"]).1).unwrap();
     let mut text = HEAD.to_owned();
-    rows(&schema, &schema, "", &mut text);
-    text += "\n## The command line\n\nEvery flag is also an environment variable, which its help names. Errors go to stderr and end with the remedy; the\nexit code is 2 then.\n";
+    let defaults = serde_saphyr::from_str(&run(&["policy", "default"]).1).unwrap();
+    rows(&schema, &defaults, &schema, "", &mut text);
+    text += "\n## The command line\n\nEvery flag is also an environment variable, which its help names. Errors go to stderr,\nthose of `check` into its report; the exit code is 2 then.\n";
     for name in commands(&[]) {
         for path in [vec![name.as_str()]].into_iter().chain(
             commands(&[&name])
