@@ -838,6 +838,9 @@ mod tests {
             warnings("proxy: {baseUrl: x, usageToken: {value: t}}"),
             "proxy.usageToken is a literal"
         );
+        let has_token = |text: &str| Policy::parse(text).unwrap().has_literal_token();
+        assert!(has_token("proxy: {usageToken: {value: t}}"));
+        assert!(!has_token(&format!("proxy: {{{token}}}")) && !has_token(""));
     }
 
     #[test]

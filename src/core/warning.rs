@@ -304,6 +304,29 @@ mod tests {
     }
 
     #[test]
+    fn each_warning_says_what_it_is_about() {
+        let from = json!({"secretKeyRef": {"name": "s", "key": "XAI_API_KEY"}});
+        let container = json!({"name": "c", "args": ["$(HF_TOKEN)"], "env": [
+            {"name": "HF_TOKEN", "value": "x"},
+            {"name": "ALIAS", "valueFrom": from},
+            {"name": "XAI_BASE_URL", "value": "https://x"},
+        ]});
+        let text = with_container(&container);
+        let pod = serde_json::from_str(&text).unwrap();
+        let policy = policy("", "");
+        let resolution = Resolution::fallback(Reason::LookupError);
+        let plan = plan(&policy, resolution, &pod, Scope::Pod).unwrap();
+        let kinds: Vec<&str> = plan.warnings.iter().map(|one| one.kind.as_str()).collect();
+        let expected = [
+            "lookup_failed",
+            "key_in_use",
+            "key_under_another_name",
+            "base_url",
+        ];
+        assert_eq!(kinds, expected);
+    }
+
+    #[test]
     fn warnings_stay_within_what_the_api_server_hands_on() {
         let alias = |index: usize| json!({"name": format!("A{index}"), "valueFrom": {"secretKeyRef": {"name": "s", "key": "HF_TOKEN"}}});
         let container =

@@ -254,15 +254,12 @@ impl Shared {
 
     async fn write(&self, kept: Option<Secret>, held: &Held) -> Result<(), ClusterError> {
         let name = &self.places.secret;
-        let data = Some(
-            fields(held)
-                .map(|(field, text)| (field.to_owned(), ByteString(text.clone().into_bytes())))
-                .into(),
-        );
+        let data = fields(held)
+            .map(|(field, text)| (field.to_owned(), ByteString(text.clone().into_bytes())));
         match kept {
             // Replaces what was read, and nothing newer: the API server compares its version.
-            Some(kept) => {
-                let secret = Secret { data, ..kept };
+            Some(mut secret) => {
+                secret.data.get_or_insert_default().extend(data);
                 let params = PostParams::default();
                 self.secrets.replace(name, &params, &secret).await?;
             }
@@ -274,7 +271,7 @@ impl Shared {
                         name: Some(name.clone()),
                         ..ObjectMeta::default()
                     },
-                    data,
+                    data: Some(data.into()),
                     ..Secret::default()
                 };
                 let params = PatchParams::apply(&self.manager);

@@ -262,7 +262,7 @@ fn what_is_deleted_or_damaged_heals_by_itself_and_pods_are_created_meanwhile() {
         heals("the Secret is back", &|bundle| bundle == authorities);
         cluster
             .api
-            .change(SECRET, |secret| secret["data"] = json!({}));
+            .change(SECRET, |secret| secret["data"] = json!({"ours": "eA=="}));
         heals("its content is back", &|bundle| {
             bundle.contains(authorities.trim())
         });
@@ -275,6 +275,8 @@ fn what_is_deleted_or_damaged_heals_by_itself_and_pods_are_created_meanwhile() {
                 .unwrap()
                 .contains("BEGIN CERTIFICATE")
         });
+        // What somebody else put there is nobody's business.
+        assert_eq!(cluster.secret("ours").as_deref(), Some("x"));
         // How one asks for a new authority.
         let before = count(&cluster.secret("ca.crt").unwrap());
         cluster.api.change(SECRET, |secret| {
