@@ -282,7 +282,7 @@ fn evicted_pods_come_back_true_and_those_that_must_stay_are_kept_with_the_reason
 
     let evict = |more: &[&str]| {
         let arguments = [
-            &["-n", NAMESPACE, "--evict", "--evictions-per-minute", "6000"],
+            &["-n", NAMESPACE, "--evict", "--evictions-per-minute", "60"],
             more,
         ]
         .concat();
@@ -321,7 +321,8 @@ fn evicted_pods_come_back_true_and_those_that_must_stay_are_kept_with_the_reason
             budget
         ]
     );
-    assert!(started.elapsed().as_millis() >= 20, "two pauses at least");
+    // Three are tried, so there are two pauses; the program itself takes a fraction of one.
+    assert!(started.elapsed().as_secs() >= 2, "{:?}", started.elapsed());
     wait_for("the pods have ended", || {
         (platform.pod_names() == ["bare", "outage", "true"]).then_some(())
     });

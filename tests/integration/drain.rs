@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::support::haproxy::{Haproxy, Slot};
-use crate::support::load::{Asker, Tally, schema};
+use crate::support::load::{Asker, PATIENT, Tally, schema};
 use crate::support::postgres::Postgres;
 use crate::support::program::{Authority, Start, Webhook, wait_for};
 use crate::support::{PROXY, create, pod};
@@ -95,7 +95,8 @@ fn a_second_signal_ends_it_at_once() {
 fn rolling_both_of_two_instances_over_under_load_fails_no_admission() {
     let postgres = Postgres::with(&schema());
     let (authority, slots) = (Authority::new(), [Slot::free(), Slot::free()]);
-    let start = |slot: Slot| slot.start(&authority, PROXY, &postgres.url());
+    let policy = format!("lookup: {{timeout: {PATIENT}}}\n{PROXY}");
+    let start = |slot: Slot| slot.start(&authority, &policy, &postgres.url());
     let mut instances = slots.map(start);
     let proxy = Haproxy::before(&slots);
     let ask = || Asker {
@@ -119,5 +120,5 @@ fn rolling_both_of_two_instances_over_under_load_fails_no_admission() {
             gets_traffic(instance);
         }
     });
-    tally.is_of_a_good_database();
+    assert_eq!(tally.as_the_policy_says, 0, "{tally:?}");
 }

@@ -22,6 +22,10 @@ pub(crate) fn schema() -> String {
     )
 }
 
+/// `lookup.timeout` for tests in which no lookup may fail, however busy the machine is: nearly all the time that there
+/// is.
+pub(crate) const PATIENT: &str = "4s";
+
 /// How admissions ended.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
@@ -33,14 +37,6 @@ pub(crate) struct Tally {
     pub(crate) wrong: Vec<String>,
     /// No answer before the API server gives up.
     pub(crate) hung: usize,
-}
-
-impl Tally {
-    /// Lookups succeed. On a machine that has much else to do, one may take longer than its deadline, which is no
-    /// fault of what is tested; most do not.
-    pub(crate) fn is_of_a_good_database(&self) {
-        assert!(self.right > 4 * self.as_the_policy_says, "{self:?}");
-    }
 }
 
 /// Who asks, where, and what the policy there says about a failed lookup.
