@@ -1,0 +1,115 @@
+//! From the body's bytes to the answer's, with the lookup's answer given, against the floor: one skim over the
+//! same bytes, which any webhook must make. And how the time grows with the pod.
+//!
+//! `cargo bench --bench in_process` prints the ratios at its end.
+
+#![expect(
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a benchmark prints what it finds, and ends where it cannot go on"
+)]
+
+mod support;
+
+use std::fs;
+use std::hint::black_box;
+use std::path::{Path, PathBuf};
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use serde::de::IgnoredAny;
+use serde_json::{Value, json};
+
+use support::in_process::{stored, written};
+use support::{RECORDED, SETTLED, body, policy};
+
+const ENTRIES: [usize; 4] = [10, 100, 1_000, 10_000];
+const CONTAINERS: [usize; 3] = [1, 10, 100];
+const MODES: [&str; 2] = ["platform_managed", "byok"];
+
+fn main() {
+    let results = Path::new(env!("CARGO_TARGET_TMPDIR")).join("criterion");
+    let mut criterion = Criterion::default()
+        .output_directory(&results)
+        .configure_from_args();
+    for (id, body) in all_bodies() {
+        measure(&mut criterion, &id, &body);
+    }
+    criterion.final_summary();
+    print_ratios(&results);
+}
+
+fn all_bodies() -> impl Iterator<Item = (String, Vec<u8>)> {
+    let named = RECORDED.into_iter().chain([SETTLED]);
+    let named = named.map(|name| (name.to_owned(), body(name)));
+    let entries = ENTRIES.map(|count| (of_entries(count), grown(1, count)));
+    let containers = CONTAINERS.map(|count| (of_containers(count), grown(count, 20)));
+    named.chain(entries).chain(containers)
+}
+
+/// The first recorded review with so many containers, of so many env entries each; one in ten is a vendor key.
+fn grown(containers: usize, entries: usize) -> Vec<u8> {
+    let mut review: Value = serde_json::from_slice(&body(RECORDED[0])).unwrap();
+    let entry = |index: usize| match index % 10 {
+        0 => json!({"name": "OPENAI_API_KEY", "value": "sk-0"}),
+        _ => json!({"name": format!("VARIABLE_{index}"), "value": "the value of a variable"}),
+    };
+    let list = &mut review["request"]["object"]["spec"]["containers"];
+    let mut container = list[0].take();
+    container["env"] = (0..entries).map(entry).collect();
+    *list = (0..containers)
+        .map(|index| {
+            container["name"] = format!("container-{index}").into();
+            container.clone()
+        })
+        .collect();
+    serde_json::to_vec(&review).unwrap()
+}
+
+fn of_entries(count: usize) -> String {
+    format!("1 container, {count} entries")
+}
+
+fn of_containers(count: usize) -> String {
+    format!("{count} containers, 20 entries")
+}
+
+fn measure(criterion: &mut Criterion, id: &str, body: &[u8]) {
+    let policy = policy();
+    let mut group = criterion.benchmark_group(id);
+    group.throughput(Throughput::Bytes(u64::try_from(body.len()).unwrap()));
+    group.bench_function("skim", |bencher| {
+        bencher.iter(|| serde_json::from_slice::<IgnoredAny>(black_box(body)).unwrap());
+    });
+    for mode in MODES {
+        let stored = stored(mode);
+        group.bench_function(BenchmarkId::from_parameter(mode), |bencher| {
+            bencher.iter(|| written(&policy, &stored, black_box(body)).unwrap());
+        });
+    }
+    group.finish();
+}
+
+fn print_ratios(results: &Path) {
+    let time = |id: &str, what: &str| {
+        let path: PathBuf = [id, what, "new", "estimates.json"].iter().collect();
+        let text = fs::read(results.join(path)).ok()?;
+        let estimates: Value = serde_json::from_slice(&text).ok()?;
+        estimates["median"]["point_estimate"].as_f64()
+    };
+    let ratio = |id: &str, what: &str, to_id: &str, to: &str| {
+        let ratio = Option::zip(time(id, what), time(to_id, to)).map(|(one, other)| one / other);
+        ratio.map_or("-".to_owned(), |ratio| format!("{ratio:.2}"))
+    };
+    println!("\n| body to answer, against the skim | platform_managed | byok |\n|---|---|---|");
+    for (id, _) in all_bodies() {
+        let of = |mode| ratio(&id, mode, &id, "skim");
+        println!("| {id} | {} | {} |", of(MODES[0]), of(MODES[1]));
+    }
+    println!("\n| ten times as much | platform_managed | byok |\n|---|---|---|");
+    let entries = ENTRIES.map(of_entries);
+    let containers = CONTAINERS.map(of_containers);
+    for pair in entries.windows(2).chain(containers.windows(2)) {
+        let of = |mode| ratio(&pair[1], mode, &pair[0], mode);
+        println!("| {} | {} | {} |", pair[1], of(MODES[0]), of(MODES[1]));
+    }
+}

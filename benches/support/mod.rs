@@ -1,0 +1,48 @@
+//! What the benchmarks in process measure: recorded reviews, and ones that are made to grow.
+
+#[allow(dead_code, reason = "tests use the rest")]
+#[path = "../../tests/integration/support/in_process.rs"]
+pub(crate) mod in_process;
+
+use std::fs;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use llm_billing_webhook::core::policy::Policy;
+use serde_json::Value;
+
+use self::in_process::{answer, stored};
+
+/// The recorded pods, from one container to twenty with 200 KB.
+pub(crate) const RECORDED: [&str; 3] = [
+    "claude-code-pod",
+    "hermes-deployment-pod",
+    "large-pod-20-containers",
+];
+/// The first of them as the webhook leaves it: there is nothing to patch.
+pub(crate) const SETTLED: &str = "claude-code-pod, settled";
+
+/// A policy with everything.
+pub(crate) fn policy() -> Policy {
+    Policy::parse(include_str!("../../tests/fixtures/policy.yaml")).unwrap()
+}
+
+/// A review by its name: the recorded bytes, or those of the settled pod.
+pub(crate) fn body(name: &str) -> Vec<u8> {
+    let recorded = name.strip_suffix(", settled");
+    let folder = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/fixtures/admission-reviews"
+    );
+    let body = fs::read(format!("{folder}/{}.json", recorded.unwrap_or(name))).unwrap();
+    if recorded.is_none() {
+        return body;
+    }
+    let mut review: Value = serde_json::from_slice(&body).unwrap();
+    let answer = answer(&policy(), &stored("platform_managed"), &review);
+    let patch = answer["response"]["patch"].as_str().unwrap();
+    let patch: json_patch::Patch =
+        serde_json::from_slice(&STANDARD.decode(patch).unwrap()).unwrap();
+    json_patch::patch(&mut review["request"]["object"], &patch).unwrap();
+    serde_json::to_vec(&review).unwrap()
+}
