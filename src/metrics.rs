@@ -4,8 +4,9 @@
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
@@ -17,6 +18,7 @@ use crate::core::audit::Finding;
 use crate::core::mode::BillingMode;
 use crate::core::warning::WarningKind;
 use crate::database::{ConnectionMetrics, Connections};
+use crate::telemetry::lines::Lines;
 
 /// Labels of one admission.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -249,6 +251,13 @@ impl Metrics {
         self
     }
 
+    /// Counts the lines of the log that were lost.
+    #[must_use]
+    pub fn with_lost_lines(mut self, lines: Lines) -> Self {
+        self.registry.register_collector(Box::new(LostLines(lines)));
+        self
+    }
+
     /// Tells which program runs and, if it may be shown, which policy, and counts what this database's connections do.
     #[must_use]
     pub fn of(mut self, policy_text: Option<&str>, database: &ConnectionMetrics) -> Self {
@@ -338,6 +347,22 @@ impl Metrics {
             connections.set(gauge(count));
         }
         encode(&self.registry)
+    }
+}
+
+/// The lines of the log that were lost.
+#[derive(Debug)]
+struct LostLines(Lines);
+
+impl Collector for LostLines {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let counter = ConstCounter::new(self.0.lost());
+        counter.encode(encoder.encode_descriptor(
+            "log_lines_lost",
+            "Lines of the log that found no place to wait, or could not be written",
+            None,
+            counter.metric_type(),
+        )?)
     }
 }
 

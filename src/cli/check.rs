@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use clap::Args;
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
-use kube::api::PostParams;
-use serde_json::json;
+use kube::api::{ApiResource, DynamicObject, PostParams};
+use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{DatabaseArgs, PolicyArgs, print};
@@ -181,6 +181,8 @@ async fn mode_of_a_new_pod(
     policy: &Policy,
 ) -> Result<Option<String>, ClusterError> {
     let pod = json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
         "metadata": {
             "generateName": "llm-billing-check-",
             "labels": {policy.workspace_label.as_str(): Uuid::nil().to_string()},
@@ -199,19 +201,26 @@ async fn mode_of_a_new_pod(
             }],
         },
     });
-    let pod: Pod = serde_json::from_value(pod)
+    let pod: DynamicObject = serde_json::from_value(pod)
         .map_err(|error| ClusterError::Unreachable(error.to_string()))?;
-    let pods: Api<Pod> = Api::namespaced(cluster::connect().await?, namespace);
+    let resource = ApiResource::erase::<Pod>(&());
+    let pods: Api<DynamicObject> =
+        Api::namespaced_with(cluster::connect().await?, namespace, &resource);
     let params = PostParams {
         dry_run: true,
         ..PostParams::default()
     };
     let created = pods.create(&params, &pod).await?;
-    let containers = created.spec.map(|spec| spec.containers).unwrap_or_default();
+    let containers = created
+        .data
+        .pointer("/spec/containers")
+        .and_then(Value::as_array);
     let mut env = containers
         .into_iter()
-        .flat_map(|one| one.env.unwrap_or_default());
-    Ok(env
-        .find(|variable| variable.name == MODE_VARIABLE)
-        .and_then(|variable| variable.value))
+        .flatten()
+        .filter_map(|container| container.get("env")?.as_array())
+        .flatten();
+    let mode = env.find(|variable| variable.get("name") == Some(&MODE_VARIABLE.into()));
+    let mode = mode.and_then(|variable| variable.get("value")?.as_str());
+    Ok(mode.map(str::to_owned))
 }

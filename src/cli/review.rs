@@ -16,7 +16,7 @@ use similar::{ChangeTag, TextDiff};
 use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print, workspace};
 use crate::cluster;
 use crate::core::mode::{BillingMode, Resolution};
-use crate::core::patch::operations;
+use crate::core::patch::{operations, written};
 use crate::core::plan::plan;
 use crate::core::workload::{Subject, subjects};
 use crate::core::workspace::{Identity, identify};
@@ -303,10 +303,8 @@ async fn patch(
         "{title}: {} ({source}, {reason})",
         resolution.mode
     ))?;
-    Ok(serde_json::from_value(serde_json::to_value(operations(
-        &plan,
-        subject.root(),
-    ))?)?)
+    let patch = written(&operations(&plan, subject.root()))?;
+    Ok(serde_json::from_str(&patch)?)
 }
 
 fn yaml(object: &Value) -> anyhow::Result<String> {

@@ -182,7 +182,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     } else {
         LogFormat::Json
     });
-    telemetry::start(format);
+    let telemetry = telemetry::start(format)?;
     let policy_text = match args.policy.read()? {
         None if args.dev => dev::DEV_POLICY.to_owned(),
         // Empty, it is the default policy.
@@ -195,7 +195,9 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let audits = audits(&args, &policy).await?;
     // Even a checksum can tell whether a token was guessed.
     let policy_shown = (!policy.has_literal_token()).then_some(policy_text.as_str());
-    let metrics = Metrics::default().of(policy_shown, &database.metrics);
+    let metrics = Metrics::default()
+        .of(policy_shown, &database.metrics)
+        .with_lost_lines(telemetry.lines.clone());
     let metrics = match audits {
         Some(_) => metrics.with_audits(),
         None => metrics,

@@ -1,15 +1,12 @@
 //! The admission review: its decoding, which pod and containers it is about, and the response.
 //! HTTP around it is server/webhook.rs's business.
 
-use std::collections::BTreeMap;
-
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use base64_simd::STANDARD;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::mode::Resolution;
-use super::patch::Operation;
+use super::patch::{self, Operation};
 use super::plan::Scope;
 use super::pod::{Pod, Text};
 use super::refusal::Refusal;
@@ -200,7 +197,12 @@ impl Decoded<'_> {
 /// # Errors
 /// [`BodyError`] if no admission response is possible.
 pub fn decode(body: &[u8]) -> Result<Decoded<'_>, BodyError> {
-    let error = match serde_json::from_slice::<Envelope<'_, Request<'_>>>(body) {
+    // Looked at once, text need not be looked at piece by piece; what is no text has its place told by serde_json.
+    let review = match str::from_utf8(body) {
+        Ok(text) => serde_json::from_str::<Envelope<'_, Request<'_>>>(text),
+        Err(_) => serde_json::from_slice(body),
+    };
+    let error = match review {
         Ok(envelope) => {
             return envelope
                 .checked(|request| request.uid.as_str())
@@ -238,13 +240,32 @@ pub fn misfit<'de, T: Deserialize<'de>>(deserializer: impl serde::Deserializer<'
     place.unwrap_or_else(|| "the object".to_owned())
 }
 
+/// So many bytes stand around a patch.
+const AROUND_PATCH: usize = 64;
+
 /// An admission review as it is sent back.
+pub struct Answer<'a> {
+    response: Response<'a>,
+    /// As JSON.
+    patch: Option<String>,
+}
+
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Answer<'a> {
+struct Review<'a> {
     api_version: &'static str,
     kind: &'static str,
-    response: Response<'a>,
+    response: &'a Response<'a>,
+}
+
+impl<'a> Review<'a> {
+    const fn of(response: &'a Response<'a>) -> Self {
+        Self {
+            api_version: API_VERSION,
+            kind: KIND,
+            response,
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -254,14 +275,18 @@ struct Response<'a> {
     allowed: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     status: Option<Status>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    patch_type: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    patch: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     warnings: Vec<String>,
-    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    audit_annotations: BTreeMap<&'static str, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    audit_annotations: Option<AuditAnnotations<'a>>,
+}
+
+#[derive(Serialize)]
+struct AuditAnnotations<'a> {
+    mode: &'static str,
+    reason: &'static str,
+    source: &'static str,
+    workspace: &'a str,
 }
 
 #[derive(Serialize)]
@@ -276,17 +301,14 @@ impl<'a> Answer<'a> {
     #[must_use]
     pub fn allowed(uid: &'a str) -> Self {
         Self {
-            api_version: API_VERSION,
-            kind: KIND,
             response: Response {
                 uid,
                 allowed: true,
                 status: None,
-                patch_type: None,
-                patch: None,
                 warnings: Vec::new(),
-                audit_annotations: BTreeMap::new(),
+                audit_annotations: None,
             },
+            patch: None,
         }
     }
 
@@ -306,11 +328,10 @@ impl<'a> Answer<'a> {
     /// Adds a patch, unless it has no operations.
     ///
     /// # Errors
-    /// None in practice: the operations hold nothing that JSON cannot say.
+    /// None in practice, as for [`patch::written`].
     pub fn with_patch(mut self, operations: &[Operation<'_>]) -> Result<Self, serde_json::Error> {
         if !operations.is_empty() {
-            self.response.patch = Some(STANDARD.encode(serde_json::to_vec(operations)?));
-            self.response.patch_type = Some("JSONPatch");
+            self.patch = Some(patch::written(operations)?);
         }
         Ok(self)
     }
@@ -324,14 +345,32 @@ impl<'a> Answer<'a> {
 
     /// Records the resolution in the API server's audit log.
     #[must_use]
-    pub fn with_resolution(mut self, resolution: &Resolution, workspace_id: &str) -> Self {
-        self.response.audit_annotations = BTreeMap::from([
-            ("mode", resolution.mode.to_string()),
-            ("source", resolution.source.as_str().to_owned()),
-            ("reason", resolution.reason.as_str().to_owned()),
-            ("workspace", recordable(workspace_id).to_owned()),
-        ]);
+    pub fn with_resolution(mut self, resolution: &Resolution, workspace_id: &'a str) -> Self {
+        self.response.audit_annotations = Some(AuditAnnotations {
+            mode: resolution.mode.as_str(),
+            reason: resolution.reason.as_str(),
+            source: resolution.source.as_str(),
+            workspace: recordable(workspace_id),
+        });
         self
+    }
+
+    /// The answer in the bytes that are sent.
+    ///
+    /// # Errors
+    /// None in practice, as for [`Self::with_patch`].
+    pub fn written(&self) -> Result<String, serde_json::Error> {
+        let mut answer = serde_json::to_string(&Review::of(&self.response))?;
+        if let Some(patch) = &self.patch {
+            // Base64 has nothing to escape, and serde_json would look for it all the same: it goes in before the
+            // braces that close response and review.
+            answer.truncate(answer.len() - 2);
+            answer.reserve(patch.len().div_ceil(3) * 4 + AROUND_PATCH);
+            answer.push_str(r#","patchType":"JSONPatch","patch":""#);
+            STANDARD.encode_append(patch, &mut answer);
+            answer.push_str("\"}}");
+        }
+        Ok(answer)
     }
 }
 
@@ -589,7 +628,10 @@ mod tests {
 
     #[test]
     fn a_refusal_has_status_and_reason_and_no_patch() {
-        let answer = |refusal| serde_json::to_value(Answer::refused("u", &refusal)).unwrap();
+        let answer = |refusal| -> Value {
+            let written = Answer::refused("u", &refusal).written().unwrap();
+            serde_json::from_str(&written).unwrap()
+        };
         let status = |code: u16, reason: &str, refusal: &Refusal| {
             json!({
                 "apiVersion": API_VERSION,

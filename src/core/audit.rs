@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::env::Variable;
 use super::mode::{BillingMode, Resolution, Source};
-use super::plan::{ContainerPlan, MODE_ANNOTATION, Plan, SOURCE_ANNOTATION, Scope, plan};
+use super::plan::{ContainerPlan, Plan, Scope, plan};
 use super::pod::{ContainerList, Pod, Text};
 use super::policy::{MODE_VARIABLE, Policy, RESOLVED_VARIABLE};
 
@@ -81,8 +81,9 @@ pub fn audit(policy: &Policy, resolution: Resolution, pod: &Pod<'_>) -> Verdict 
         .metadata
         .as_ref()
         .and_then(|metadata| metadata.annotations.as_ref());
-    let annotation = |key: &str| annotations?.get(key)?.as_ref().map(Text::as_str);
-    match (annotation(MODE_ANNOTATION), annotation(SOURCE_ANNOTATION)) {
+    let mode = annotations.and_then(|annotations| annotations.mode.as_ref());
+    let source = annotations.and_then(|annotations| annotations.source.as_ref());
+    match (mode.map(Text::as_str), source.map(Text::as_str)) {
         (None, None) => {
             findings.insert(Finding::NotSeen);
         }
@@ -114,26 +115,19 @@ fn find_in(
                 .iter()
                 .map(|name| finding(container, name, policy)),
         );
-        let names: Vec<&str> = variables.into_iter().collect();
-        details.push(format!(
-            "container {:?}: {}",
-            container.name,
-            names.join(", ")
-        ));
+        let name = container.container.name.as_str();
+        details.push(format!("container {name:?}: {}", variables.join(", ")));
     }
 }
 
 /// Why a variable of a container is not settled.
-fn finding(container: &ContainerPlan<'_>, name: &str, policy: &Policy) -> Finding {
+fn finding(plan: &ContainerPlan<'_>, name: &str, policy: &Policy) -> Finding {
     if [MODE_VARIABLE, RESOLVED_VARIABLE].contains(&name) {
         return Finding::WrongMode;
     }
-    let is_there = container
-        .entries
-        .iter()
-        .flatten()
-        .any(|entry| *entry == name);
-    let is_masked = container
+    let mut entries = plan.container.entries().iter();
+    let is_there = entries.any(|entry| entry.name.as_str() == name);
+    let is_masked = plan
         .changes
         .add
         .iter()
@@ -173,6 +167,7 @@ fn mode_in_env(pod: &Pod<'_>) -> String {
 mod tests {
     use serde_json::{Value, json};
 
+    use super::super::pod::{MODE_ANNOTATION, SOURCE_ANNOTATION};
     use super::*;
     use crate::core::mode::Reason;
 

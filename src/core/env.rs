@@ -3,9 +3,6 @@
 
 use std::borrow::Cow;
 
-use serde::ser::SerializeStruct;
-use serde::{Serialize, Serializer};
-
 use super::pod::{EnvEntry, EnvFrom};
 use super::policy::EnvSource;
 
@@ -18,7 +15,7 @@ pub enum Value<'a> {
     Source(&'a EnvSource),
 }
 
-/// A variable that a container must have. Serialised, it is an env entry of a pod.
+/// A variable that a container must have.
 #[derive(Clone, PartialEq)]
 pub struct Variable<'a> {
     /// The variable's name.
@@ -51,18 +48,6 @@ impl<'a> Variable<'a> {
     }
 }
 
-impl Serialize for Variable<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut entry = serializer.serialize_struct("EnvVar", 2)?;
-        entry.serialize_field("name", self.name)?;
-        match &self.value {
-            Value::Literal(text) => entry.serialize_field("value", text)?,
-            Value::Source(source) => entry.serialize_field("valueFrom", source)?,
-        }
-        entry.end()
-    }
-}
-
 /// What makes an env list settled.
 #[derive(Clone, PartialEq, Default)]
 pub struct Changes<'a> {
@@ -70,6 +55,8 @@ pub struct Changes<'a> {
     pub remove: Vec<usize>,
     /// Variables that come before all others, in this order.
     pub add: Vec<Variable<'a>>,
+    /// Indices of the entries that are neither required nor go, ascending.
+    pub others: Vec<usize>,
 }
 
 impl Changes<'_> {
@@ -89,7 +76,7 @@ pub fn settle<'a>(
     goes: impl Fn(&str) -> bool,
 ) -> Changes<'a> {
     let mut met = vec![false; required.len()];
-    let mut remove = Vec::new();
+    let (mut remove, mut others) = (Vec::new(), Vec::with_capacity(entries.len()));
     for (index, entry) in entries.iter().enumerate() {
         let name = entry.name.as_str();
         let stays = match required
@@ -102,7 +89,11 @@ pub fn settle<'a>(
                 *met |= first_right;
                 first_right
             }
-            None => !goes(name),
+            None if goes(name) => false,
+            None => {
+                others.push(index);
+                true
+            }
         };
         if !stays {
             remove.push(index);
@@ -112,6 +103,7 @@ pub fn settle<'a>(
     Changes {
         remove,
         add: unmet.map(|(variable, _)| variable.clone()).collect(),
+        others,
     }
 }
 

@@ -10,6 +10,7 @@
 pub mod admission;
 pub mod audit;
 pub mod env;
+pub mod json;
 pub mod mode;
 pub mod patch;
 pub mod plan;

@@ -1,62 +1,183 @@
 //! Plan → RFC 6902 operations, the fewest that do it. No operation repeats a value that stays: the API
 //! server writes patches to its audit log.
 
-use std::collections::BTreeMap;
-
-use serde::Serialize;
-
-use super::env::Variable;
+use super::env::{Value, Variable};
+use super::json::{Written, text};
 use super::plan::{AnnotationPlan, AnnotationsParent, ContainerPlan, Plan};
+use super::pod::ContainerList;
 
 /// One operation of a JSON patch.
-#[derive(Clone, PartialEq, Serialize)]
-#[serde(tag = "op", rename_all = "lowercase")]
+#[derive(Clone, Copy)]
 pub enum Operation<'a> {
     /// Adds a member or an array element, or sets a member.
-    Add {
-        /// Where, as a JSON pointer.
-        path: String,
-        /// What.
-        value: Content<'a>,
-    },
+    Add(Path<'a>, Content<'a>),
     /// Replaces what is there.
-    Replace {
-        /// Where, as a JSON pointer.
-        path: String,
-        /// By what.
-        value: Content<'a>,
-    },
+    Replace(Path<'a>, Content<'a>),
     /// Removes what is there.
-    Remove {
-        /// Where, as a JSON pointer.
-        path: String,
-    },
+    Remove(Path<'a>),
+}
+
+/// A JSON pointer (RFC 6901), made text only as it is written.
+#[derive(Clone, Copy)]
+pub struct Path<'a> {
+    /// The pointer to the object: empty for a pod, such as `/spec/template` for a controller's pod template.
+    root: &'a str,
+    place: Place,
+}
+
+/// A place in a pod or a pod template.
+#[derive(Clone, Copy)]
+enum Place {
+    Env(ContainerList, usize),
+    EnvEntry(ContainerList, usize, usize),
+    Metadata,
+    Annotations,
+    Annotation(&'static str),
 }
 
 /// What an operation writes. No `Debug`: an env entry may hold a token.
-#[derive(Clone, PartialEq, Serialize)]
-#[serde(untagged)]
+#[derive(Clone, Copy)]
 pub enum Content<'a> {
     /// One env entry.
-    Entry(Variable<'a>),
+    Entry(&'a Variable<'a>),
     /// A whole env list.
-    Entries(Vec<Variable<'a>>),
+    Entries(&'a [Variable<'a>]),
     /// An annotation's value.
     Text(&'static str),
     /// All annotations.
-    Annotations(BTreeMap<&'static str, &'static str>),
+    Annotations(&'a [AnnotationPlan]),
     /// Metadata that holds nothing but annotations.
-    Metadata {
-        /// All annotations.
-        annotations: BTreeMap<&'static str, &'static str>,
-    },
+    Metadata(&'a [AnnotationPlan]),
+}
+
+/// So many bytes hold most operations.
+const AN_OPERATION: usize = 192;
+
+/// The patch as JSON. It is nearly all of an answer, and serde_json looks at each of its bytes for what must be
+/// escaped: written here, it takes a third of the time.
+///
+/// # Errors
+/// None in practice: the operations hold nothing that JSON cannot say.
+pub fn written(operations: &[Operation<'_>]) -> Result<String, serde_json::Error> {
+    let mut out = String::with_capacity(operations.len() * AN_OPERATION);
+    list(&mut out, operations, |out, operation| operation.write(out))?;
+    Ok(out)
+}
+
+impl Operation<'_> {
+    fn write(&self, out: &mut String) -> Written {
+        let (op, path, content) = match self {
+            Self::Add(path, content) => ("add", path, Some(content)),
+            Self::Replace(path, content) => ("replace", path, Some(content)),
+            Self::Remove(path) => ("remove", path, None),
+        };
+        out.push_str("{\"op\":\"");
+        out.push_str(op);
+        out.push_str("\",\"path\":\"");
+        path.write(out);
+        out.push('"');
+        if let Some(content) = content {
+            out.push_str(",\"value\":");
+            content.write(out)?;
+        }
+        out.push('}');
+        Ok(())
+    }
+}
+
+impl Path<'_> {
+    /// None of it needs to be escaped for JSON.
+    fn write(&self, out: &mut String) {
+        let mut env = |list: ContainerList, container| {
+            out.push_str(self.root);
+            out.push_str("/spec/");
+            out.push_str(list.field());
+            out.push('/');
+            out.push_str(itoa::Buffer::new().format(container));
+            out.push_str("/env");
+        };
+        match self.place {
+            Place::Env(list, container) => env(list, container),
+            Place::EnvEntry(list, container, entry) => {
+                env(list, container);
+                out.push('/');
+                out.push_str(itoa::Buffer::new().format(entry));
+            }
+            Place::Metadata => out.extend([self.root, "/metadata"]),
+            Place::Annotations => out.extend([self.root, "/metadata/annotations"]),
+            Place::Annotation(key) => {
+                out.extend([self.root, "/metadata/annotations/", &escaped(key)]);
+            }
+        }
+    }
+}
+
+impl Content<'_> {
+    pub(super) fn write(&self, out: &mut String) -> Written {
+        match self {
+            Self::Entry(variable) => variable_written(out, variable),
+            Self::Entries(variables) => list(out, variables, variable_written),
+            Self::Text(value) => text(out, value),
+            Self::Annotations(annotations) => annotations_written(out, annotations),
+            Self::Metadata(annotations) => {
+                out.push_str("{\"annotations\":");
+                annotations_written(out, annotations)?;
+                out.push('}');
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A variable as an env entry of a pod.
+fn variable_written(out: &mut String, variable: &Variable<'_>) -> Written {
+    out.push_str("{\"name\":");
+    text(out, variable.name)?;
+    match &variable.value {
+        Value::Literal(value) => {
+            out.push_str(",\"value\":");
+            text(out, value)?;
+        }
+        Value::Source(source) => {
+            out.push_str(",\"valueFrom\":");
+            out.push_str(&serde_json::to_string(source)?);
+        }
+    }
+    out.push('}');
+    Ok(())
+}
+
+fn annotations_written(out: &mut String, annotations: &[AnnotationPlan]) -> Written {
+    out.push('{');
+    for (index, AnnotationPlan { key, value }) in annotations.iter().enumerate() {
+        if index > 0 {
+            out.push(',');
+        }
+        text(out, key)?;
+        out.push(':');
+        text(out, value)?;
+    }
+    out.push('}');
+    Ok(())
+}
+
+fn list<T>(out: &mut String, items: &[T], write: impl Fn(&mut String, &T) -> Written) -> Written {
+    out.push('[');
+    for (index, item) in items.iter().enumerate() {
+        if index > 0 {
+            out.push(',');
+        }
+        write(out, item)?;
+    }
+    out.push(']');
+    Ok(())
 }
 
 /// Writes a plan as operations on the object at `root`, a JSON pointer: empty for a pod, such as
 /// `/spec/template` for a controller's pod template.
 #[must_use]
-pub fn operations<'a>(plan: &Plan<'a>, root: &str) -> Vec<Operation<'a>> {
-    let mut operations = Vec::new();
+pub fn operations<'a>(plan: &'a Plan<'_>, root: &'a str) -> Vec<Operation<'a>> {
+    let mut operations = Vec::with_capacity(plan.most_operations());
     for container in &plan.containers {
         container_operations(container, root, &mut operations);
     }
@@ -65,32 +186,22 @@ pub fn operations<'a>(plan: &Plan<'a>, root: &str) -> Vec<Operation<'a>> {
 }
 
 fn container_operations<'a>(
-    container: &ContainerPlan<'a>,
-    root: &str,
+    plan: &'a ContainerPlan<'_>,
+    root: &'a str,
     operations: &mut Vec<Operation<'a>>,
 ) {
-    let env = format!(
-        "{root}/spec/{}/{}/env",
-        container.list.field(),
-        container.index
-    );
-    let at = |index: usize| format!("{env}/{index}");
-    let (remove, add) = (&container.changes.remove, &container.changes.add);
-    let entry = |variable: &Variable<'a>| Content::Entry(variable.clone());
+    let path = |place| Path { root, place };
+    let env = path(Place::Env(plan.list, plan.index));
+    let at = |entry| path(Place::EnvEntry(plan.list, plan.index, entry));
+    let (remove, add) = (&plan.changes.remove, plan.changes.add.as_slice());
 
     // Nothing stays: one operation writes the whole list.
-    let Some(entries) = &container.entries else {
-        operations.push(Operation::Add {
-            path: env,
-            value: Content::Entries(add.clone()),
-        });
+    let Some(entries) = &plan.container.env else {
+        operations.push(Operation::Add(env, Content::Entries(add)));
         return;
     };
     if remove.len() == entries.len() {
-        operations.push(Operation::Replace {
-            path: env,
-            value: Content::Entries(add.clone()),
-        });
+        operations.push(Operation::Replace(env, Content::Entries(add)));
         return;
     }
     // What comes stands first, so it can take the places of entries that go from the list's head. All
@@ -106,46 +217,37 @@ fn container_operations<'a>(
             .iter()
             .skip(replaced)
             .rev()
-            .map(|&index| Operation::Remove { path: at(index) }),
+            .map(|&index| Operation::Remove(at(index))),
     );
     for (index, variable) in add.iter().enumerate() {
-        let (path, value) = (at(index), entry(variable));
+        let (path, value) = (at(index), Content::Entry(variable));
         operations.push(if index < replaced {
-            Operation::Replace { path, value }
+            Operation::Replace(path, value)
         } else {
-            Operation::Add { path, value }
+            Operation::Add(path, value)
         });
     }
 }
 
-fn annotation_operations(plan: &Plan<'_>, root: &str, operations: &mut Vec<Operation<'_>>) {
-    let metadata = format!("{root}/metadata");
-    let all = || {
-        plan.annotations
-            .iter()
-            .map(|annotation| (annotation.key, annotation.value))
-            .collect()
-    };
+fn annotation_operations<'a>(
+    plan: &'a Plan<'_>,
+    root: &'a str,
+    operations: &mut Vec<Operation<'a>>,
+) {
+    let add = |place, content| Operation::Add(Path { root, place }, content);
+    let all = plan.annotations.as_slice();
     match plan.annotations_parent {
         AnnotationsParent::NoMetadata => {
-            operations.push(Operation::Add {
-                path: metadata,
-                value: Content::Metadata { annotations: all() },
-            });
+            operations.push(add(Place::Metadata, Content::Metadata(all)));
         }
-        AnnotationsParent::NoAnnotations => operations.push(Operation::Add {
-            path: format!("{metadata}/annotations"),
-            value: Content::Annotations(all()),
-        }),
+        AnnotationsParent::NoAnnotations => {
+            operations.push(add(Place::Annotations, Content::Annotations(all)));
+        }
         AnnotationsParent::Annotations => {
-            operations.extend(
-                plan.annotations
-                    .iter()
-                    .map(|AnnotationPlan { key, value }| Operation::Add {
-                        path: format!("{metadata}/annotations/{}", escaped(key)),
-                        value: Content::Text(value),
-                    }),
-            );
+            let one = |&AnnotationPlan { key, value }: &AnnotationPlan| {
+                add(Place::Annotation(key), Content::Text(value))
+            };
+            operations.extend(all.iter().map(one));
         }
     }
 }
@@ -176,7 +278,7 @@ mod tests {
             Scope::Pod,
         )
         .unwrap();
-        serde_json::to_value(operations(&plan, root)).unwrap()
+        serde_json::from_str(&written(&operations(&plan, root)).unwrap()).unwrap()
     }
 
     fn env_patch(env: &Value) -> Value {

@@ -2,21 +2,17 @@
 //! become. Written once, for the webhook, the guard, `review` and `audit`. How the plan is written as a
 //! patch is patch.rs's business.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use super::env::{Changes, Value, Variable, could_bring, settle};
 use super::mode::{BillingMode, Reason, Resolution};
-use super::pod::{Container, ContainerList, Pod};
+use super::pod::{Container, ContainerList, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text};
 use super::policy::{EnvFromRule, MODE_VARIABLE, Name, Policy, RESOLVED_VARIABLE};
 use super::proxy;
 use super::refusal::Refusal;
 use super::warning::{Warning, of_container};
 use super::workspace::workspace_id;
-
-/// The annotation that records the mode.
-pub const MODE_ANNOTATION: &str = "molecule.ai/llm-billing-mode";
-/// The annotation that records where the mode comes from.
-pub const SOURCE_ANNOTATION: &str = "molecule.ai/llm-billing-source";
 
 /// Which of a pod's containers are planned.
 #[derive(Clone, Copy, Debug)]
@@ -48,27 +44,25 @@ pub struct ContainerPlan<'a> {
     pub list: ContainerList,
     /// Its place in that list.
     pub index: usize,
-    /// Its name.
-    pub name: &'a str,
-    /// The names of its env entries now; `None` where env is absent or null.
-    pub entries: Option<Vec<&'a str>>,
+    /// The container as it is.
+    pub container: &'a Container<'a>,
     /// What must change.
     pub changes: Changes<'a>,
 }
 
 impl ContainerPlan<'_> {
-    /// The variables that are not settled, by name.
+    /// The variables that are not settled, each once, by name.
     #[must_use]
-    pub fn variables(&self) -> BTreeSet<&str> {
-        let entries = self.entries.as_deref().unwrap_or_default();
-        let removed = self
-            .changes
-            .remove
-            .iter()
-            .filter_map(|&index| entries.get(index).copied());
-        removed
+    pub fn variables(&self) -> Vec<&str> {
+        let entries = self.container.entries();
+        let removed = self.changes.remove.iter();
+        let mut names: Vec<&str> = removed
+            .filter_map(|&index| Some(entries.get(index)?.name.as_str()))
             .chain(self.changes.add.iter().map(|variable| variable.name))
-            .collect()
+            .collect();
+        names.sort_unstable();
+        names.dedup();
+        names
     }
 }
 
@@ -99,6 +93,16 @@ impl Plan<'_> {
         self.containers.is_empty() && self.annotations.is_empty()
     }
 
+    /// So many operations carry the plan out, at most.
+    pub(super) fn most_operations(&self) -> usize {
+        let of_container = |plan: &ContainerPlan<'_>| {
+            let Changes { remove, add, .. } = &plan.changes;
+            remove.len() + add.len()
+        };
+        let containers: usize = self.containers.iter().map(of_container).sum();
+        containers + self.annotations.len()
+    }
+
     /// What the guard says of containers that are not settled: by name, never by value.
     #[must_use]
     pub fn refusal(&self) -> Option<Refusal> {
@@ -120,7 +124,7 @@ impl Plan<'_> {
             .containers
             .iter()
             .take(SHOWN)
-            .map(|container| tell(container.name, listed(container.variables())))
+            .map(|plan| tell(plan.container.name.as_str(), listed(&plan.variables())))
             .collect();
         let more = match self.containers.len().saturating_sub(SHOWN) {
             0 => String::new(),
@@ -140,41 +144,22 @@ pub fn plan<'a>(
     pod: &'a Pod<'a>,
     scope: Scope<'_>,
 ) -> Result<Plan<'a>, Refusal> {
-    let platform = match resolution.mode {
-        BillingMode::PlatformManaged => Some(Platform::of(policy, pod)?),
-        BillingMode::Byok | BillingMode::Disabled => None,
-    };
+    let rules = Rules::of(policy, resolution.mode, pod)?;
     let mut warnings = Vec::new();
     if resolution.reason == Reason::LookupError {
         warnings.push(Warning::of_failed_lookup());
     }
     let mut containers = Vec::new();
     for (list, index, container) in scope.containers(pod) {
-        let mut required = mode_variables(resolution.mode);
-        let changes = if let Some(platform) = &platform {
-            platform.require(container, &mut required)?;
-            let changes = settle(entries(container), &required, |name| {
-                policy.vendor_keys.contains(name)
-            });
-            warnings.extend(of_container(
-                &policy.vendor_keys,
-                container,
-                &required,
-                &changes,
-            ));
-            changes
-        } else {
-            settle(entries(container), &required, |_| false)
-        };
+        let required = rules.required(container)?;
+        let keys = &rules.vendor_keys;
+        let changes = settle(container.entries(), &required, |name| keys.contains(name));
+        of_container(keys, container, &required, &changes, &mut warnings);
         if !changes.is_empty() {
             containers.push(ContainerPlan {
                 list,
                 index,
-                name: container.name.as_str(),
-                entries: container
-                    .env
-                    .as_ref()
-                    .map(|env| env.iter().map(|entry| entry.name.as_str()).collect()),
+                container,
                 changes,
             });
         }
@@ -226,19 +211,6 @@ impl Scope<'_> {
     }
 }
 
-/// Both carry the resolver's answer, whatever branch asks.
-fn mode_variables<'a>(mode: BillingMode) -> Vec<Variable<'a>> {
-    let value = || Value::Literal(mode.as_str().into());
-    vec![
-        Variable::new(MODE_VARIABLE, value()),
-        Variable::new(RESOLVED_VARIABLE, value()),
-    ]
-}
-
-fn entries<'a>(container: &'a Container<'a>) -> &'a [super::pod::EnvEntry<'a>] {
-    container.env.as_deref().unwrap_or_default()
-}
-
 fn plan_annotations(
     resolution: Resolution,
     pod: &Pod<'_>,
@@ -252,86 +224,106 @@ fn plan_annotations(
         (Some(_), None) => AnnotationsParent::NoAnnotations,
         (Some(_), Some(_)) => AnnotationsParent::Annotations,
     };
+    let (mode, source) = present.map_or((None, None), |present| {
+        (present.mode.as_ref(), present.source.as_ref())
+    });
     let wanted = [
-        AnnotationPlan {
-            key: MODE_ANNOTATION,
-            value: resolution.mode.as_str(),
-        },
-        AnnotationPlan {
-            key: SOURCE_ANNOTATION,
-            value: resolution.source.as_str(),
-        },
+        (MODE_ANNOTATION, mode, resolution.mode.as_str()),
+        (SOURCE_ANNOTATION, source, resolution.source.as_str()),
     ];
-    let is_wrong = |wanted: &AnnotationPlan| {
-        let value = present.and_then(|annotations| annotations.get(wanted.key)?.as_ref());
-        value.is_none_or(|value| value.as_str() != wanted.value)
-    };
-    (wanted.into_iter().filter(is_wrong).collect(), parent)
+    let wrong = wanted
+        .into_iter()
+        .filter(|(_, present, value)| present.map(Text::as_str) != Some(value))
+        .map(|(key, _, value)| AnnotationPlan { key, value });
+    (wrong.collect(), parent)
 }
 
-/// What holds for every container of a platform_managed pod.
-struct Platform<'a> {
-    policy: &'a Policy,
-    proxy_variables: Vec<Variable<'a>>,
-    excluded: &'a BTreeSet<String>,
+/// What holds for every container of a pod.
+struct Rules<'a> {
+    /// The variables of the mode, then the proxy's.
+    required: Vec<Variable<'a>>,
+    /// Which containers get those of the mode alone.
+    excluded: Option<&'a BTreeSet<String>>,
+    vendor_keys: VendorKeys<'a>,
+    env_from: EnvFromRule,
 }
 
-impl<'a> Platform<'a> {
-    fn of(policy: &'a Policy, pod: &Pod<'_>) -> Result<Self, Refusal> {
-        let runtime = pod.label(policy.runtime_label.as_str()).unwrap_or_default();
-        let proxy = policy.proxy.as_ref().ok_or(Refusal::MissingPlatformProxy)?;
-        let proxy_variables = proxy::variables(proxy, runtime, workspace_id(policy, pod))
-            .ok_or(Refusal::MissingPlatformProxy)?;
-        Ok(Self {
-            policy,
-            proxy_variables,
-            excluded: &proxy.exclude_containers,
-        })
+/// The variables that a container must not have: none but on `platform_managed`. So few are found faster one by one
+/// than in a tree, for most differ in length.
+pub(super) struct VendorKeys<'a>(Vec<&'a str>);
+
+impl VendorKeys<'_> {
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.0.contains(&name)
+    }
+}
+
+/// So many variables carry the mode. Both say the resolver's answer, whatever branch asks.
+const OF_MODE: usize = 2;
+
+impl<'a> Rules<'a> {
+    fn of(policy: &'a Policy, mode: BillingMode, pod: &Pod<'_>) -> Result<Self, Refusal> {
+        let value = || Value::Literal(mode.as_str().into());
+        let of_mode: [_; OF_MODE] = [
+            Variable::new(MODE_VARIABLE, value()),
+            Variable::new(RESOLVED_VARIABLE, value()),
+        ];
+        let mut rules = Self {
+            required: of_mode.into(),
+            excluded: None,
+            vendor_keys: VendorKeys(Vec::new()),
+            env_from: policy.env_from,
+        };
+        if mode == BillingMode::PlatformManaged {
+            let runtime = pod.label(policy.runtime_label.as_str()).unwrap_or_default();
+            let proxy = policy.proxy.as_ref().ok_or(Refusal::MissingPlatformProxy)?;
+            let of_proxy = proxy::variables(proxy, runtime, workspace_id(policy, pod));
+            rules
+                .required
+                .extend(of_proxy.ok_or(Refusal::MissingPlatformProxy)?);
+            rules.excluded = Some(&proxy.exclude_containers);
+            rules.vendor_keys.0 = policy.vendor_keys.iter().map(Name::as_str).collect();
+        }
+        Ok(rules)
     }
 
-    /// Adds the proxy variables to what is required of a container, and the masks of vendor keys that its
+    /// What is required of a container: the variables of the mode and the proxy, and the masks of vendor keys that its
     /// envFrom could bring.
-    fn require(
-        &self,
-        container: &Container<'_>,
-        required: &mut Vec<Variable<'a>>,
-    ) -> Result<(), Refusal> {
-        if !self.excluded.contains(container.name.as_str()) {
-            required.extend(self.proxy_variables.iter().cloned());
-        }
-        let sources = container.env_from.as_deref().unwrap_or_default();
-        let could_come = |key: &&'a Name| {
-            could_bring(sources, key.as_str())
-                && required
-                    .iter()
-                    .all(|variable| variable.name != key.as_str())
+    fn required(&self, container: &Container<'_>) -> Result<Cow<'_, [Variable<'a>]>, Refusal> {
+        let is_excluded = self
+            .excluded
+            .is_some_and(|excluded| excluded.contains(container.name.as_str()));
+        let required = if is_excluded {
+            self.required.get(..OF_MODE).unwrap_or_default()
+        } else {
+            &self.required
         };
-        let keys: Vec<&str> = self
-            .policy
-            .vendor_keys
-            .iter()
-            .filter(could_come)
-            .map(Name::as_str)
-            .collect();
-        match self.policy.env_from {
-            EnvFromRule::Ignore => {}
-            EnvFromRule::Mask => required.extend(keys.into_iter().map(Variable::mask)),
-            EnvFromRule::Deny if keys.is_empty() => {}
-            EnvFromRule::Deny => {
+        let sources = container.env_from.as_deref().unwrap_or_default();
+        if sources.is_empty() || self.env_from == EnvFromRule::Ignore {
+            return Ok(required.into());
+        }
+        let could_come = |key: &&str| {
+            could_bring(sources, key) && required.iter().all(|variable| variable.name != *key)
+        };
+        let keys = self.vendor_keys.0.iter().copied().filter(could_come);
+        if self.env_from == EnvFromRule::Deny {
+            let keys: Vec<&str> = keys.collect();
+            if !keys.is_empty() {
                 return Err(Refusal::EnvFromVendorKey {
                     container: container.name.as_str().to_owned(),
-                    keys: listed(keys),
+                    keys: listed(&keys),
                 });
             }
+            return Ok(required.into());
         }
-        Ok(())
+        let masks = keys.map(Variable::mask);
+        Ok(required.iter().cloned().chain(masks).collect())
     }
 }
 
 /// Names for a message: all of a few, the first of many.
-fn listed<'n>(names: impl IntoIterator<Item = &'n str>) -> String {
+fn listed(names: &[&str]) -> String {
     const SHOWN: usize = 8;
-    let names: Vec<&str> = names.into_iter().collect();
     match names.split_at_checked(SHOWN) {
         Some((shown, more)) if !more.is_empty() => {
             format!("{} and {} more", shown.join(", "), more.len())
@@ -345,7 +337,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::core::patch::operations;
+    use crate::core::patch::{operations, written};
 
     const PROXY: &str = "proxy: {baseUrl: u, anthropicBaseUrl: a, usageToken: {value: t}";
 
@@ -367,11 +359,11 @@ mod tests {
             &pod,
             Scope::Pod,
         )?;
-        let patch = serde_json::to_value(operations(&plan, "")).unwrap();
+        let patch = written(&operations(&plan, "")).unwrap();
         let mut after: Value = serde_json::from_str(&text).unwrap();
         json_patch::patch(
             &mut after,
-            &serde_json::from_value::<json_patch::Patch>(patch).unwrap(),
+            &serde_json::from_str::<json_patch::Patch>(&patch).unwrap(),
         )
         .unwrap();
         let entries = after["spec"]["containers"][0]["env"]
@@ -501,11 +493,11 @@ mod tests {
         let modes = "MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED";
         assert_eq!(plan.changed(), format!("i: {modes}; c: {modes}"));
         assert_eq!(
-            listed(["a", "b", "c", "d", "e", "f", "g", "h"]),
+            listed(&["a", "b", "c", "d", "e", "f", "g", "h"]),
             "a, b, c, d, e, f, g, h"
         );
         assert_eq!(
-            listed(["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]),
+            listed(&["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]),
             "a, b, c, d, e, f, g, h and 2 more"
         );
     }

@@ -3,10 +3,15 @@
 //! names only what changes.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::Deserialize;
+use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+
+/// The annotation that records the mode.
+pub const MODE_ANNOTATION: &str = "molecule.ai/llm-billing-mode";
+/// The annotation that records where the mode comes from.
+pub const SOURCE_ANNOTATION: &str = "molecule.ai/llm-billing-source";
 
 /// Text borrowed from the request where it has no escapes. Its `Debug` says nothing: it may be a key.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
@@ -24,12 +29,6 @@ impl Text<'_> {
 impl fmt::Debug for Text<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("…")
-    }
-}
-
-impl std::borrow::Borrow<str> for Text<'_> {
-    fn borrow(&self) -> &str {
-        &self.0
     }
 }
 
@@ -59,10 +58,23 @@ pub struct Metadata<'a> {
     pub namespace: Option<Text<'a>>,
     /// Which workspace and runtime.
     #[serde(borrow)]
-    pub labels: Option<BTreeMap<Text<'a>, Option<Text<'a>>>>,
+    pub labels: Option<Labels<'a>>,
     /// Where the resolution is recorded.
     #[serde(borrow)]
-    pub annotations: Option<BTreeMap<Text<'a>, Option<Text<'a>>>>,
+    pub annotations: Option<Annotations<'a>>,
+}
+
+/// Labels as they stand. Of a key that stands twice the last one counts, as for the API server.
+#[derive(Debug, Default)]
+pub struct Labels<'a>(Vec<(Text<'a>, Option<Text<'a>>)>);
+
+/// The annotations that this webhook writes; all others are skipped if they are texts, for they may be long.
+#[derive(Debug, Default)]
+pub struct Annotations<'a> {
+    /// [`MODE_ANNOTATION`]
+    pub mode: Option<Text<'a>>,
+    /// [`SOURCE_ANNOTATION`]
+    pub source: Option<Text<'a>>,
 }
 
 /// The lists of containers.
@@ -87,12 +99,12 @@ pub struct Container<'a> {
     /// Unique in a valid pod; invalid pods arrive too.
     #[serde(borrow, default)]
     pub name: Text<'a>,
-    /// Entry point; may refer to env entries.
+    /// What of the entry point may refer to env entries.
     #[serde(borrow)]
-    pub command: Option<Vec<Text<'a>>>,
-    /// Arguments; may refer to env entries.
+    pub command: Option<Referring<'a>>,
+    /// What of the arguments may refer to env entries.
     #[serde(borrow)]
-    pub args: Option<Vec<Text<'a>>>,
+    pub args: Option<Referring<'a>>,
     /// Secrets and ConfigMaps whose keys become variables.
     #[serde(borrow)]
     pub env_from: Option<Vec<EnvFrom<'a>>>,
@@ -100,6 +112,10 @@ pub struct Container<'a> {
     #[serde(borrow)]
     pub env: Option<Vec<EnvEntry<'a>>>,
 }
+
+/// The texts of a list in which `$(` stands, each with its place in the list.
+#[derive(Debug, Default)]
+pub struct Referring<'a>(pub Vec<(usize, Text<'a>)>);
 
 /// One envFrom source, whichever kind it is.
 #[derive(Debug, Deserialize)]
@@ -119,9 +135,9 @@ pub struct EnvEntry<'a> {
     /// Absent means empty unless `valueFrom` is there: the API server drops an empty value.
     #[serde(borrow)]
     pub value: Option<Text<'a>>,
-    /// Where the value comes from, if it is no literal.
+    /// Where the value comes from, if it is no literal. Boxed, for it is large and most entries have none.
     #[serde(borrow)]
-    pub value_from: Option<ValueFrom<'a>>,
+    pub value_from: Option<Box<ValueFrom<'a>>>,
 }
 
 /// The sources that this webhook compares with its own or warns about. An entry that has another kind of
@@ -182,14 +198,110 @@ pub struct ResourceFieldRef<'a> {
     pub divisor: Option<serde_json::Value>,
 }
 
+impl<'de: 'a, 'a> Deserialize<'de> for Labels<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Map;
+        impl<'de> Visitor<'de> for Map {
+            type Value = Labels<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a map of labels")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut labels = Vec::new();
+                while let Some(label) = map.next_entry()? {
+                    labels.push(label);
+                }
+                Ok(Labels(labels))
+            }
+        }
+        deserializer.deserialize_map(Map)
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Annotations<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Map;
+        impl<'de> Visitor<'de> for Map {
+            type Value = Annotations<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a map of annotations")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut annotations = Annotations::default();
+                while let Some(key) = map.next_key::<Text<'de>>()? {
+                    match key.as_str() {
+                        MODE_ANNOTATION => annotations.mode = map.next_value()?,
+                        SOURCE_ANNOTATION => annotations.source = map.next_value()?,
+                        _ => {
+                            map.next_value::<Option<AnyText>>()?;
+                        }
+                    }
+                }
+                Ok(annotations)
+            }
+        }
+        deserializer.deserialize_map(Map)
+    }
+}
+
+/// A text that nobody asks about.
+struct AnyText;
+
+impl<'de> Deserialize<'de> for AnyText {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Skip;
+        impl Visitor<'_> for Skip {
+            type Value = AnyText;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a text")
+            }
+
+            fn visit_str<E>(self, _: &str) -> Result<AnyText, E> {
+                Ok(AnyText)
+            }
+        }
+        deserializer.deserialize_str(Skip)
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Referring<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct List;
+        impl<'de> Visitor<'de> for List {
+            type Value = Referring<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of texts")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+                let mut referring = Vec::new();
+                let mut index = 0;
+                while let Some(text) = list.next_element::<Text<'de>>()? {
+                    if text.as_str().contains("$(") {
+                        referring.push((index, text));
+                    }
+                    index += 1;
+                }
+                Ok(Referring(referring))
+            }
+        }
+        deserializer.deserialize_seq(List)
+    }
+}
+
 impl<'a> Pod<'a> {
     /// The value of one label; `Some("")` for a label without text, `None` where it is absent.
     #[must_use]
     pub fn label(&self, key: &str) -> Option<&str> {
-        let labels = self.metadata.as_ref()?.labels.as_ref()?;
-        labels
-            .get(key)
-            .map(|value| value.as_ref().map_or("", Text::as_str))
+        let Labels(labels) = self.metadata.as_ref()?.labels.as_ref()?;
+        let (_, value) = labels.iter().rfind(|(label, _)| label.as_str() == key)?;
+        Some(value.as_ref().map_or("", Text::as_str))
     }
 
     /// One of the three lists; empty where it is absent.
@@ -203,6 +315,14 @@ impl<'a> Pod<'a> {
         }
         .as_deref()
         .unwrap_or_default()
+    }
+}
+
+impl<'a> Container<'a> {
+    /// The env entries; empty where there are none.
+    #[must_use]
+    pub fn entries(&self) -> &[EnvEntry<'a>] {
+        self.env.as_deref().unwrap_or_default()
     }
 }
 

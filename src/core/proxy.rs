@@ -65,6 +65,7 @@ pub fn variables<'p>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::patch::Content;
     use crate::core::policy::Policy;
 
     fn shown(proxy: &str, runtime: &str) -> Option<String> {
@@ -73,7 +74,9 @@ mod tests {
             .proxy
             .unwrap();
         let variables = variables(&proxy, runtime, "ws-1")?;
-        Some(serde_json::to_string(&variables).unwrap())
+        let mut env = String::new();
+        Content::Entries(&variables).write(&mut env).unwrap();
+        Some(env)
     }
 
     #[test]

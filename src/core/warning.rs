@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 
 use super::env::{Changes, Variable, references};
+use super::plan::VendorKeys;
 use super::pod::Container;
-use super::policy::Name;
 
 /// The API server shows longer warnings shortened, in bytes.
 const LONGEST_WARNING: usize = 256;
@@ -58,17 +58,17 @@ impl Warning {
 
 /// Says what loses a vendor key that it refers to, and what stays and could lead past the meter.
 pub(super) fn of_container(
-    vendor_keys: &BTreeSet<Name>,
+    vendor_keys: &VendorKeys<'_>,
     container: &Container<'_>,
     required: &[Variable<'_>],
     changes: &Changes<'_>,
-) -> Vec<Warning> {
-    let mut warnings = Vec::new();
+    warnings: &mut Vec<Warning>,
+) {
     let mut warn = |kind, what: String| {
         let text = format!("container {:?}: {what}", container.name.as_str());
         warnings.push(Warning { kind, text });
     };
-    let entries = container.env.as_deref().unwrap_or_default();
+    let entries = container.entries();
     let is_required = |name: &str| required.iter().any(|variable| variable.name == name);
     let comes = |name: &str| changes.add.iter().find(|variable| variable.name == name);
     let is_mask = |variable: &Variable<'_>| *variable == Variable::mask(variable.name);
@@ -92,24 +92,24 @@ pub(super) fn of_container(
             warn(WarningKind::KeyInUse, what);
         }
     };
-    let staying = || {
-        entries.iter().filter(|entry| {
-            let name = entry.name.as_str();
-            !is_required(name) && !vendor_keys.contains(name)
-        })
-    };
     for (field, texts) in [("command", &container.command), ("args", &container.args)] {
-        for (index, text) in texts.iter().flatten().enumerate() {
+        for (index, text) in texts.iter().flat_map(|texts| &texts.0) {
             warn_of_references(&|| format!("{field}[{index}]"), text.as_str());
         }
     }
+    let staying = || {
+        changes
+            .others
+            .iter()
+            .filter_map(|&index| entries.get(index))
+    };
     for entry in staying() {
         let text = entry.value.as_ref().map_or("", |text| text.as_str());
         warn_of_references(&|| format!("env {}", entry.name.as_str()), text);
     }
     for entry in staying() {
         let name = entry.name.as_str();
-        let from = entry.value_from.as_ref();
+        let from = entry.value_from.as_deref();
         let key = from.and_then(|from| {
             from.secret_key_ref
                 .as_ref()
@@ -117,7 +117,7 @@ pub(super) fn of_container(
         });
         if let Some(key) = key
             .map(|key| key.key.as_str())
-            .filter(|key| vendor_keys.contains(*key))
+            .filter(|key| vendor_keys.contains(key))
         {
             let what = format!("env {name} brings vendor key {key} under another name, and stays");
             warn(WarningKind::KeyUnderAnotherName, what);
@@ -128,19 +128,18 @@ pub(super) fn of_container(
             warn(WarningKind::BaseUrl, what);
         }
     }
-    warnings
 }
 
 /// Whether a variable tells a vendor's client where to call: `X_BASE_URL` or `X_API_BASE`, where
 /// `X_API_KEY` or `X_AUTH_TOKEN` is a vendor key.
-fn is_vendor_base_url(vendor_keys: &BTreeSet<Name>, name: &str) -> bool {
+fn is_vendor_base_url(vendor_keys: &VendorKeys<'_>, name: &str) -> bool {
     let vendor = name
         .strip_suffix("_BASE_URL")
         .or_else(|| name.strip_suffix("_API_BASE"));
     vendor.is_some_and(|vendor| {
         ["_API_KEY", "_AUTH_TOKEN"]
             .iter()
-            .any(|suffix| vendor_keys.contains(format!("{vendor}{suffix}").as_str()))
+            .any(|suffix| vendor_keys.contains(&format!("{vendor}{suffix}")))
     })
 }
 

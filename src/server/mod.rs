@@ -36,6 +36,9 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest wait for the head of a further request. The API server closes what it has not used for 90 s; were
 /// the webhook first, it could be just as a request comes, and that admission would fail.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+/// A connection's bytes that are read ahead, at most. Bodies are gathered elsewhere, and heads are short; hyper's own
+/// limit is six times this, and most of the memory under a load of large reviews.
+const READ_BUFFER: usize = 64 * 1024;
 /// Connections at most, on each port. Each API server keeps one for each admission that it waits for.
 const MOST_CONNECTIONS: usize = 4096;
 /// Connections that wait to be accepted, at most. One that finds no room tries again after a whole second.
@@ -206,7 +209,8 @@ fn patient(server: Server<SocketAddr>) -> Server<SocketAddr> {
     server
         .http_builder()
         .http1()
-        .header_read_timeout(IDLE_TIMEOUT);
+        .header_read_timeout(IDLE_TIMEOUT)
+        .max_buf_size(READ_BUFFER);
     server
 }
 

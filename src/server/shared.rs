@@ -7,8 +7,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use base64_simd::STANDARD;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::admissionregistration::v1::{
     MutatingWebhookConfiguration, ValidatingWebhookConfiguration,
@@ -399,14 +398,14 @@ fn ca_bundles(found: &DynamicObject) -> Vec<String> {
     let webhooks = found.data.get("webhooks").and_then(Value::as_array);
     let bundles = webhooks.into_iter().flatten().filter_map(|webhook| {
         let bundle = webhook.pointer("/clientConfig/caBundle")?.as_str()?;
-        String::from_utf8(STANDARD.decode(bundle).ok()?).ok()
+        String::from_utf8(STANDARD.decode_to_vec(bundle).ok()?).ok()
     });
     bundles.collect()
 }
 
 /// Gives each webhook of a configuration the authorities; whether one lacked them.
 fn set_ca_bundle(found: &mut DynamicObject, authorities: &str) -> bool {
-    let ca_bundle = Value::String(STANDARD.encode(authorities));
+    let ca_bundle = Value::String(STANDARD.encode_to_string(authorities));
     let webhooks = found.data.get_mut("webhooks").and_then(Value::as_array_mut);
     let mut was_lacking = false;
     for webhook in webhooks.into_iter().flatten() {

@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
-use tracing::{error, info, warn};
+use tracing::{Instrument, Span, error, field, info, info_span, warn};
 
 use crate::core::admission::{Answer, BodyError, Decoded, Request, Task, decode, recordable};
 use crate::core::mode::{Resolution, Stored};
@@ -27,6 +27,7 @@ use crate::core::workspace::{Identity, ParameterValue, identify, resolve, worksp
 use crate::database::{Database, LookupError};
 use crate::metrics::{Admission, Metrics};
 use crate::server::health::Readiness;
+use crate::telemetry::traces;
 
 /// The API server sends a body at once; one that takes longer is nobody's.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -136,6 +137,22 @@ struct Record {
 }
 
 async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpRequest) -> Response {
+    let span = info_span!(
+        "admission",
+        otel.kind = "server",
+        webhook = webhook.name(),
+        uid = field::Empty,
+        namespace = field::Empty,
+        workspace = field::Empty,
+        mode = field::Empty,
+        reason = field::Empty,
+        outcome = field::Empty,
+    );
+    traces::join(&span, request.headers());
+    respond(webhook, &app, request).instrument(span).await
+}
+
+async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response {
     let arrived = Instant::now();
     let _in_flight = app.metrics.in_flight();
     let (head, body) = request.into_parts();
@@ -146,7 +163,7 @@ async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpReque
         Ok(received) => received,
         Err((status, sentence)) => return app.bad_request(webhook, arrived, status, &sentence),
     };
-    let decoded = match decode(&received.body) {
+    let decoded = match info_span!("decode").in_scope(|| decode(&received.body)) {
         Ok(decoded) => decoded,
         Err(error) => {
             let status = match error {
@@ -175,7 +192,7 @@ async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpReque
         answer = answer.with_resolution(resolution, &record.workspace);
     }
     app.record(webhook, &decoded, &record, arrived.elapsed());
-    match serde_json::to_vec(&answer) {
+    match info_span!("encode").in_scope(|| answer.written()) {
         Ok(json) => ([(header::CONTENT_TYPE, "application/json")], json).into_response(),
         Err(_) => refuse(
             StatusCode::INTERNAL_SERVER_ERROR,
@@ -309,13 +326,14 @@ impl App {
             Identity::NotAWorkspace => return Ok(Answer::allowed(uid)),
             Identity::Resolved(resolution) => resolution,
             Identity::LookUp(parameters) => {
-                let stored = self.look_up(&parameters, limit).await;
+                let looked_up = self.look_up(uid, &parameters, limit);
+                let stored = looked_up.instrument(info_span!("lookup")).await;
                 record.resolution = Some(Resolution::from_stored(&stored));
                 resolve(&self.policy, &stored)?
             }
         };
         record.resolution = Some(resolution);
-        let plan = plan(&self.policy, resolution, pod, scope)?;
+        let plan = info_span!("plan").in_scope(|| plan(&self.policy, resolution, pod, scope))?;
         record.outcome = if plan.is_empty() {
             "unchanged"
         } else {
@@ -338,7 +356,13 @@ impl App {
         Ok(answer.with_warnings(answered(&plan.warnings)))
     }
 
-    async fn look_up(&self, parameters: &[ParameterValue], limit: Option<Duration>) -> Stored {
+    async fn look_up(
+        &self,
+        uid: &str,
+        parameters: &[ParameterValue],
+        limit: Option<Duration>,
+    ) -> Stored {
+        let uid = clipped(uid, LONGEST_NAME);
         let started = Instant::now();
         let looked_up = self.database.lookup(parameters, limit).await;
         let result = match &looked_up {
@@ -353,11 +377,11 @@ impl App {
                 stored
             }
             Err(refused @ LookupError::Refused(_)) => {
-                error!(error = %refused, "lookup refused; correct the policy's query, the schema or the role's permissions");
+                error!(uid, error = %refused, "lookup refused; correct the policy's query, the schema or the role's permissions");
                 Stored::Failed
             }
             Err(failed) => {
-                warn!(error = %failed, "lookup failed");
+                warn!(uid, error = %failed, "lookup failed");
                 Stored::Failed
             }
         }
@@ -369,10 +393,6 @@ impl App {
             Decoded::Request(request) => Some(request),
             Decoded::Unreadable { .. } => None,
         };
-        let text = |text: Option<&Text<'_>>| {
-            text.map_or("", |text| clipped(text.as_str(), LONGEST_NAME))
-                .to_owned()
-        };
         let resolution = record.resolution.as_ref();
         let mode = resolution.map_or("none", |resolution| resolution.mode.as_str());
         let source = resolution.map_or("none", |resolution| resolution.source.as_str());
@@ -382,13 +402,23 @@ impl App {
             .and_then(|request| request.sub_resource.as_ref())
             .map_or("", Text::as_str);
         let metadata = request.and_then(|request| request.object.as_ref()?.metadata.as_ref());
+        let uid = clipped(decoded.uid(), LONGEST_NAME);
+        let namespace = name(request.and_then(|request| request.namespace.as_ref()));
+        let span = Span::current();
+        span.record("uid", uid)
+            .record("namespace", namespace)
+            .record("workspace", &record.workspace)
+            .record("mode", mode)
+            .record("reason", reason)
+            .record("outcome", record.outcome);
         info!(
-            uid = clipped(decoded.uid(), LONGEST_NAME),
+            uid,
+            trace_id = traces::id(&span),
             webhook = webhook.name(),
             operation = clipped(operation, LONGEST_NAME),
-            namespace = text(request.and_then(|request| request.namespace.as_ref())),
-            name = text(request.and_then(|request| request.name.as_ref())),
-            generate_name = text(metadata.and_then(|metadata| metadata.generate_name.as_ref())),
+            namespace,
+            name = name(request.and_then(|request| request.name.as_ref())),
+            generate_name = name(metadata.and_then(|metadata| metadata.generate_name.as_ref())),
             dry_run = request
                 .and_then(|request| request.dry_run)
                 .unwrap_or_default(),
@@ -462,6 +492,11 @@ impl Webhook {
 const LONGEST_NAME: usize = 253;
 /// So many bytes tell what changed, at most.
 const MOST_TOLD: usize = 1024;
+
+/// A name as it is logged, empty if there is none.
+fn name<'a>(text: Option<&'a Text<'_>>) -> &'a str {
+    text.map_or("", |text| clipped(text.as_str(), LONGEST_NAME))
+}
 
 /// What a request brings may be of any length until the API server has validated it.
 fn clipped(text: &str, longest: usize) -> &str {

@@ -31,5 +31,6 @@ mod shared;
 mod soak;
 mod support;
 mod tls;
+mod traces;
 mod validate;
 mod workspace;

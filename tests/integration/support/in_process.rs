@@ -18,17 +18,17 @@ pub(crate) fn answer(policy: &Policy, stored: &Stored, review: &Value) -> Value 
 /// The answer to a body.
 pub(crate) fn answer_to(policy: &Policy, stored: &Stored, body: &[u8]) -> Result<Value, BodyError> {
     let answer = written(policy, stored, body)?;
-    Ok(serde_json::from_slice(&answer).unwrap())
+    Ok(serde_json::from_str(&answer).unwrap())
 }
 
-/// The same in the bytes that are sent.
-pub(crate) fn written(policy: &Policy, stored: &Stored, body: &[u8]) -> Result<Vec<u8>, BodyError> {
+/// The same as it is sent.
+pub(crate) fn written(policy: &Policy, stored: &Stored, body: &[u8]) -> Result<String, BodyError> {
     let decoded = decode(body)?;
     let uid = decoded.uid();
     let request = match &decoded {
         Decoded::Request(request) => request,
         Decoded::Unreadable { refusal, .. } => {
-            return Ok(serde_json::to_vec(&Answer::refused(uid, refusal)).unwrap());
+            return Ok(Answer::refused(uid, refusal).written().unwrap());
         }
     };
     let mut known = None;
@@ -53,7 +53,7 @@ pub(crate) fn written(policy: &Policy, stored: &Stored, body: &[u8]) -> Result<V
         Some((resolution, workspace)) => answer.with_resolution(resolution, workspace),
         None => answer,
     };
-    Ok(serde_json::to_vec(&answer).unwrap())
+    Ok(answer.written().unwrap())
 }
 
 /// What a lookup finds that finds this mode.

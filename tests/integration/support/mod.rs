@@ -7,7 +7,10 @@ pub(crate) mod control_plane;
 pub(crate) mod haproxy;
 pub(crate) mod in_process;
 pub(crate) mod load;
+#[allow(dead_code, reason = "benches/load uses the rest")]
 pub(crate) mod postgres;
+#[allow(dead_code, reason = "benches/load uses the rest")]
+pub(crate) mod process;
 pub(crate) mod program;
 pub(crate) mod stand_in;
 pub(crate) mod transcript;
@@ -39,12 +42,16 @@ pub(crate) fn recorded_reviews() -> BTreeMap<String, Value> {
     let entries = fs::read_dir(fixtures("admission-reviews")).unwrap();
     let review = |path: PathBuf| {
         let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
-        (
-            name,
-            serde_json::from_slice(&fs::read(path).unwrap()).unwrap(),
-        )
+        let review = recorded(&name);
+        (name, review)
     };
     entries.map(|entry| review(entry.unwrap().path())).collect()
+}
+
+/// One of them.
+pub(crate) fn recorded(name: &str) -> Value {
+    let path = fixtures("admission-reviews").join(format!("{name}.json"));
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
 /// The contract's vectors.

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
+use super::process::{cpu_of, cpu_of_family};
 use super::program::wait_for;
 
 /// The password of the databases' owner and of their reader.
@@ -130,6 +132,18 @@ impl Cluster {
     /// Where it listens on loopback.
     pub(crate) fn port(&self) -> u16 {
         self.port
+    }
+
+    /// The CPU time that its processes have used.
+    pub(crate) fn cpu(&self) -> Duration {
+        let first_line = fs::read_to_string(self.folder.join("data/postmaster.pid")).unwrap();
+        cpu_of_family(first_line.lines().next().unwrap().parse().unwrap())
+    }
+
+    /// How many connections this role has.
+    pub(crate) fn connections(&self, role: &str) -> String {
+        let of_role = format!("SELECT count(*) FROM pg_stat_activity WHERE usename = '{role}'");
+        self.query("postgres", &of_role)
     }
 
     /// Restarts it as a standby without a primary: in recovery for good, and read only.
@@ -294,6 +308,11 @@ impl PgBouncer {
     /// Where it listens on loopback.
     pub(crate) fn port(&self) -> u16 {
         self.port
+    }
+
+    /// The CPU time that it has used.
+    pub(crate) fn cpu(&self) -> Duration {
+        cpu_of(self.child.id())
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::load::Asker;
+use super::process::memory_of;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -35,7 +36,8 @@ pub(crate) fn installed() -> PathBuf {
 pub(crate) fn program(arguments: &[&str]) -> Command {
     let mut command = Command::new(installed());
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("LLM_BILLING_") {
+        let name_text = name.to_string_lossy();
+        if name_text.starts_with("LLM_BILLING_") || name_text.starts_with("OTEL_") {
             command.env_remove(name);
         }
     }
@@ -321,10 +323,7 @@ impl Webhook {
 
     /// Memory that the program has, in KiB.
     pub(crate) fn memory(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:"));
-        let kibibytes = line.and_then(|line| line.split_whitespace().nth(1));
-        kibibytes.unwrap().parse().unwrap()
+        memory_of(self.child.id(), "VmRSS")
     }
 
     /// Status and text of a page of the health port.

@@ -1,0 +1,231 @@
+//! The optimised program under load, side by side with the floor: the same requests over the same PostgreSQL, by turns,
+//! so that what else the machine does hits both. Prints the tables of docs/performance.md.
+//!
+//! `scripts/load` runs it: `PROGRAM_UNDER_TEST` and `FLOOR` name the two programs, and wrk makes the load.
+
+#![expect(
+    clippy::expect_used,
+    clippy::print_stderr,
+    clippy::print_stdout,
+    clippy::unwrap_used,
+    reason = "a benchmark prints what it finds, and ends where it cannot go on"
+)]
+
+mod subject;
+#[allow(dead_code, reason = "the tests use the rest")]
+#[path = "../../tests/integration/support/mod.rs"]
+mod support;
+mod wrk;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use subject::{Subject, ready_after};
+use support::postgres::{Cluster, PgBouncer, Postgres};
+use support::program;
+use wrk::{Load, Measured, median};
+
+/// Workspaces in the small table and in the large one.
+const FEW: u32 = 1_000;
+const MANY: u32 = 1_000_000;
+/// Seconds of one measurement.
+const SECONDS: &str = "LOAD_SECONDS";
+/// Measurements of each program for one row of a table.
+const ROUNDS: &str = "LOAD_ROUNDS";
+/// Admissions over which memory must stay flat.
+const LONG_RUN: u64 = 200_000;
+
+fn main() {
+    let setting = |name, default| {
+        std::env::var(name).map_or(default, |text| text.parse().expect("a whole number"))
+    };
+    let bench = Bench {
+        time: Duration::from_secs(setting(SECONDS, 5)),
+        rounds: setting(ROUNDS, 3),
+        small: Load::of(&["claude-code-pod", "hermes-deployment-pod"], 10_000),
+        large: Load::of(&["large-pod-20-containers"], 20),
+        cluster: Cluster::start(),
+    };
+    let few = bench.table(FEW);
+    let many = bench.table(MANY);
+    bench.starts(&few);
+    bench.side_by_side(&few);
+    bench.tables(&few, &many);
+    bench.memory(&few);
+    bench.replicas(&many);
+}
+
+struct Bench {
+    time: Duration,
+    rounds: u64,
+    /// Reviews of 3 to 5 KB.
+    small: Load,
+    /// Reviews of 200 KB.
+    large: Load,
+    cluster: Arc<Cluster>,
+}
+
+impl Bench {
+    /// A table of so many workspaces, all platform_managed: that is the mode with the most to do.
+    fn table(&self, workspaces: u32) -> Postgres {
+        let schema = format!(
+            "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);
+             INSERT INTO workspaces SELECT lpad(to_hex(n), 32, '0')::uuid, 'platform_managed'
+                 FROM generate_series(0, {workspaces} - 1) AS n;
+             ANALYZE workspaces"
+        );
+        Postgres::on(&self.cluster, &schema)
+    }
+
+    fn starts(&self, table: &Postgres) {
+        let size = std::fs::metadata(program::installed()).unwrap().len();
+        let mut times: Vec<f64> = (0..5)
+            .map(|_| ready_after(&table.url()).as_secs_f64() * 1e3)
+            .collect();
+        println!("\n| binary, bytes | ready after, ms, median of 5 |\n|---|---|");
+        println!("| {size} | {:.0} |", median(&mut times));
+    }
+
+    fn side_by_side(&self, table: &Postgres) {
+        let webhook = Subject::webhook(&table.url());
+        let floor = Subject::floor(&table.url(), FEW);
+        println!(
+            "\n| reviews | connections | throughput | p50 | p99 | CPU | webhook, admissions/s | webhook, CPU µs | floor, CPU µs |\n\
+             |---|---|---|---|---|---|---|---|---|"
+        );
+        for (name, load) in [("3-5 KB", &self.small), ("200 KB", &self.large)] {
+            for connections in [1, 16, 64] {
+                let [one, other] =
+                    self.by_turns(load, connections, [(&webhook, FEW), (&floor, FEW)]);
+                println!(
+                    "| {name} | {connections} | {} | {:.0} | {:.1} | {:.1} |",
+                    one.against(&other),
+                    one.per_second,
+                    one.cpu,
+                    other.cpu
+                );
+            }
+        }
+        webhook.did_its_work();
+    }
+
+    fn tables(&self, few: &Postgres, many: &Postgres) {
+        let in_few = Subject::webhook(&few.url());
+        let in_many = Subject::webhook(&many.url());
+        println!(
+            "\n| {MANY} workspaces against {FEW} | throughput | p50 | p99 | CPU |\n|---|---|---|---|---|"
+        );
+        for connections in [1, 16] {
+            let subjects = [(&in_many, MANY), (&in_few, FEW)];
+            let [many, few] = self.by_turns(&self.small, connections, subjects);
+            println!("| {connections} connections | {} |", many.against(&few));
+        }
+        in_few.did_its_work();
+        in_many.did_its_work();
+    }
+
+    /// Each subject with the number of its workspaces.
+    fn by_turns<const N: usize>(
+        &self,
+        load: &Load,
+        connections: u32,
+        subjects: [(&Subject, u32); N],
+    ) -> [Measured; N] {
+        let mut all = subjects.map(|_| Vec::new());
+        for _ in 0..self.rounds {
+            for ((subject, workspaces), measured) in subjects.iter().zip(&mut all) {
+                measured.push(self.measure(load, connections, *workspaces, subject));
+            }
+        }
+        all.map(Measured::typical)
+    }
+
+    fn measure(
+        &self,
+        load: &Load,
+        connections: u32,
+        workspaces: u32,
+        subject: &Subject,
+    ) -> Measured {
+        let before = subject.cpu();
+        let sent = load.send(subject.address, connections, workspaces, self.time);
+        Measured::of(&sent, subject.cpu() - before)
+    }
+
+    fn memory(&self, table: &Postgres) {
+        let webhook = Subject::webhook(&table.url());
+        println!(
+            "\n| memory | KiB |\n|---|---|\n| at rest | {} |",
+            webhook.memory("VmRSS")
+        );
+        self.measure(&self.large, 64, FEW, &webhook);
+        println!(
+            "| most, 64 connections, 200 KB reviews | {} |",
+            webhook.memory("VmHWM")
+        );
+        let mut admissions = 0;
+        let mut told = 0;
+        while admissions < LONG_RUN {
+            let sent = self
+                .small
+                .send(webhook.address, 16, FEW, Duration::from_secs(2));
+            admissions += sent.requests;
+            if admissions - told >= LONG_RUN / 4 {
+                told = admissions;
+                println!(
+                    "| after {admissions} more, 3-5 KB | {} |",
+                    webhook.memory("VmRSS")
+                );
+            }
+        }
+        println!("| most | {} |", webhook.memory("VmHWM"));
+        webhook.did_its_work();
+    }
+
+    /// Several replicas over one PostgreSQL, directly and through PgBouncer: what each admission costs where.
+    fn replicas(&self, table: &Postgres) {
+        println!(
+            "\n| replicas | by way of | admissions/s | webhook, CPU µs | PostgreSQL, CPU µs | PgBouncer, CPU µs | connections to PostgreSQL |\n\
+             |---|---|---|---|---|---|---|"
+        );
+        let bouncer = PgBouncer::before(&self.cluster);
+        let pooled = format!(
+            "{}?statement-cache-capacity=0",
+            table.url_by(bouncer.port())
+        );
+        for (way, url) in [("-", table.url()), ("PgBouncer", pooled)] {
+            for count in [1, 2, 4, 8] {
+                let replicas: Vec<Subject> = (0..count).map(|_| Subject::webhook(&url)).collect();
+                let cpu = || {
+                    let webhooks = replicas.iter().map(Subject::cpu).sum::<Duration>();
+                    (webhooks, self.cluster.cpu(), bouncer.cpu())
+                };
+                let before = cpu();
+                let each = 64 / count;
+                let sent = std::thread::scope(|scope| {
+                    let send = |replica: &Subject| {
+                        let address = replica.address;
+                        scope.spawn(move || self.small.send(address, each, MANY, self.time))
+                    };
+                    let sending: Vec<_> = replicas.iter().map(send).collect();
+                    let sent = sending.into_iter().map(|one| one.join().unwrap());
+                    sent.collect::<Vec<_>>()
+                });
+                let after = cpu();
+                let requests: u64 = sent.iter().map(|one| one.requests).sum();
+                let each = |after: Duration, before: Duration| {
+                    (after - before).as_secs_f64() * 1e6 / wrk::float(requests)
+                };
+                println!(
+                    "| {count} | {way} | {:.0} | {:.1} | {:.1} | {:.1} | {} |",
+                    wrk::float(requests) / self.time.as_secs_f64(),
+                    each(after.0, before.0),
+                    each(after.1, before.1),
+                    each(after.2, before.2),
+                    self.cluster.connections("reader"),
+                );
+                replicas.iter().for_each(Subject::did_its_work);
+            }
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! A log line as a JSON object: time and level, then the event's fields, its target last. tracing-subscriber's own
+//! form of it takes most of a log line's time; the objects are the same.
+
+use std::fmt::{self, Debug, Display, Write};
+
+use tracing::field::{Field, Visit};
+use tracing::{Event, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::core::json;
+
+/// Most lines are no longer.
+const A_LINE: usize = 1024;
+
+/// Writes events as JSON objects, one a line. Spans are not told.
+pub(super) struct JsonLines;
+
+impl<S, N> FormatEvent<S, N> for JsonLines
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        _: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let mut line = String::with_capacity(A_LINE);
+        line.push_str("{\"timestamp\":\"");
+        SystemTime.format_time(&mut Writer::new(&mut line))?;
+        line.push_str("\",\"level\":\"");
+        line.push_str(event.metadata().level().as_str());
+        line.push('"');
+        let mut fields = Fields {
+            line,
+            written: Ok(()),
+        };
+        event.record(&mut fields);
+        fields.member("target", |line| text(line, event.metadata().target()));
+        fields.written?;
+        fields.line.push_str("}\n");
+        writer.write_str(&fields.line)
+    }
+}
+
+fn text(line: &mut String, value: &str) -> fmt::Result {
+    json::text(line, value).map_err(|_| fmt::Error)
+}
+
+/// Members of the object, as they are added.
+struct Fields {
+    line: String,
+    written: fmt::Result,
+}
+
+impl Fields {
+    fn member(&mut self, name: &str, value: impl FnOnce(&mut String) -> fmt::Result) {
+        if self.written.is_ok() {
+            self.line.push(',');
+            self.written = text(&mut self.line, name).and_then(|()| {
+                self.line.push(':');
+                value(&mut self.line)
+            });
+        }
+    }
+
+    fn plain(&mut self, field: &Field, value: impl Display) {
+        self.member(field.name(), |line| write!(line, "{value}"));
+    }
+}
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.member(field.name(), |line| text(line, value));
+    }
+
+    fn record_bool(&mut self, field: &Field, value: bool) {
+        self.plain(field, value);
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.plain(field, value);
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.plain(field, value);
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        // JSON has no others.
+        if value.is_finite() {
+            self.member(field.name(), |line| write!(line, "{value:?}"));
+        } else {
+            self.member(field.name(), |line| line.write_str("null"));
+        }
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        self.record_str(field, &format!("{value:?}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    use serde_json::{Value, json};
+    use tracing::{error, info, subscriber};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Kept {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_line_is_the_object_that_tracing_subscriber_would_write() {
+        let (own, theirs) = (Kept::default(), Kept::default());
+        let tell = || {
+            info!(
+                text = "a \"quoted\" one\n",
+                empty = "",
+                number = -7,
+                large = u64::MAX,
+                share = 0.25,
+                whole = 5.0,
+                tiny = 1e-9,
+                none = f64::NAN,
+                yes = true,
+                display = %"shown",
+                debug = ?Some("x"),
+                absent = None::<&str>,
+                "message with {}",
+                "arguments"
+            );
+            error!("alone");
+        };
+        let writer = own.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .event_format(JsonLines)
+            .with_writer(move || writer.clone());
+        subscriber::with_default(subscriber.finish(), tell);
+        let writer = theirs.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .json()
+            .flatten_event(true)
+            .with_current_span(false)
+            .with_span_list(false)
+            .with_writer(move || writer.clone());
+        subscriber::with_default(subscriber.finish(), tell);
+        let lines = |kept: &Kept| -> Vec<Vec<(String, Value)>> {
+            let text = String::from_utf8(kept.0.lock().unwrap().clone()).unwrap();
+            let line = |line: &str| {
+                let mut object: serde_json::Map<String, Value> =
+                    serde_json::from_str(line).unwrap();
+                let timestamp = object["timestamp"].as_str().unwrap();
+                assert_eq!(timestamp.len(), "2026-01-01T00:00:00.000000Z".len());
+                object["timestamp"] = json!("now");
+                object.into_iter().collect()
+            };
+            text.lines().map(line).collect()
+        };
+        assert_eq!(lines(&own), lines(&theirs));
+        assert_eq!(lines(&own).len(), 2);
+    }
+}

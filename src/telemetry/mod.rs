@@ -1,0 +1,90 @@
+//! Logs and traces. Logs are JSON lines for machines or plain ones for people, both on stderr so that stdout is a
+//! command's own. Levels come from `RUST_LOG`, as tracing-subscriber reads it. And how errors read in them.
+
+mod json;
+pub mod lines;
+pub mod traces;
+
+use std::io;
+
+use clap::ValueEnum;
+use thiserror::Error;
+use tracing::Level;
+use tracing_subscriber::filter::{FilterExt, filter_fn};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
+
+use self::json::JsonLines;
+use self::lines::{Lines, Writing};
+use self::traces::{Traces, TracesError};
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// One JSON object a line.
+    Json,
+    /// For people.
+    Pretty,
+}
+
+/// Why there can be no logs or traces.
+#[derive(Debug, Error)]
+pub enum TelemetryError {
+    /// The system gives no thread to write the log.
+    #[error("the log cannot be written")]
+    Log(#[source] io::Error),
+    /// Traces are asked for and cannot be had.
+    #[error(transparent)]
+    Traces(#[from] TracesError),
+}
+
+/// Logs and traces while they go on; dropped, it writes and sends what still waits.
+pub struct Telemetry {
+    /// The log's lines, which count how many were lost.
+    pub lines: Lines,
+    // Dropped in this order: what the traces say at their end is logged.
+    _traces: Option<Traces>,
+    _writing: Writing,
+}
+
+/// Starts logging, and tracing where the environment asks for it. What `RUST_LOG` does not say is logged at info.
+///
+/// # Errors
+/// [`TelemetryError`]
+pub fn start(format: LogFormat) -> Result<Telemetry, TelemetryError> {
+    let levels = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let lines = Lines::default();
+    let writing = lines.write_to(io::stderr()).map_err(TelemetryError::Log)?;
+    let traces = Traces::start()?;
+    // Spans are for traces. The client of the Kubernetes API logs answers that it cannot read, and they may hold keys.
+    let quotes_nothing = filter_fn(|metadata| {
+        let is_kube = metadata.target().starts_with("kube_client");
+        metadata.is_event() && (!is_kube || *metadata.level() == Level::ERROR)
+    });
+    let log = tracing_subscriber::fmt::layer().with_writer(lines.clone());
+    let log = match format {
+        LogFormat::Json => log.event_format(JsonLines).boxed(),
+        LogFormat::Pretty => log.with_target(false).boxed(),
+    };
+    // In a list, for one layer that is absent would ask for every span.
+    let mut layers = vec![log.with_filter(levels.and(quotes_nothing)).boxed()];
+    layers.extend(traces.as_ref().map(|traces| traces.layer().boxed()));
+    tracing_subscriber::registry().with(layers).init();
+    Ok(Telemetry {
+        lines,
+        _traces: traces,
+        _writing: writing,
+    })
+}
+
+/// An error with its causes, on one line. Each error of this crate says its own step only.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
