@@ -10,6 +10,7 @@ use crate::support::chart::{RELEASE, chart, of_kind, render};
 use crate::support::haproxy::{Haproxy, Slot};
 use crate::support::postgres::free_port;
 use crate::support::program::{Authority, Start, program, shown, wait_for};
+use crate::support::transcript::{commands, page};
 use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_true, pod, policy};
 
 #[test]
@@ -140,6 +141,92 @@ fn an_audit_finds_a_flipped_mode_and_an_eviction_has_the_controller_make_the_pod
         (code, stderr.as_str()),
         (0, "2 pods audited, the env of all is true\n")
     );
+}
+
+/// What people type on a page's account, at a cluster of its own. What needs a running pod or files of theirs is not
+/// run, and said to be.
+fn type_commands_of(name: &str, is_installed: bool) {
+    let Some(world) = World::start() else { return };
+    let install = page("docs/install.md");
+    let values = install.split("```yaml\n# values.yaml\n").nth(1).unwrap();
+    let values = world.write("values.yaml", values.split("```").next().unwrap());
+    let shell = |script: &str| world.tool("bash", &["-c", script]);
+    let helm_install = format!(
+        "helm install {RELEASE} {} -n {RELEASE} -f {values}",
+        chart().display()
+    );
+    let authority = Authority::new();
+    let ca = world.write("ca.crt", &authority.pem());
+    let certificate = world.write("tls.crt", &authority.issue("localhost").0);
+    let make_certificate = format!(
+        "kubectl -n {RELEASE} create secret generic {RELEASE}-certificate \
+         --from-file=ca.crt={ca} --from-literal=ca.key=x --from-file=tls.crt={certificate}"
+    );
+    let mut is_there = is_installed;
+    if is_installed {
+        let prepare = format!(
+            "set -e; kubectl create namespace {RELEASE}; {helm_install} --set audit.interval=10m \
+             --set audit.cronJob.enabled=true; \
+             {make_certificate}"
+        );
+        assert_eq!(shell(&prepare).0, 0);
+    }
+    for block in commands(&page(name)) {
+        let script = block.replace("\\\n", "").replace("|\n", "| ");
+        // Variables hold within a block.
+        let steps: Vec<&str> = match script.contains("$(") {
+            true => vec![&script],
+            false => script.lines().map(str::trim).collect(),
+        };
+        for typed in steps {
+            if !typed.contains("kubectl ") && !typed.contains("helm ") {
+                continue;
+            }
+            let not_here = [
+                " logs ",
+                " exec ",
+                " top ",
+                "port-forward",
+                "test llm-billing",
+                "apply -k",
+            ];
+            if not_here.iter().any(|part| typed.contains(part)) {
+                eprintln!(
+                    "not run, for there is no kubelet, no metrics server, or no such file: {typed}"
+                );
+                continue;
+            }
+            if typed.contains("delete validatingwebhookconfiguration llm") {
+                // The page has had it uninstalled.
+                shell(&helm_install);
+            }
+            if typed.contains("/data/ca.key") {
+                shell(&make_certificate);
+            }
+            let mut command = typed.replace("values.yaml", &values).replace("--wait", "");
+            if typed.starts_with("helm install") && std::mem::replace(&mut is_there, true) {
+                command = command.replace("--create-namespace", "") + " --dry-run=server";
+            }
+            let (code, _, stderr) = shell(&format!("set -o pipefail; {command}"));
+            let is_well = code == 0
+                // What is looked for may not have happened.
+                || code == 1 && command.contains("| grep") && !stderr.contains("rror")
+                // Nothing serves where there is no kubelet; but it is asked.
+                || stderr.contains("failed calling webhook");
+            assert!(is_well, "{name}: {typed}: {code} {stderr}");
+        }
+    }
+}
+
+#[test]
+fn helm_and_the_api_server_understand_what_the_page_on_installing_has_people_type() {
+    type_commands_of("docs/install.md", false);
+}
+
+#[test]
+fn helm_and_the_api_server_understand_what_runbook_and_readme_have_people_type() {
+    type_commands_of("docs/runbook.md", true);
+    type_commands_of("README.md", true);
 }
 
 #[test]

@@ -18,6 +18,7 @@ mod core_contract;
 mod core_properties;
 mod core_recorded;
 mod database;
+mod docs;
 mod drain;
 mod faults;
 mod hostile;

@@ -29,6 +29,43 @@ pub(crate) fn transcripts(page: &str) -> Vec<(String, String)> {
     transcripts
 }
 
+/// The commands of a page that show nothing of what they print, a block each: console blocks without a `$`, and
+/// indented blocks that begin with a command.
+pub(crate) fn commands(page: &str) -> Vec<String> {
+    const FIRST_WORDS: [&str; 8] = [
+        "KUBEBUILDER_ASSETS=/path/to/a/folder",
+        "cargo",
+        "curl",
+        "helm",
+        "kubectl",
+        "llm-billing-webhook",
+        "scripts/",
+        "while",
+    ];
+    let mut commands = Vec::new();
+    for (index, part) in page.split("```").enumerate() {
+        if index % 2 == 1 {
+            let block = part.strip_prefix("console\n");
+            commands.extend(
+                block
+                    .filter(|block| !block.starts_with("$ "))
+                    .map(str::to_owned),
+            );
+            continue;
+        }
+        for block in part.split("\n\n") {
+            let lines = block.trim_end().lines();
+            let unindented: Option<Vec<&str>> =
+                lines.map(|line| line.strip_prefix("    ")).collect();
+            let text = unindented.unwrap_or_default().join("\n");
+            if FIRST_WORDS.iter().any(|word| text.starts_with(word)) {
+                commands.push(text);
+            }
+        }
+    }
+    commands
+}
+
 /// What a command prints at a shell in the repository's folder, where the program is installed, as a plugin of kubectl
 /// too.
 pub(crate) fn printed(command: &str, environment: &[(&str, &str)]) -> String {
