@@ -184,7 +184,11 @@ impl Default for Metrics {
         let admissions = Family::default();
         let admission_duration = Family::new_with_constructor(buckets as fn() -> Histogram);
         let lookup_duration = Family::new_with_constructor(buckets as fn() -> Histogram);
-        let certificate_reloads = Family::default();
+        let certificate_reloads = Family::<Ending, Counter>::default();
+        // There from the start, so that the first one is an increase.
+        for result in ["ok", "failed"] {
+            certificate_reloads.get_or_create(&Ending { result });
+        }
         let certificate_expiry = Gauge::default();
         let in_flight = Gauge::default();
         let warnings = Family::default();
