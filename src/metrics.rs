@@ -187,7 +187,7 @@ impl Default for Metrics {
         let certificate_reloads = Family::<Ending, Counter>::default();
         // There from the start, so that the first one is an increase.
         for result in ["ok", "failed"] {
-            certificate_reloads.get_or_create(&Ending { result });
+            drop(certificate_reloads.get_or_create(&Ending { result }));
         }
         let certificate_expiry = Gauge::default();
         let in_flight = Gauge::default();
