@@ -240,9 +240,6 @@ pub fn misfit<'de, T: Deserialize<'de>>(deserializer: impl serde::Deserializer<'
     place.unwrap_or_else(|| "the object".to_owned())
 }
 
-/// So many bytes stand around a patch.
-const AROUND_PATCH: usize = 64;
-
 /// An admission review as it is sent back.
 pub struct Answer<'a> {
     response: Response<'a>,
@@ -365,7 +362,6 @@ impl<'a> Answer<'a> {
             // Base64 has nothing to escape, and serde_json would look for it all the same: it goes in before the
             // braces that close response and review.
             answer.truncate(answer.len() - 2);
-            answer.reserve(patch.len().div_ceil(3) * 4 + AROUND_PATCH);
             answer.push_str(r#","patchType":"JSONPatch","patch":""#);
             STANDARD.encode_append(patch, &mut answer);
             answer.push_str("\"}}");

@@ -93,16 +93,6 @@ impl Plan<'_> {
         self.containers.is_empty() && self.annotations.is_empty()
     }
 
-    /// So many operations carry the plan out, at most.
-    pub(super) fn most_operations(&self) -> usize {
-        let of_container = |plan: &ContainerPlan<'_>| {
-            let Changes { remove, add, .. } = &plan.changes;
-            remove.len() + add.len()
-        };
-        let containers: usize = self.containers.iter().map(of_container).sum();
-        containers + self.annotations.len()
-    }
-
     /// What the guard says of containers that are not settled: by name, never by value.
     #[must_use]
     pub fn refusal(&self) -> Option<Refusal> {
