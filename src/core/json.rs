@@ -10,7 +10,7 @@ pub type Written = Result<(), serde_json::Error>;
 /// # Errors
 /// None in practice: there is no text that JSON cannot say.
 pub fn text(out: &mut String, text: &str) -> Written {
-    let needs_escape = |found, &byte: &u8| found | (byte < b' ') | (byte == b'"') | (byte == b'\\');
+    let needs_escape = |found, &byte: &u8| found | matches!(byte, 0..b' ' | b'"' | b'\\');
     if text.as_bytes().iter().fold(false, needs_escape) {
         out.push_str(&serde_json::to_string(text)?);
         return Ok(());
