@@ -684,11 +684,7 @@ fn a_server_that_audits_shows_the_drift_with_the_permissions_that_the_chart_give
     ));
     shows("llm_billing_audits_total{result=\"failed\"} ");
     shows("llm_billing_audited_pods 4\n");
-    assert!(
-        webhook
-            .log()
-            .contains("what the last whole one found stays")
-    );
+    webhook.wait_for_log("what the last whole one found stays");
 }
 
 #[test]

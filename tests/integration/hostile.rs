@@ -143,7 +143,7 @@ fn large_bodies_share_a_bounded_memory_and_small_ones_need_none_of_it() {
         "the body took too long; send it again",
         "there are too many large bodies; send it again",
     ] {
-        assert!(webhook.log().contains(sentence));
+        webhook.wait_for_log(sentence);
     }
     is_served(&webhook);
 }

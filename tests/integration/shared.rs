@@ -238,7 +238,7 @@ fn through_whole_rotations_every_pod_is_created() {
     let bundle = cluster.secret("ca.crt").unwrap();
     assert!(first.is_trusted_by(&bundle) && second.is_trusted_by(&bundle));
     for replica in [first, second] {
-        assert!(replica.log().contains("\"certificate reloaded\""));
+        replica.wait_for_log("\"certificate reloaded\"");
     }
 }
 

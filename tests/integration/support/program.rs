@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::load::Asker;
@@ -136,6 +137,8 @@ impl Authority {
 pub(crate) struct Webhook {
     child: Child,
     log: Arc<Mutex<String>>,
+    /// Gathers the log, and ends when it does.
+    gathering: Option<JoinHandle<()>>,
     /// Where the webhook listens.
     pub(crate) address: SocketAddr,
     /// Where health and metrics listen.
@@ -180,7 +183,7 @@ impl Start<'_> {
         let mut lines = BufReader::new(child.stderr.take().unwrap());
         let gathered = Arc::clone(&log);
         // Ends when the child's stderr does.
-        std::thread::spawn(move || {
+        let gathering = std::thread::spawn(move || {
             let mut line = Vec::new();
             while lines.read_until(b'\n', &mut line).unwrap_or(0) > 0 {
                 gathered
@@ -202,6 +205,7 @@ impl Start<'_> {
         Webhook {
             child,
             log,
+            gathering: Some(gathering),
             address,
             health,
             authority,
@@ -366,9 +370,20 @@ impl Webhook {
         );
     }
 
-    /// Waits for the end.
+    /// Waits for the end, and for all of the log.
     pub(crate) fn wait(&mut self) -> ExitStatus {
-        wait_for("the program ends", || self.child.try_wait().unwrap())
+        let status = wait_for("the program ends", || self.child.try_wait().unwrap());
+        if let Some(gathering) = self.gathering.take() {
+            gathering.join().unwrap();
+        }
+        status
+    }
+
+    /// Ends it, and returns all that it logged.
+    pub(crate) fn log_to_its_end(mut self) -> String {
+        self.signal("TERM");
+        self.wait();
+        self.log()
     }
 }
 
