@@ -233,6 +233,9 @@ fn a_mode_column_that_is_not_text_is_refused_rather_than_guessed_at() {
             ("platform_managed".to_owned(), "lookup_error".to_owned())
         );
         let line = webhook.wait_for_log("lookup refused");
+        // It has the request's uid, as the admission's own line has.
+        let uid = "\"uid\":\"00000000-0000-0000-0000-0000000000aa\"";
+        assert!(line.contains(uid), "{line}");
         assert!(
             line.contains("\"ERROR\"")
                 && line.contains("the first column that it returns is not text"),
