@@ -1,5 +1,7 @@
 //! How modes are asked for over one connection: one by the policy's query, or many by one query made of it.
 
+use std::sync::Arc;
+
 use sqlx::postgres::{PgConnection, PgRow, PgTypeKind};
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Connection, Row, TypeInfo, ValueRef};
@@ -22,9 +24,9 @@ pub(super) trait Ask<Connection> {
 
 /// One workspace's mode, by the policy's query, in a transaction if `begin` is there to begin one.
 pub(super) struct One<'a> {
-    pub(super) query: &'a str,
+    pub(super) query: &'a Arc<str>,
     pub(super) parameters: &'a [ParameterValue],
-    pub(super) begin: Option<&'a str>,
+    pub(super) begin: Option<&'a Arc<str>>,
 }
 
 impl Ask<PgConnection> for One<'_> {
@@ -39,7 +41,9 @@ impl Ask<PgConnection> for One<'_> {
         };
         let mut types_are_known = false;
         loop {
-            let mut transaction = connection.begin_with(AssertSqlSafe(begin)).await?;
+            let mut transaction = connection
+                .begin_with(AssertSqlSafe(Arc::clone(begin)))
+                .await?;
             let selected = select(&mut transaction, query, parameters, false).await;
             transaction.rollback().await?;
             match selected {
@@ -59,7 +63,7 @@ pub(super) struct Many<'a> {
     pub(super) query: &'a str,
     pub(super) parameters: &'a [Parameter],
     pub(super) many: &'a [Vec<ParameterValue>],
-    pub(super) begin: Option<&'a str>,
+    pub(super) begin: Option<&'a Arc<str>>,
 }
 
 impl Ask<PgConnection> for Many<'_> {
@@ -86,7 +90,9 @@ impl Ask<PgConnection> for Many<'_> {
         let rows = match self.begin {
             None => statement.fetch_all(connection).await?,
             Some(begin) => {
-                let mut transaction = connection.begin_with(AssertSqlSafe(begin)).await?;
+                let mut transaction = connection
+                    .begin_with(AssertSqlSafe(Arc::clone(begin)))
+                    .await?;
                 let rows = statement.fetch_all(&mut *transaction).await?;
                 transaction.rollback().await?;
                 rows
@@ -153,12 +159,12 @@ pub(super) fn query_of_many(query: &str, parameters: &[Parameter]) -> Option<Str
 
 async fn select(
     connection: &mut PgConnection,
-    query: &str,
+    query: &Arc<str>,
     parameters: &[ParameterValue],
     prepared: bool,
 ) -> Result<Stored, sqlx::Error> {
     // The operator's query from the policy file; what pods bring is bound, never spliced.
-    let mut statement = sqlx::query(AssertSqlSafe(query)).persistent(prepared);
+    let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(query))).persistent(prepared);
     for parameter in parameters {
         statement = match parameter {
             ParameterValue::Uuid(uuid) => statement.bind(uuid),
@@ -186,7 +192,7 @@ impl Ask<SqliteConnection> for One<'_> {
     type Answer = Stored;
 
     async fn ask(&self, connection: &mut SqliteConnection) -> Result<Stored, sqlx::Error> {
-        let mut statement = sqlx::query(AssertSqlSafe(self.query));
+        let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(self.query)));
         for parameter in self.parameters {
             statement = match parameter {
                 // SQLite has no type for UUIDs; they are stored as their usual text.

@@ -95,15 +95,28 @@ pub(super) fn is_stale(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Io(_)) || is_ended_by_server(error)
 }
 
-/// Whether a new connection was ended by the other side before it could be used.
-pub(super) fn is_cut_off(error: &sqlx::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+/// Whether the question was answered, if not as hoped, so that the connection is fit for the next one.
+pub(super) fn is_answer(error: &sqlx::Error) -> bool {
+    use sqlx::Error::{ColumnDecode, ColumnIndexOutOfBounds, Database};
+    let of_the_row = matches!(error, ColumnDecode { .. } | ColumnIndexOutOfBounds { .. });
+    of_the_row || matches!(error, Database(_)) && !is_stale(error)
+}
+
+/// Whether there may be a connection a little later: nobody listens yet, the server starts up or is full, or it ended
+/// the new connection before it could be used.
+pub(super) fn is_passing(error: &sqlx::Error) -> bool {
+    use io::ErrorKind::{
+        BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, UnexpectedEof,
+    };
     match error {
         sqlx::Error::Io(error) => matches!(
             error.kind(),
-            BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof
+            BrokenPipe | ConnectionAborted | ConnectionRefused | ConnectionReset | UnexpectedEof
         ),
-        error => is_ended_by_server(error),
+        sqlx::Error::Database(refusal) => {
+            refusal.is_transient_in_connect_phase() || is_ended_by_server(error)
+        }
+        _ => false,
     }
 }
 

@@ -7,42 +7,45 @@
 mod ask;
 mod embedded;
 mod error;
+mod pool;
 mod url;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use sqlx::postgres::PgPoolOptions;
-use sqlx::sqlite::SqlitePoolOptions;
-use sqlx::{AssertSqlSafe, Either, Executor, Pool, Postgres, SqlSafeStr, Sqlite, Statement};
-use tokio::time::{Instant, sleep, timeout_at};
+use sqlx::postgres::PgConnection;
+use sqlx::sqlite::SqliteConnection;
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Either, Executor, SqlSafeStr, Statement};
+use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
 use self::ask::{Ask, Many, One, query_of_many};
 pub use self::embedded::{Embedded, EmbeddedError};
 pub use self::error::LookupError;
-use self::error::{is_cut_off, is_login_refused, is_stale};
+use self::error::{is_answer, is_login_refused, is_stale};
+pub use self::pool::Connections;
+use self::pool::{MOST_CONNECTIONS, Pool};
 pub use self::url::{DatabaseUrl, SourceError, UrlError, UrlSource, UrlText};
 use crate::core::mode::Stored;
 use crate::core::policy::{Lookup, Parameter, ParameterType};
 use crate::core::workspace::ParameterValue;
 
-/// Connections at most; each is used for one short SELECT at a time.
-const MOST_CONNECTIONS: u32 = 16;
 /// Lookups at most that run or wait for a connection. Over a thousand pods at once are more than the API servers
 /// of a large cluster ask about, and their lookups are over in a fraction of a second.
 const MOST_LOOKUPS: usize = 1024;
 /// The same after a lookup that timed out, until one ends in time: enough to find out that the database is back,
 /// and few enough that a database that hangs holds up few admissions.
-const MOST_LOOKUPS_IN_DOUBT: usize = MOST_CONNECTIONS as usize;
+const MOST_LOOKUPS_IN_DOUBT: usize = MOST_CONNECTIONS;
 /// Lookups that an audit runs at a time, where it cannot ask for many at once: pods that wait come first.
 const MOST_LOOKUPS_OF_AN_AUDIT: usize = 4;
-/// Between two tries to connect.
-const RETRY_PAUSE: Duration = Duration::from_millis(10);
+/// A connection that is not used for so long is closed.
+const LONGEST_UNUSED: Duration = Duration::from_secs(10 * 60);
+/// A connection is closed when it is so old.
+const LONGEST_LIFE: Duration = Duration::from_secs(30 * 60);
 /// The id that `check` looks up. No workspace should have it; it is no mistake if one does.
 const SAMPLE_ID: Uuid = Uuid::nil();
 
@@ -65,20 +68,11 @@ impl Default for ConnectionMetrics {
     }
 }
 
-/// How many connections there are.
-#[derive(Clone, Copy, Debug)]
-pub struct Connections {
-    /// Those on which a lookup runs, or which are being made.
-    pub used: usize,
-    /// Those that wait for one.
-    pub idle: usize,
-}
-
 /// The database that knows the workspaces' modes. No `Debug`: its URL may hold a password.
 pub struct Database {
     source: UrlSource,
-    current: RwLock<Current>,
-    query: String,
+    current: RwLock<Arc<Current>>,
+    query: Arc<str>,
     parameters: Vec<Parameter>,
     timeout: Duration,
     crowd: Crowd,
@@ -116,7 +110,6 @@ impl Drop for Place<'_> {
 }
 
 /// The URL in use, and the connections to it.
-#[derive(Clone)]
 struct Current {
     url: UrlText,
     pool: AnyPool,
@@ -125,7 +118,7 @@ struct Current {
 impl Current {
     async fn fetch(
         &self,
-        query: &str,
+        query: &Arc<str>,
         parameters: &[ParameterValue],
         deadline: Instant,
         metrics: &ConnectionMetrics,
@@ -137,21 +130,20 @@ impl Current {
         };
         match &self.pool {
             AnyPool::Postgres { pool, begin } => {
-                fetch(pool, &one(begin.as_deref()), deadline, metrics).await
+                fetch(pool, &one(begin.as_ref()), deadline, metrics).await
             }
             AnyPool::Sqlite(pool) => fetch(pool, &one(None), deadline, metrics).await,
         }
     }
 }
 
-#[derive(Clone)]
 enum AnyPool {
     Postgres {
-        pool: Pool<Postgres>,
+        pool: Pool<PgConnection>,
         /// Begins a transaction around the lookup, where a session is not the webhook's own.
-        begin: Option<String>,
+        begin: Option<Arc<str>>,
     },
-    Sqlite(Pool<Sqlite>),
+    Sqlite(Pool<SqliteConnection>),
 }
 
 impl AnyPool {
@@ -167,21 +159,28 @@ impl AnyPool {
                 } else {
                     let begin =
                         format!("BEGIN READ ONLY; SET LOCAL statement_timeout = {milliseconds}");
-                    (*options, Some(begin))
+                    (*options, Some(begin.into()))
                 };
-                // A connection that went stale costs one retry; a ping before each query would cost every
-                // lookup a round trip.
-                let pool = PgPoolOptions::new()
-                    .max_connections(MOST_CONNECTIONS)
-                    .test_before_acquire(false)
-                    .connect_lazy_with(options);
-                Self::Postgres { pool, begin }
+                Self::Postgres {
+                    pool: Pool::new(options),
+                    begin,
+                }
             }
-            DatabaseUrl::Sqlite(options) => Self::Sqlite(
-                SqlitePoolOptions::new()
-                    .max_connections(MOST_CONNECTIONS)
-                    .connect_lazy_with(options.read_only(true)),
-            ),
+            DatabaseUrl::Sqlite(options) => Self::Sqlite(Pool::new(options.read_only(true))),
+        }
+    }
+
+    fn connections(&self) -> Connections {
+        match self {
+            Self::Postgres { pool, .. } => pool.connections(),
+            Self::Sqlite(pool) => pool.connections(),
+        }
+    }
+
+    async fn close_old(&self, unused: Duration, age: Duration) {
+        match self {
+            Self::Postgres { pool, .. } => pool.close_old(unused, age).await,
+            Self::Sqlite(pool) => pool.close_old(unused, age).await,
         }
     }
 }
@@ -196,8 +195,8 @@ impl Database {
         let pool = AnyPool::connect_lazily(url.0.parse()?, lookup.timeout);
         Ok(Self {
             source,
-            current: RwLock::new(Current { url, pool }),
-            query: lookup.query.clone(),
+            current: RwLock::new(Arc::new(Current { url, pool })),
+            query: lookup.query.as_str().into(),
             parameters: lookup.parameters.clone(),
             timeout: lookup.timeout,
             crowd: Crowd::default(),
@@ -205,9 +204,9 @@ impl Database {
         })
     }
 
-    fn current(&self) -> Current {
+    fn current(&self) -> Arc<Current> {
         let current = self.current.read();
-        current.unwrap_or_else(PoisonError::into_inner).clone()
+        Arc::clone(&current.unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Takes the URL from its source again; whether it was another one.
@@ -222,7 +221,7 @@ impl Database {
         }
         // The old connections close as the lookups that use them end.
         let pool = AnyPool::connect_lazily(url.0.parse()?, self.timeout);
-        *current = Current { url, pool };
+        *current = Arc::new(Current { url, pool });
         Ok(true)
     }
 
@@ -278,17 +277,17 @@ impl Database {
         &self,
         many: &[Vec<ParameterValue>],
     ) -> Result<Vec<Result<Stored, LookupError>>, LookupError> {
-        if let AnyPool::Postgres { pool, begin } = self.current().pool
+        if let AnyPool::Postgres { pool, begin } = &self.current().pool
             && let Some(query) = query_of_many(&self.query, &self.parameters)
         {
             let asked = Many {
                 query: &query,
                 parameters: &self.parameters,
                 many,
-                begin: begin.as_deref(),
+                begin: begin.as_ref(),
             };
             let deadline = Instant::now() + self.timeout;
-            let answered = fetch(&pool, &asked, deadline, &self.metrics).await;
+            let answered = fetch(pool, &asked, deadline, &self.metrics).await;
             match answered.map_err(LookupError::from) {
                 Ok(stored) if stored.len() == many.len() => {
                     return Ok(stored.into_iter().map(Ok).collect());
@@ -341,20 +340,22 @@ impl Database {
 
     /// How many parameters the query takes; `None` if the database cannot say without their types.
     async fn parameters_of_query(&self) -> Option<usize> {
-        let query = AssertSqlSafe(self.query.as_str()).into_sql_str();
+        let query = AssertSqlSafe(Arc::clone(&self.query)).into_sql_str();
         let deadline = Instant::now() + self.timeout;
-        // Prepared without types, the statement must not stay where lookups would find it.
+        let current = self.current();
+        // Prepared without types, the statement must not stay where lookups would find it: the connection is not given
+        // back.
         let count = async {
-            match self.current().pool {
+            match &current.pool {
                 // What is prepared under a name would stay with the pooler.
                 AnyPool::Postgres { begin: Some(_), .. } => Ok(None),
                 AnyPool::Postgres { pool, .. } => {
-                    let mut connection = pool.acquire().await?.detach();
-                    count((&mut connection).prepare(query).await?.parameters())
+                    let mut lent = pool.lend().await?;
+                    count((&mut lent.connection).prepare(query).await?.parameters())
                 }
                 AnyPool::Sqlite(pool) => {
-                    let mut connection = pool.acquire().await?.detach();
-                    count((&mut connection).prepare(query).await?.parameters())
+                    let mut lent = pool.lend().await?;
+                    count((&mut lent.connection).prepare(query).await?.parameters())
                 }
             }
         };
@@ -364,22 +365,19 @@ impl Database {
     /// How many connections there are now.
     #[must_use]
     pub fn connections(&self) -> Connections {
-        let (size, idle) = match self.current().pool {
-            AnyPool::Postgres { pool, .. } => (pool.size(), pool.num_idle()),
-            AnyPool::Sqlite(pool) => (pool.size(), pool.num_idle()),
-        };
-        let used = usize::try_from(size)
-            .unwrap_or(usize::MAX)
-            .saturating_sub(idle);
-        Connections { used, idle }
+        self.current().pool.connections()
     }
 
-    /// Closes all connections.
+    /// Closes connections that are old or have not been used for long; to be called now and then.
+    pub async fn close_old(&self) {
+        let current = self.current();
+        current.pool.close_old(LONGEST_UNUSED, LONGEST_LIFE).await;
+    }
+
+    /// Closes all connections that no lookup uses.
     pub async fn close(&self) {
-        match self.current().pool {
-            AnyPool::Postgres { pool, .. } => pool.close().await,
-            AnyPool::Sqlite(pool) => pool.close().await,
-        }
+        let current = self.current();
+        current.pool.close_old(Duration::ZERO, Duration::ZERO).await;
     }
 }
 
@@ -387,49 +385,38 @@ fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sq
     Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
 }
 
-/// Fetches over one of the pool's connections. One that is of no use to the next lookup is closed: its query
-/// has not ended, or it is stale. A server that restarted leaves stale connections, at most as many as
-/// there are, and each shows itself only when it is used; then the next one is tried. While it restarts, it
-/// refuses new connections, for which sqlx tries again, or cuts them off.
-async fn fetch<DB, A>(
-    pool: &Pool<DB>,
+/// Fetches over one of the pool's connections. One that is of no use to the next lookup is closed: its query has not
+/// ended, or it is stale. A server that restarted leaves stale connections, at most as many as there are, and each shows
+/// itself only when it is used; then the next one is tried. To ask each before would cost every lookup a round trip.
+async fn fetch<C, A>(
+    pool: &Pool<C>,
     asked: &A,
     deadline: Instant,
     metrics: &ConnectionMetrics,
 ) -> Result<A::Answer, sqlx::Error>
 where
-    DB: sqlx::Database,
-    A: Ask<DB::Connection>,
+    C: Connection,
+    C::Options: ConnectOptions<Connection = C>,
+    A: Ask<C>,
 {
     let mut tries_left = MOST_CONNECTIONS;
     loop {
         let waits_since = Instant::now();
-        // Nearly always a connection waits. The future that would wait for one, or make one, is large, and whatever
-        // holds it is copied on its way to its place: so it is made only where it is needed, and apart.
-        let acquired = match pool.try_acquire() {
-            Some(connection) => Ok(Ok(connection)),
-            None => timeout_at(deadline, Box::pin(pool.acquire())).await,
-        };
+        let lent = timeout_at(deadline, pool.lend()).await;
         metrics.wait.observe(waits_since.elapsed().as_secs_f64());
-        let mut connection = match acquired.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
-            Err(error) if is_cut_off(&error) => {
-                sleep(RETRY_PAUSE).await;
-                continue;
-            }
-            acquired => acquired?,
-        };
-        let fetched = timeout_at(deadline, asked.ask(&mut connection)).await;
+        let mut lent = lent.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
+        let fetched = timeout_at(deadline, asked.ask(&mut lent.connection)).await;
         match fetched.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
             Err(error) if is_stale(&error) && tries_left > 0 => {
-                drop(connection.detach());
                 tries_left -= 1;
                 metrics.retries.inc();
             }
-            Err(error @ sqlx::Error::PoolTimedOut) => {
-                drop(connection.detach());
-                return Err(error);
+            fetched => {
+                if fetched.as_ref().err().is_none_or(is_answer) {
+                    pool.give_back(lent);
+                }
+                return fetched;
             }
-            fetched => return fetched,
         }
     }
 }

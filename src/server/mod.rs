@@ -182,7 +182,7 @@ impl Bound {
             done = async { tokio::try_join!(serving, health) } => done.map(|_| ()),
             () = draining => Ok(()),
             () = wait_for_database(&app) => Ok(()),
-            () = follow_database_url(&app) => Ok(()),
+            () = look_after_connections(&app) => Ok(()),
             () = reloading => Ok(()),
             () = audit(&app, audits) => Ok(()),
         };
@@ -255,12 +255,13 @@ async fn wait_for_database(app: &App) {
     std::future::pending().await
 }
 
-/// Takes the database's URL from its source again and again, for ever. One that cannot be used is said once,
-/// and the one in use stays.
-async fn follow_database_url(app: &App) {
+/// Closes old connections to the database, and takes its URL from its source again, again and again for ever. A URL that
+/// cannot be used is said once, and the one in use stays.
+async fn look_after_connections(app: &App) {
     let mut failing = false;
     loop {
         tokio::time::sleep(RELOAD_INTERVAL).await;
+        app.database.close_old().await;
         let reread = app.database.reread();
         match &reread {
             Ok(true) => info!("database URL reloaded"),

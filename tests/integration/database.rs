@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use crate::support::postgres::{Cluster, PgBouncer, Postgres};
 use crate::support::program::{Authority, Start, Webhook, run, shown, wait_for};
+use crate::support::relay::Relay;
 use crate::support::{PROXY, create, pod};
 
 const ID: &str = "88888888-8888-8888-8888-888888888888";
@@ -328,6 +329,28 @@ fn an_answer_beats_the_deadline_of_the_policy_and_that_of_the_api_server() {
             .1
             .contains(r#"llm_billing_lookup_duration_seconds_count{result="timeout"}"#)
     );
+}
+
+#[test]
+fn a_lookup_asks_the_database_once() {
+    let cluster = Cluster::start();
+    let postgres = Postgres::on(
+        &cluster,
+        &format!(
+            "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', 'byok')"
+        ),
+    );
+    let relay = Relay::to(cluster.port());
+    let webhook = start(PROXY, &postgres.url_by(relay.port));
+    let pod = pod(ID, &json!([]));
+    let ask = || {
+        let before = relay.asked();
+        assert_eq!(resolved(&webhook, &pod).0, "byok");
+        relay.asked() - before
+    };
+    // The first one prepares the query.
+    ask();
+    assert_eq!([ask(), ask(), ask()], [1, 1, 1]);
 }
 
 #[test]

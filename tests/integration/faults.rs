@@ -3,16 +3,13 @@
 //!
 //! `scripts/faults` prints what each test counted: the table in docs/reliability.md.
 
-use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::support::PROXY;
 use crate::support::load::{Asker, PATIENT, schema};
 use crate::support::postgres::{Cluster, Postgres};
 use crate::support::program::{Start, Webhook};
+use crate::support::relay::Relay;
 
 /// Who ask at the same time: no more than lookups that may wait while the database is in doubt.
 const CLIENTS: usize = 16;
@@ -115,9 +112,9 @@ fn a_network_that_swallows_everything_holds_up_no_answer() {
     let url = postgres.url_by(relay.port);
     for program in Program::for_each_on_error(&url) {
         program.asker.is_right();
-        relay.silent.store(true, Ordering::Relaxed);
+        relay.swallow(true);
         program.fail_during("a black hole: accepts, and says nothing", a_moment);
-        relay.silent.store(false, Ordering::Relaxed);
+        relay.swallow(false);
         program.asker.is_right();
     }
 }
@@ -227,52 +224,6 @@ fn a_schema_that_is_gone_is_loud_and_once_it_is_back_the_next_answer_is_right() 
             );
             postgres.execute(remedy);
             program.asker.is_right();
-        }
-    }
-}
-
-/// A TCP port of loopback that leads to the database, and can be made to swallow everything.
-struct Relay {
-    port: u16,
-    silent: Arc<AtomicBool>,
-}
-
-impl Relay {
-    fn to(database: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let silent = Arc::new(AtomicBool::new(false));
-        let shared = Arc::clone(&silent);
-        // Threads end with their connections, the first one with the process.
-        std::thread::spawn(move || {
-            for client in listener.incoming().map_while(Result::ok) {
-                let server = TcpStream::connect(("127.0.0.1", database)).unwrap();
-                let (from_client, to_client) = (client.try_clone().unwrap(), client);
-                let (from_server, to_server) = (server.try_clone().unwrap(), server);
-                let silent = Arc::clone(&shared);
-                std::thread::spawn(move || {
-                    pass(from_client, &to_server, &silent);
-                    let _ = to_server.shutdown(Shutdown::Both);
-                });
-                let silent = Arc::clone(&shared);
-                std::thread::spawn(move || {
-                    pass(from_server, &to_client, &silent);
-                    let _ = to_client.shutdown(Shutdown::Both);
-                });
-            }
-        });
-        Self { port, silent }
-    }
-}
-
-/// Passes on what comes, until either side closes. What comes in silence is lost, and so is its connection.
-fn pass(mut from: impl Read, mut to: impl Write, silent: &AtomicBool) {
-    let mut buffer = [0; 4096];
-    let mut broken = false;
-    while let Ok(length @ 1..) = from.read(&mut buffer) {
-        broken |= silent.load(Ordering::Relaxed);
-        if !broken && to.write_all(&buffer[..length]).is_err() {
-            return;
         }
     }
 }

@@ -12,6 +12,7 @@ pub(crate) mod postgres;
 #[allow(dead_code, reason = "benches/load uses the rest")]
 pub(crate) mod process;
 pub(crate) mod program;
+pub(crate) mod relay;
 pub(crate) mod stand_in;
 pub(crate) mod transcript;
 
