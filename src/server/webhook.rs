@@ -5,12 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::body::{Body, Bytes, to_bytes};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Query, Request as HttpRequest, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::map_response_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 use tracing::{Instrument, Span, error, field, info, info_span, warn};
@@ -260,12 +261,12 @@ impl Bodies {
             return Err(too_large());
         }
         let share = self.share(length).await?;
-        match timeout(BODY_TIMEOUT, to_bytes(body, length)).await {
+        match timeout(BODY_TIMEOUT, gathered(Limited::new(body, length))).await {
             Ok(Ok(body)) => Ok(Received {
                 body,
                 _share: share,
             }),
-            Ok(Err(error)) if is_length_limit(&error) => Err(too_large()),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
             Ok(Err(_)) => Err((
                 StatusCode::BAD_REQUEST,
                 "the body broke off; send it again".to_owned(),
@@ -296,15 +297,24 @@ impl Bodies {
     }
 }
 
-fn is_length_limit(error: &axum::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        if error.is::<http_body_util::LengthLimitError>() {
-            return true;
+/// All of a body. What comes in one piece, as small bodies do, stays where it is; the pieces of a larger one are let go
+/// one by one, so that the connection reads the next one into the same place.
+async fn gathered(mut body: Limited<Body>) -> Result<Bytes, axum::BoxError> {
+    let mut all = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let Ok(piece) = frame?.into_data() else {
+            continue;
+        };
+        if all.is_empty() {
+            if body.is_end_stream() {
+                return Ok(piece);
+            }
+            let rest = usize::try_from(body.size_hint().lower()).unwrap_or_default();
+            all.reserve(piece.len().saturating_add(rest));
         }
-        source = error.source();
+        all.extend_from_slice(&piece);
     }
-    false
+    Ok(all.into())
 }
 
 impl App {
