@@ -303,7 +303,7 @@ async fn patch(
         "{title}: {} ({source}, {reason})",
         resolution.mode
     ))?;
-    let patch = written(&operations(&plan, subject.root()))?;
+    let patch = written(&operations(&plan, subject.root()));
     Ok(serde_json::from_str(&patch)?)
 }
 

@@ -2,9 +2,10 @@
 //! HTTP around it is server/webhook.rs's business.
 
 use base64_simd::STANDARD;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use thiserror::Error;
 
+use super::json::{Object, list, object, text};
 use super::mode::Resolution;
 use super::patch::{self, Operation};
 use super::plan::Scope;
@@ -242,133 +243,119 @@ pub fn misfit<'de, T: Deserialize<'de>>(deserializer: impl serde::Deserializer<'
 
 /// An admission review as it is sent back.
 pub struct Answer<'a> {
-    response: Response<'a>,
-    /// As JSON.
-    patch: Option<String>,
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Review<'a> {
-    api_version: &'static str,
-    kind: &'static str,
-    response: &'a Response<'a>,
-}
-
-impl<'a> Review<'a> {
-    const fn of(response: &'a Response<'a>) -> Self {
-        Self {
-            api_version: API_VERSION,
-            kind: KIND,
-            response,
-        }
-    }
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Response<'a> {
     uid: &'a str,
-    allowed: bool,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    status: Option<Status>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    refusal: Option<Refusal>,
     warnings: Vec<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    audit_annotations: Option<AuditAnnotations<'a>>,
-}
-
-#[derive(Serialize)]
-struct AuditAnnotations<'a> {
-    mode: &'static str,
-    reason: &'static str,
-    source: &'static str,
-    workspace: &'a str,
-}
-
-#[derive(Serialize)]
-struct Status {
-    code: u16,
-    reason: &'static str,
-    message: String,
+    /// The resolution, and whose it is.
+    resolution: Option<(Resolution, &'a str)>,
+    /// As JSON; empty if there is nothing to patch.
+    patch: String,
 }
 
 impl<'a> Answer<'a> {
     /// Allows the request as it is.
     #[must_use]
-    pub fn allowed(uid: &'a str) -> Self {
+    pub const fn allowed(uid: &'a str) -> Self {
         Self {
-            response: Response {
-                uid,
-                allowed: true,
-                status: None,
-                warnings: Vec::new(),
-                audit_annotations: None,
-            },
-            patch: None,
+            uid,
+            refusal: None,
+            warnings: Vec::new(),
+            resolution: None,
+            patch: String::new(),
         }
     }
 
     /// Refuses the request.
     #[must_use]
-    pub fn refused(uid: &'a str, refusal: &Refusal) -> Self {
+    pub fn refused(uid: &'a str, refusal: Refusal) -> Self {
         let mut answer = Self::allowed(uid);
-        answer.response.allowed = false;
-        answer.response.status = Some(Status {
-            code: refusal.status(),
-            reason: refusal.status_reason(),
-            message: refusal.to_string(),
-        });
+        answer.refusal = Some(refusal);
         answer
     }
 
     /// Adds a patch, unless it has no operations.
-    ///
-    /// # Errors
-    /// None in practice, as for [`patch::written`].
-    pub fn with_patch(mut self, operations: &[Operation<'_>]) -> Result<Self, serde_json::Error> {
+    #[must_use]
+    pub fn with_patch(mut self, operations: &[Operation<'_>]) -> Self {
         if !operations.is_empty() {
-            self.patch = Some(patch::written(operations)?);
+            self.patch = patch::written(operations);
         }
-        Ok(self)
+        self
     }
 
     /// Adds what the user should know.
     #[must_use]
     pub fn with_warnings(mut self, warnings: Vec<String>) -> Self {
-        self.response.warnings = warnings;
+        self.warnings = warnings;
         self
     }
 
     /// Records the resolution in the API server's audit log.
     #[must_use]
-    pub fn with_resolution(mut self, resolution: &Resolution, workspace_id: &'a str) -> Self {
-        self.response.audit_annotations = Some(AuditAnnotations {
-            mode: resolution.mode.as_str(),
-            reason: resolution.reason.as_str(),
-            source: resolution.source.as_str(),
-            workspace: recordable(workspace_id),
-        });
+    pub fn with_resolution(mut self, resolution: Resolution, workspace_id: &'a str) -> Self {
+        self.resolution = Some((resolution, recordable(workspace_id)));
         self
     }
 
     /// The answer in the bytes that are sent.
-    ///
-    /// # Errors
-    /// None in practice, as for [`Self::with_patch`].
-    pub fn written(&self) -> Result<String, serde_json::Error> {
-        let mut answer = serde_json::to_string(&Review::of(&self.response))?;
-        if let Some(patch) = &self.patch {
-            // Base64 has nothing to escape, and serde_json would look for it all the same: it goes in before the
-            // braces that close response and review.
-            answer.truncate(answer.len() - 2);
-            answer.push_str(r#","patchType":"JSONPatch","patch":""#);
-            STANDARD.encode_append(patch, &mut answer);
-            answer.push_str("\"}}");
+    #[must_use]
+    pub fn written(&self) -> String {
+        let patch = STANDARD.encoded_length(self.patch.len());
+        let mut out = String::with_capacity(MOST_BESIDES_PATCH + patch);
+        object(&mut out, |review| {
+            review.text("apiVersion", API_VERSION);
+            review.text("kind", KIND);
+            let response = review.member("response");
+            object(response, |response| self.write_response(response));
+        });
+        out
+    }
+
+    fn write_response(&self, response: &mut Object<'_>) {
+        response.text("uid", self.uid);
+        let allowed = if self.refusal.is_none() {
+            "true"
+        } else {
+            "false"
+        };
+        response.member("allowed").push_str(allowed);
+        if let Some(refusal) = &self.refusal {
+            object(response.member("status"), |status| {
+                let mut code = itoa::Buffer::new();
+                status
+                    .member("code")
+                    .push_str(code.format(refusal.status()));
+                status.text("reason", refusal.status_reason());
+                status.text("message", &refusal.to_string());
+            });
         }
-        Ok(answer)
+        if !self.warnings.is_empty() {
+            list(
+                response.member("warnings"),
+                &self.warnings,
+                |out, warning| text(out, warning),
+            );
+        }
+        if let Some((resolution, workspace_id)) = &self.resolution {
+            object(response.member("auditAnnotations"), |annotations| {
+                annotations.text("mode", resolution.mode.as_str());
+                annotations.text("reason", resolution.reason.as_str());
+                annotations.text("source", resolution.source.as_str());
+                annotations.text("workspace", workspace_id);
+            });
+        }
+        if !self.patch.is_empty() {
+            response.text("patchType", "JSONPatch");
+            // Base64 has nothing to escape.
+            let out = response.member("patch");
+            out.push('"');
+            STANDARD.encode_append(&self.patch, out);
+            out.push('"');
+        }
     }
 }
+
+/// Most answers have no more bytes beside their patch.
+const MOST_BESIDES_PATCH: usize = 512;
 
 /// A workspace id as it may be recorded: Kubernetes allows a label 63 bytes, but what arrives has not been
 /// validated yet.
@@ -625,7 +612,7 @@ mod tests {
     #[test]
     fn a_refusal_has_status_and_reason_and_no_patch() {
         let answer = |refusal| -> Value {
-            let written = Answer::refused("u", &refusal).written().unwrap();
+            let written = Answer::refused("u", refusal).written();
             serde_json::from_str(&written).unwrap()
         };
         let status = |code: u16, reason: &str, refusal: &Refusal| {

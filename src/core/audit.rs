@@ -153,7 +153,7 @@ fn mode_in_env(pod: &Pod<'_>) -> String {
         .filter(|entry| entry.name.as_str() == MODE_VARIABLE);
     let said: BTreeSet<&str> = entries
         .map(|entry| {
-            let value = entry.value.as_ref().map_or("", |value| value.as_str());
+            let value = entry.value.as_ref().map_or("", |value| value.text.as_str());
             BillingMode::from_column(value).map_or("other", BillingMode::as_str)
         })
         .collect();

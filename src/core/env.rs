@@ -39,7 +39,7 @@ impl<'a> Variable<'a> {
 
     /// Whether an entry of the same name already has the value, an absent one being empty.
     fn is_met_by(&self, entry: &EnvEntry<'_>) -> bool {
-        let text = entry.value.as_ref().map_or("", |text| text.as_str());
+        let text = entry.value.as_ref().map_or("", |value| value.text.as_str());
         match (&self.value, &entry.value_from) {
             (Value::Literal(literal), None) => text == literal,
             (Value::Source(source), Some(from)) => text.is_empty() && source.matches(from),
@@ -76,7 +76,8 @@ pub fn settle<'a>(
     goes: impl Fn(&str) -> bool,
 ) -> Changes<'a> {
     let mut met = vec![false; required.len()];
-    let (mut remove, mut others) = (Vec::new(), Vec::with_capacity(entries.len()));
+    let mut remove = Vec::new();
+    let mut others = Vec::with_capacity(entries.len());
     for (index, entry) in entries.iter().enumerate() {
         let name = entry.name.as_str();
         let stays = match required
@@ -99,10 +100,12 @@ pub fn settle<'a>(
             remove.push(index);
         }
     }
+    let mut add = Vec::with_capacity(required.len());
     let unmet = required.iter().zip(met).filter(|(_, met)| !met);
+    add.extend(unmet.map(|(variable, _)| variable.clone()));
     Changes {
         remove,
-        add: unmet.map(|(variable, _)| variable.clone()).collect(),
+        add,
         others,
     }
 }

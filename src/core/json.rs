@@ -1,24 +1,79 @@
-//! Texts as JSON, written fast: patches and log lines are nearly nothing else. What JSON there is to write is
-//! patch.rs's and telemetry/json.rs's business.
+//! JSON as it is written: patches, answers and log lines are nearly nothing but short texts, and serde_json looks at each
+//! byte of them by itself. What JSON there is to write is the users' business.
 
-/// Whether it could be written.
-pub type Written = Result<(), serde_json::Error>;
+use std::fmt::Write;
 
-/// Writes a text as JSON. Nearly none has anything to escape, and that shows at a glance over many bytes at a time,
-/// where serde_json looks at one after the other.
-///
-/// # Errors
-/// None in practice: there is no text that JSON cannot say.
-pub fn text(out: &mut String, text: &str) -> Written {
+/// Writes a text, quoted. Nearly none has anything to escape, and that shows at a glance over many bytes at a time.
+pub fn text(out: &mut String, text: &str) {
     let needs_escape = |found, &byte: &u8| found | matches!(byte, 0..b' ' | b'"' | b'\\');
+    out.push('"');
     if text.as_bytes().iter().fold(false, needs_escape) {
-        out.push_str(&serde_json::to_string(text)?);
-        return Ok(());
+        escape(out, text);
+    } else {
+        out.push_str(text);
     }
     out.push('"');
-    out.push_str(text);
-    out.push('"');
-    Ok(())
+}
+
+/// Escapes as serde_json does (RFC 8259, section 7).
+fn escape(out: &mut String, text: &str) {
+    for character in text.chars() {
+        match character {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\u{8}' => out.push_str("\\b"),
+            '\t' => out.push_str("\\t"),
+            '\n' => out.push_str("\\n"),
+            '\u{c}' => out.push_str("\\f"),
+            '\r' => out.push_str("\\r"),
+            '\0'..' ' => {
+                // A string takes whatever it is given.
+                let _ = write!(out, "\\u{:04x}", u32::from(character));
+            }
+            character => out.push(character),
+        }
+    }
+}
+
+/// An object whose members are written one by one.
+pub struct Object<'o>(&'o mut String);
+
+impl Object<'_> {
+    /// Begins a member; its value is to be written to what is returned. `name` has nothing to escape.
+    pub fn member(&mut self, name: &str) -> &mut String {
+        let Self(out) = self;
+        if !out.ends_with('{') {
+            out.push(',');
+        }
+        out.push('"');
+        out.push_str(name);
+        out.push_str("\":");
+        out
+    }
+
+    /// A member that is a text.
+    pub fn text(&mut self, name: &str, value: &str) {
+        text(self.member(name), value);
+    }
+}
+
+/// Writes an object.
+pub fn object(out: &mut String, members: impl FnOnce(&mut Object<'_>)) {
+    out.push('{');
+    members(&mut Object(out));
+    out.push('}');
+}
+
+/// Writes a list.
+pub fn list<T>(out: &mut String, items: &[T], write: impl Fn(&mut String, &T)) {
+    out.push('[');
+    for (index, item) in items.iter().enumerate() {
+        if index > 0 {
+            out.push(',');
+        }
+        write(out, item);
+    }
+    out.push(']');
 }
 
 #[cfg(test)]
@@ -26,27 +81,38 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_json_must_escape_is_escaped() {
-        for plain in ["", "sk-123", "http://x/{}?a=b&c='d'", "é…🦀\u{7f}"] {
-            assert_eq!(text_written(plain), format!("\"{plain}\""));
-        }
-        for special in [
-            "\"",
-            "\\",
-            "\n",
-            "\0",
-            "\u{1f}",
-            "a long text that ends with \"",
-        ] {
-            let written = text_written(special);
-            assert_eq!(written, serde_json::to_string(special).unwrap());
-            assert_ne!(written, format!("\"{special}\""));
+    fn a_text_is_escaped_as_json_demands_wherever_it_stands() {
+        let plain = "é…🦀\u{7f}sk-123 http://x/{}?a=b&c='d'";
+        let special = (0..=0x7f_u8).map(char::from);
+        for special in special.chain(['é', '…', '🦀']) {
+            for (before, after) in plain.char_indices().map(|(at, _)| plain.split_at(at)) {
+                let whole = format!("{before}{special}{after}");
+                let mut out = String::new();
+                text(&mut out, &whole);
+                assert_eq!(out, serde_json::to_string(&whole).unwrap());
+            }
         }
     }
 
-    fn text_written(special: &str) -> String {
+    #[test]
+    fn objects_and_lists_have_a_comma_between_any_two() {
         let mut out = String::new();
-        text(&mut out, special).unwrap();
-        out
+        object(&mut out, |outer| {
+            object(outer.member("none"), |_| ());
+            object(outer.member("two"), |inner| {
+                inner.text("a", "{");
+                inner.text("b", "");
+            });
+            list(outer.member("empty"), &[] as &[&str], |out, item| {
+                text(out, item)
+            });
+            list(outer.member("list"), &["c", "d"], |out, item| {
+                text(out, item)
+            });
+        });
+        assert_eq!(
+            out,
+            r#"{"none":{},"two":{"a":"{","b":""},"empty":[],"list":["c","d"]}"#
+        );
     }
 }

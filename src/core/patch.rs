@@ -2,7 +2,7 @@
 //! server writes patches to its audit log.
 
 use super::env::{Value, Variable};
-use super::json::{Written, text};
+use super::json::{list, object, text};
 use super::plan::{AnnotationPlan, AnnotationsParent, ContainerPlan, Plan};
 use super::pod::ContainerList;
 
@@ -54,24 +54,22 @@ pub enum Content<'a> {
 const MOST_OPERATIONS: usize = 64;
 const MOST_BYTES: usize = 8192;
 
-/// The patch as JSON. It is nearly all of an answer, and serde_json would look at one byte after the other for what must
-/// be escaped, so it is written here.
-///
-/// # Errors
-/// None in practice: the operations hold nothing that JSON cannot say.
-pub fn written(operations: &[Operation<'_>]) -> Result<String, serde_json::Error> {
+/// The patch as JSON.
+#[must_use]
+pub fn written(operations: &[Operation<'_>]) -> String {
     let mut out = String::with_capacity(MOST_BYTES);
-    list(&mut out, operations, |out, operation| operation.write(out))?;
-    Ok(out)
+    list(&mut out, operations, |out, operation| operation.write(out));
+    out
 }
 
 impl Operation<'_> {
-    fn write(&self, out: &mut String) -> Written {
+    fn write(&self, out: &mut String) {
         let (op, path, content) = match self {
             Self::Add(path, content) => ("add", path, Some(content)),
             Self::Replace(path, content) => ("replace", path, Some(content)),
             Self::Remove(path) => ("remove", path, None),
         };
+        // Patches are the most of what is written, and their members are always the same.
         out.push_str("{\"op\":\"");
         out.push_str(op);
         out.push_str("\",\"path\":\"");
@@ -79,18 +77,17 @@ impl Operation<'_> {
         out.push('"');
         if let Some(content) = content {
             out.push_str(",\"value\":");
-            content.write(out)?;
+            content.write(out);
         }
         out.push('}');
-        Ok(())
     }
 }
 
 impl Path<'_> {
-    /// None of it needs to be escaped for JSON.
+    /// Nothing in a path needs to be escaped for JSON.
     fn write(&self, out: &mut String) {
+        out.push_str(self.root);
         let mut env = |list: ContainerList, container| {
-            out.push_str(self.root);
             out.push_str("/spec/");
             out.push_str(list.field());
             out.push('/');
@@ -104,74 +101,53 @@ impl Path<'_> {
                 out.push('/');
                 out.push_str(itoa::Buffer::new().format(entry));
             }
-            Place::Metadata => out.extend([self.root, "/metadata"]),
-            Place::Annotations => out.extend([self.root, "/metadata/annotations"]),
+            Place::Metadata => out.push_str("/metadata"),
+            Place::Annotations => out.push_str("/metadata/annotations"),
             Place::Annotation(key) => {
-                out.extend([self.root, "/metadata/annotations/", &escaped(key)]);
+                out.push_str("/metadata/annotations/");
+                out.push_str(&escaped(key));
             }
         }
     }
 }
 
 impl Content<'_> {
-    pub(super) fn write(&self, out: &mut String) -> Written {
+    pub(super) fn write(&self, out: &mut String) {
         match self {
             Self::Entry(variable) => variable_written(out, variable),
             Self::Entries(variables) => list(out, variables, variable_written),
             Self::Text(value) => text(out, value),
             Self::Annotations(annotations) => annotations_written(out, annotations),
-            Self::Metadata(annotations) => {
-                out.push_str("{\"annotations\":");
-                annotations_written(out, annotations)?;
-                out.push('}');
-                Ok(())
-            }
+            Self::Metadata(annotations) => object(out, |metadata| {
+                annotations_written(metadata.member("annotations"), annotations);
+            }),
         }
     }
 }
 
 /// A variable as an env entry of a pod.
-fn variable_written(out: &mut String, variable: &Variable<'_>) -> Written {
+fn variable_written(out: &mut String, variable: &Variable<'_>) {
     out.push_str("{\"name\":");
-    text(out, variable.name)?;
+    text(out, variable.name);
     match &variable.value {
         Value::Literal(value) => {
             out.push_str(",\"value\":");
-            text(out, value)?;
+            text(out, value);
         }
         Value::Source(source) => {
             out.push_str(",\"valueFrom\":");
-            out.push_str(&serde_json::to_string(source)?);
+            source.write(out);
         }
     }
     out.push('}');
-    Ok(())
 }
 
-fn annotations_written(out: &mut String, annotations: &[AnnotationPlan]) -> Written {
-    out.push('{');
-    for (index, AnnotationPlan { key, value }) in annotations.iter().enumerate() {
-        if index > 0 {
-            out.push(',');
+fn annotations_written(out: &mut String, annotations: &[AnnotationPlan]) {
+    object(out, |all| {
+        for AnnotationPlan { key, value } in annotations {
+            all.text(key, value);
         }
-        text(out, key)?;
-        out.push(':');
-        text(out, value)?;
-    }
-    out.push('}');
-    Ok(())
-}
-
-fn list<T>(out: &mut String, items: &[T], write: impl Fn(&mut String, &T) -> Written) -> Written {
-    out.push('[');
-    for (index, item) in items.iter().enumerate() {
-        if index > 0 {
-            out.push(',');
-        }
-        write(out, item)?;
-    }
-    out.push(']');
-    Ok(())
+    });
 }
 
 /// Writes a plan as operations on the object at `root`, a JSON pointer: empty for a pod, such as
@@ -279,7 +255,7 @@ mod tests {
             Scope::Pod,
         )
         .unwrap();
-        serde_json::from_str(&written(&operations(&plan, root)).unwrap()).unwrap()
+        serde_json::from_str(&written(&operations(&plan, root))).unwrap()
     }
 
     fn env_patch(env: &Value) -> Value {

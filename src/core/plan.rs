@@ -54,12 +54,15 @@ impl ContainerPlan<'_> {
     /// The variables that are not settled, each once, by name.
     #[must_use]
     pub fn variables(&self) -> Vec<&str> {
+        let Changes { remove, add, .. } = &self.changes;
         let entries = self.container.entries();
-        let removed = self.changes.remove.iter();
-        let mut names: Vec<&str> = removed
-            .filter_map(|&index| Some(entries.get(index)?.name.as_str()))
-            .chain(self.changes.add.iter().map(|variable| variable.name))
-            .collect();
+        let mut names = Vec::with_capacity(remove.len() + add.len());
+        names.extend(
+            remove
+                .iter()
+                .filter_map(|&index| Some(entries.get(index)?.name.as_str())),
+        );
+        names.extend(add.iter().map(|variable| variable.name));
         names.sort_unstable();
         names.dedup();
         names
@@ -86,6 +89,9 @@ pub enum AnnotationsParent {
     Annotations,
 }
 
+/// What is told of most plans has no more bytes.
+const MOST_TOLD: usize = 256;
+
 impl Plan<'_> {
     /// Whether nothing must change.
     #[must_use]
@@ -96,31 +102,32 @@ impl Plan<'_> {
     /// What the guard says of containers that are not settled: by name, never by value.
     #[must_use]
     pub fn refusal(&self) -> Option<Refusal> {
-        let findings =
-            self.told(|name, variables| format!("container {name:?} has not settled {variables}"));
+        let findings = self.told(|name| format!("container {name:?} has not settled "));
         (!self.containers.is_empty()).then_some(Refusal::NotSettled { findings })
     }
 
     /// Which variables change in which container: by name, never by value.
     #[must_use]
     pub fn changed(&self) -> String {
-        self.told(|name, variables| format!("{name}: {variables}"))
+        self.told(|name| format!("{name}: "))
     }
 
     /// The containers that are not settled: all of a few, the first of many.
-    fn told(&self, tell: impl Fn(&str, String) -> String) -> String {
+    fn told(&self, beginning: impl Fn(&str) -> String) -> String {
         const SHOWN: usize = 3;
-        let told: Vec<String> = self
-            .containers
-            .iter()
-            .take(SHOWN)
-            .map(|plan| tell(plan.container.name.as_str(), listed(&plan.variables())))
-            .collect();
-        let more = match self.containers.len().saturating_sub(SHOWN) {
-            0 => String::new(),
-            more => format!("; and {more} more containers"),
-        };
-        told.join("; ") + &more
+        let mut told = String::with_capacity(MOST_TOLD);
+        for (index, plan) in self.containers.iter().take(SHOWN).enumerate() {
+            if index > 0 {
+                told.push_str("; ");
+            }
+            told.push_str(&beginning(plan.container.name.as_str()));
+            list(&mut told, &plan.variables());
+        }
+        let more = self.containers.len().saturating_sub(SHOWN);
+        if more > 0 {
+            told.push_str(&format!("; and {more} more containers"));
+        }
+        told
     }
 }
 
@@ -238,14 +245,30 @@ struct Rules<'a> {
     env_from: EnvFromRule,
 }
 
-/// The variables that a container must not have: none but on `platform_managed`. So few are found faster one by one
-/// than in a tree, for most differ in length.
-pub(super) struct VendorKeys<'a>(Vec<&'a str>);
+/// The variables that a container must not have: none but on `platform_managed`.
+pub(super) struct VendorKeys<'a> {
+    names: Vec<&'a str>,
+    /// The glances at all of them.
+    glances: u128,
+}
 
-impl VendorKeys<'_> {
-    pub(super) fn contains(&self, name: &str) -> bool {
-        self.0.contains(&name)
+impl<'a> VendorKeys<'a> {
+    fn of(names: impl IntoIterator<Item = &'a str>) -> Self {
+        let names: Vec<&str> = names.into_iter().collect();
+        let glances = names.iter().fold(0, |all, name| all | glance(name));
+        Self { names, glances }
     }
+
+    /// Nearly no name is a vendor key, and that shows at a glance.
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.glances & glance(name) != 0 && self.names.contains(&name)
+    }
+}
+
+/// One of 128 bits, by a name's length and first letter.
+fn glance(name: &str) -> u128 {
+    let first = usize::from(name.bytes().next().unwrap_or_default());
+    1 << ((31 * first + name.len()) % 128)
 }
 
 /// So many variables carry the mode. Both say the resolver's answer, whatever branch asks.
@@ -261,7 +284,7 @@ impl<'a> Rules<'a> {
         let mut rules = Self {
             required: of_mode.into(),
             excluded: None,
-            vendor_keys: VendorKeys(Vec::new()),
+            vendor_keys: VendorKeys::of([]),
             env_from: policy.env_from,
         };
         if mode == BillingMode::PlatformManaged {
@@ -272,7 +295,7 @@ impl<'a> Rules<'a> {
                 .required
                 .extend(of_proxy.ok_or(Refusal::MissingPlatformProxy)?);
             rules.excluded = Some(&proxy.exclude_containers);
-            rules.vendor_keys.0 = policy.vendor_keys.iter().map(Name::as_str).collect();
+            rules.vendor_keys = VendorKeys::of(policy.vendor_keys.iter().map(Name::as_str));
         }
         Ok(rules)
     }
@@ -295,30 +318,38 @@ impl<'a> Rules<'a> {
         let could_come = |key: &&str| {
             could_bring(sources, key) && required.iter().all(|variable| variable.name != *key)
         };
-        let keys = self.vendor_keys.0.iter().copied().filter(could_come);
+        let keys = self.vendor_keys.names.iter().copied().filter(could_come);
         if self.env_from == EnvFromRule::Deny {
-            let keys: Vec<&str> = keys.collect();
-            if !keys.is_empty() {
-                return Err(Refusal::EnvFromVendorKey {
-                    container: container.name.as_str().to_owned(),
-                    keys: listed(&keys),
-                });
+            let could_come: Vec<&str> = keys.collect();
+            if could_come.is_empty() {
+                return Ok(required.into());
             }
-            return Ok(required.into());
+            let mut keys = String::new();
+            list(&mut keys, &could_come);
+            return Err(Refusal::EnvFromVendorKey {
+                container: container.name.as_str().to_owned(),
+                keys,
+            });
         }
-        let masks = keys.map(Variable::mask);
-        Ok(required.iter().cloned().chain(masks).collect())
+        let mut all = Vec::with_capacity(required.len() + self.vendor_keys.names.len());
+        all.extend_from_slice(required);
+        all.extend(keys.map(Variable::mask));
+        Ok(all.into())
     }
 }
 
-/// Names for a message: all of a few, the first of many.
-fn listed(names: &[&str]) -> String {
+/// Adds names to a message: all of a few, the first of many.
+fn list(message: &mut String, names: &[&str]) {
     const SHOWN: usize = 8;
-    match names.split_at_checked(SHOWN) {
-        Some((shown, more)) if !more.is_empty() => {
-            format!("{} and {} more", shown.join(", "), more.len())
+    for (index, name) in names.iter().take(SHOWN).enumerate() {
+        if index > 0 {
+            message.push_str(", ");
         }
-        _ => names.join(", "),
+        message.push_str(name);
+    }
+    let more = names.len().saturating_sub(SHOWN);
+    if more > 0 {
+        message.push_str(&format!(" and {more} more"));
     }
 }
 
@@ -349,7 +380,7 @@ mod tests {
             &pod,
             Scope::Pod,
         )?;
-        let patch = written(&operations(&plan, "")).unwrap();
+        let patch = written(&operations(&plan, ""));
         let mut after: Value = serde_json::from_str(&text).unwrap();
         json_patch::patch(
             &mut after,
@@ -482,6 +513,11 @@ mod tests {
         let plan = plan(&policy, byok, &pod, Scope::Pod).unwrap();
         let modes = "MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED";
         assert_eq!(plan.changed(), format!("i: {modes}; c: {modes}"));
+        let listed = |names: &[&str]| {
+            let mut message = String::new();
+            list(&mut message, names);
+            message
+        };
         assert_eq!(
             listed(&["a", "b", "c", "d", "e", "f", "g", "h"]),
             "a, b, c, d, e, f, g, h"

@@ -134,10 +134,30 @@ pub struct EnvEntry<'a> {
     pub name: Text<'a>,
     /// Absent means empty unless `valueFrom` is there: the API server drops an empty value.
     #[serde(borrow)]
-    pub value: Option<Text<'a>>,
+    pub value: Option<EntryValue<'a>>,
     /// Where the value comes from, if it is no literal. Boxed, for it is large and most entries have none.
     #[serde(borrow)]
     pub value_from: Option<Box<ValueFrom<'a>>>,
+}
+
+/// The value of an env entry. Whether it may refer to other entries is looked at as it is read: values are the most of a
+/// pod, and by the time that the mode is known, they are no longer at hand for the processor.
+#[derive(Debug, Deserialize)]
+#[serde(from = "Text<'a>", bound = "'de: 'a")]
+pub struct EntryValue<'a> {
+    /// The value.
+    pub text: Text<'a>,
+    /// Whether a dollar sign stands in it.
+    pub may_refer: bool,
+}
+
+impl<'a> From<Text<'a>> for EntryValue<'a> {
+    fn from(text: Text<'a>) -> Self {
+        // At a glance over many bytes at a time.
+        let is_dollar = |found, &byte: &u8| found | (byte == b'$');
+        let may_refer = text.as_str().as_bytes().iter().fold(false, is_dollar);
+        Self { text, may_refer }
+    }
 }
 
 /// The sources that this webhook compares with its own or warns about. An entry that has another kind of
@@ -359,7 +379,7 @@ mod tests {
             serde_json::from_str(r#"{"name": "A", "value": "sk-secret"}"#).unwrap();
         assert_eq!(
             format!("{entry:?}"),
-            "EnvEntry { name: …, value: Some(…), value_from: None }"
+            "EnvEntry { name: …, value: Some(EntryValue { text: …, may_refer: false }), value_from: None }"
         );
     }
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_saphyr::Error as YamlError;
 use thiserror::Error;
 
+use super::json::{Object, object};
 use super::pod::ValueFrom;
 
 /// The policy file with every field and its default, commented. A test holds it equal to [`Policy::default`].
@@ -332,7 +333,7 @@ pub struct ExtraEnv {
 }
 
 /// Where an env entry's value comes from, as in a pod.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum EnvSource {
     /// A key of a Secret.
@@ -346,7 +347,7 @@ pub enum EnvSource {
 }
 
 /// A key of a Secret or ConfigMap.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OptionalKey {
     /// The object.
@@ -354,36 +355,67 @@ pub struct OptionalKey {
     /// The key in it.
     pub key: Name,
     /// Whether the container starts without it.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub optional: Option<bool>,
 }
 
 /// A field of the pod.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct FieldSource {
     /// Such as `metadata.name`.
     pub field_path: Name,
     /// `v1` where absent.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub api_version: Option<Name>,
 }
 
 /// A resource of a container.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct ResourceSource {
     /// Such as `limits.memory`.
     pub resource: Name,
     /// The entry's own container where absent.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub container_name: Option<Name>,
     /// A quantity in its canonical form; `"0"` where absent.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub divisor: Option<Name>,
 }
 
 impl EnvSource {
+    /// Writes the source as it stands in an env entry.
+    pub(super) fn write(&self, out: &mut String) {
+        let text = |members: &mut Object<'_>, name, value: &Option<Name>| {
+            if let Some(value) = value {
+                members.text(name, value.as_str());
+            }
+        };
+        let key = |out: &mut String, key: &OptionalKey| {
+            object(out, |members| {
+                members.text("name", key.name.as_str());
+                members.text("key", key.key.as_str());
+                if let Some(optional) = key.optional {
+                    members
+                        .member("optional")
+                        .push_str(if optional { "true" } else { "false" });
+                }
+            });
+        };
+        object(out, |source| match self {
+            Self::SecretKeyRef(secret) => key(source.member("secretKeyRef"), secret),
+            Self::ConfigMapKeyRef(map) => key(source.member("configMapKeyRef"), map),
+            Self::FieldRef(field) => object(source.member("fieldRef"), |members| {
+                members.text("fieldPath", field.field_path.as_str());
+                text(members, "apiVersion", &field.api_version);
+            }),
+            Self::ResourceFieldRef(resource) => {
+                object(source.member("resourceFieldRef"), |members| {
+                    members.text("resource", resource.resource.as_str());
+                    text(members, "containerName", &resource.container_name);
+                    text(members, "divisor", &resource.divisor);
+                });
+            }
+        });
+    }
+
     /// Whether a pod's entry has this source, as written here or after the API server's defaulting.
     #[must_use]
     pub fn matches(&self, entry: &ValueFrom<'_>) -> bool {
@@ -943,7 +975,8 @@ mod tests {
             let parsed: ValueFrom<'_> = serde_json::from_str(entry).unwrap();
             assert_eq!(source.matches(&parsed), expected, "{own} {entry}");
             // What is written into a pod equals itself when it comes back.
-            let written = serde_json::to_string(&source).unwrap();
+            let mut written = String::new();
+            source.write(&mut written);
             assert!(
                 source.matches(&serde_json::from_str(&written).unwrap()),
                 "{written}"

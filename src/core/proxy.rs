@@ -75,7 +75,7 @@ mod tests {
             .unwrap();
         let variables = variables(&proxy, runtime, "ws-1")?;
         let mut env = String::new();
-        Content::Entries(&variables).write(&mut env).unwrap();
+        Content::Entries(&variables).write(&mut env);
         Some(env)
     }
 

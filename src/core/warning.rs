@@ -83,10 +83,6 @@ pub(super) fn of_container(
             }
     };
     let mut warn_of_references = |place: &dyn Fn() -> String, text: &str| {
-        // Nearly every text refers to nothing.
-        if !text.contains("$(") {
-            return;
-        }
         let keys: BTreeSet<&str> = references(text).filter(|name| key_goes(name)).collect();
         for key in keys {
             let what = format!(
@@ -108,8 +104,10 @@ pub(super) fn of_container(
             .filter_map(|&index| entries.get(index))
     };
     for entry in staying() {
-        let text = entry.value.as_ref().map_or("", |text| text.as_str());
-        warn_of_references(&|| format!("env {}", entry.name.as_str()), text);
+        if let Some(value) = entry.value.as_ref().filter(|value| value.may_refer) {
+            let place = || format!("env {}", entry.name.as_str());
+            warn_of_references(&place, value.text.as_str());
+        }
     }
     for entry in staying() {
         let name = entry.name.as_str();

@@ -10,7 +10,7 @@ use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::core::json;
+use crate::core::json::{Object, object};
 
 /// Most lines are no longer.
 const A_LINE: usize = 1024;
@@ -30,52 +30,33 @@ where
         event: &Event<'_>,
     ) -> fmt::Result {
         let mut line = String::with_capacity(A_LINE);
-        line.push_str("{\"timestamp\":\"");
-        SystemTime.format_time(&mut Writer::new(&mut line))?;
-        line.push_str("\",\"level\":\"");
-        line.push_str(event.metadata().level().as_str());
-        line.push('"');
-        let mut fields = Fields {
-            line,
-            written: Ok(()),
-        };
-        event.record(&mut fields);
-        fields.member("target", |line| text(line, event.metadata().target()));
-        fields.written?;
-        fields.line.push_str("}\n");
-        writer.write_str(&fields.line)
+        object(&mut line, |members| {
+            let out = members.member("timestamp");
+            out.push('"');
+            // Neither here nor below can it fail: a string takes whatever it is given.
+            let _ = SystemTime.format_time(&mut Writer::new(out));
+            out.push('"');
+            members.text("level", event.metadata().level().as_str());
+            event.record(&mut Fields(members));
+            members.text("target", event.metadata().target());
+        });
+        line.push('\n');
+        writer.write_str(&line)
     }
 }
 
-fn text(line: &mut String, value: &str) -> fmt::Result {
-    json::text(line, value).map_err(|_| fmt::Error)
-}
+/// Adds an event's fields to the object.
+struct Fields<'f, 'o>(&'f mut Object<'o>);
 
-/// Members of the object, as they are added.
-struct Fields {
-    line: String,
-    written: fmt::Result,
-}
-
-impl Fields {
-    fn member(&mut self, name: &str, value: impl FnOnce(&mut String) -> fmt::Result) {
-        if self.written.is_ok() {
-            self.line.push(',');
-            self.written = text(&mut self.line, name).and_then(|()| {
-                self.line.push(':');
-                value(&mut self.line)
-            });
-        }
-    }
-
+impl Fields<'_, '_> {
     fn plain(&mut self, field: &Field, value: impl Display) {
-        self.member(field.name(), |line| write!(line, "{value}"));
+        let _ = write!(self.0.member(field.name()), "{value}");
     }
 }
 
-impl Visit for Fields {
+impl Visit for Fields<'_, '_> {
     fn record_str(&mut self, field: &Field, value: &str) {
-        self.member(field.name(), |line| text(line, value));
+        self.0.text(field.name(), value);
     }
 
     fn record_bool(&mut self, field: &Field, value: bool) {
@@ -93,9 +74,9 @@ impl Visit for Fields {
     fn record_f64(&mut self, field: &Field, value: f64) {
         // JSON has no others.
         if value.is_finite() {
-            self.member(field.name(), |line| write!(line, "{value:?}"));
+            let _ = write!(self.0.member(field.name()), "{value:?}");
         } else {
-            self.member(field.name(), |line| line.write_str("null"));
+            self.plain(field, "null");
         }
     }
 

@@ -28,7 +28,7 @@ pub(crate) fn written(policy: &Policy, stored: &Stored, body: &[u8]) -> Result<S
     let request = match &decoded {
         Decoded::Request(request) => request,
         Decoded::Unreadable { refusal, .. } => {
-            return Ok(Answer::refused(uid, refusal).written().unwrap());
+            return Ok(Answer::refused(uid, refusal.clone()).written());
         }
     };
     let mut known = None;
@@ -45,15 +45,14 @@ pub(crate) fn written(policy: &Policy, stored: &Stored, body: &[u8]) -> Result<S
         let plan = plan(policy, resolution, pod, scope)?;
         Ok(Answer::allowed(uid)
             .with_patch(&operations(&plan, ""))
-            .unwrap()
             .with_warnings(answered(&plan.warnings)))
     };
-    let answer = decide().unwrap_or_else(|refusal| Answer::refused(uid, &refusal));
-    let answer = match &known {
+    let answer = decide().unwrap_or_else(|refusal| Answer::refused(uid, refusal));
+    let answer = match known {
         Some((resolution, workspace)) => answer.with_resolution(resolution, workspace),
         None => answer,
     };
-    Ok(answer.written().unwrap())
+    Ok(answer.written())
 }
 
 /// What a lookup finds that finds this mode.
