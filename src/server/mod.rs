@@ -38,7 +38,7 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
 /// A connection's bytes that are read ahead, at most. Bodies are gathered elsewhere, and heads are short; hyper's own
 /// limit is six times this, and most of the memory under a load of large reviews.
-const READ_BUFFER: usize = 64 * 1024;
+const READ_BUFFER: usize = 16 * 1024;
 /// Connections at most, on each port. Each API server keeps one for each admission that it waits for.
 const MOST_CONNECTIONS: usize = 4096;
 /// Connections that wait to be accepted, at most. One that finds no room tries again after a whole second.

@@ -32,11 +32,11 @@ use crate::telemetry::traces;
 
 /// The API server sends a body at once; one that takes longer is nobody's.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// A body of so many bytes is read at once: nearly every pod fits. A larger one waits for its share of the
-/// memory for large bodies.
+/// A body of so many bytes is read at once: nearly every pod fits. A larger one waits for its shares of the
+/// memory for large bodies, of so many bytes each.
 const SMALL_BODY: usize = 64 * 1024;
-/// Bodies of the greatest length that fit into that memory.
-const LARGEST_BODIES: usize = 8;
+/// The shares that there are: 4 MiB. A body that is larger than all of them has them to itself.
+const SHARES: u32 = 64;
 
 /// What every request shares. No `Debug`: the policy may hold a token.
 pub struct App {
@@ -56,18 +56,16 @@ pub struct App {
 #[derive(Debug)]
 pub struct Bodies {
     largest: usize,
-    /// A permit for each [`SMALL_BODY`] bytes.
     shares: Semaphore,
 }
 
 impl Bodies {
     /// For bodies of so many bytes at most.
     #[must_use]
-    pub fn up_to(largest: usize) -> Self {
-        let shares = largest.div_ceil(SMALL_BODY).saturating_mul(LARGEST_BODIES);
+    pub const fn up_to(largest: usize) -> Self {
         Self {
             largest,
-            shares: Semaphore::new(shares.min(Semaphore::MAX_PERMITS)),
+            shares: Semaphore::const_new(SHARES as usize),
         }
     }
 }
@@ -281,7 +279,8 @@ impl Bodies {
         if length <= SMALL_BODY {
             return Ok(None);
         }
-        let shares = u32::try_from(length.div_ceil(SMALL_BODY)).unwrap_or(u32::MAX);
+        let shares = u32::try_from(length.div_ceil(SMALL_BODY)).unwrap_or(SHARES);
+        let shares = shares.min(SHARES);
         match timeout(BODY_TIMEOUT, self.shares.acquire_many(shares)).await {
             Ok(Ok(share)) => Ok(Some(share)),
             _ => Err((
