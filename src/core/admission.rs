@@ -241,6 +241,9 @@ pub fn misfit<'de, T: Deserialize<'de>>(deserializer: impl serde::Deserializer<'
     place.unwrap_or_else(|| "the object".to_owned())
 }
 
+/// Most answers have no more bytes beside their patch.
+const MOST_BESIDES_PATCH: usize = 512;
+
 /// An admission review as it is sent back.
 pub struct Answer<'a> {
     uid: &'a str,
@@ -312,18 +315,10 @@ impl<'a> Answer<'a> {
 
     fn write_response(&self, response: &mut Object<'_>) {
         response.text("uid", self.uid);
-        let allowed = if self.refusal.is_none() {
-            "true"
-        } else {
-            "false"
-        };
-        response.member("allowed").push_str(allowed);
+        response.plain("allowed", self.refusal.is_none());
         if let Some(refusal) = &self.refusal {
             object(response.member("status"), |status| {
-                let mut code = itoa::Buffer::new();
-                status
-                    .member("code")
-                    .push_str(code.format(refusal.status()));
+                status.plain("code", refusal.status());
                 status.text("reason", refusal.status_reason());
                 status.text("message", &refusal.to_string());
             });
@@ -353,9 +348,6 @@ impl<'a> Answer<'a> {
         }
     }
 }
-
-/// Most answers have no more bytes beside their patch.
-const MOST_BESIDES_PATCH: usize = 512;
 
 /// A workspace id as it may be recorded: Kubernetes allows a label 63 bytes, but what arrives has not been
 /// validated yet.

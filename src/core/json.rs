@@ -1,7 +1,7 @@
 //! JSON as it is written: patches, answers and log lines are nearly nothing but short texts, and serde_json looks at each
-//! byte of them by itself. What JSON there is to write is the users' business.
+//! byte of them by itself. What JSON there is to write is patch.rs's, admission.rs's and telemetry/json.rs's business.
 
-use std::fmt::Write;
+use std::fmt::{Display, Write};
 
 /// Writes a text, quoted. Nearly none has anything to escape, and that shows at a glance over many bytes at a time.
 pub fn text(out: &mut String, text: &str) {
@@ -55,6 +55,12 @@ impl Object<'_> {
     pub fn text(&mut self, name: &str, value: &str) {
         text(self.member(name), value);
     }
+
+    /// A member that shows itself as JSON would: a number or a truth value.
+    pub fn plain(&mut self, name: &str, value: impl Display) {
+        // As above.
+        let _ = write!(self.member(name), "{value}");
+    }
 }
 
 /// Writes an object.
@@ -99,9 +105,10 @@ mod tests {
         let mut out = String::new();
         object(&mut out, |outer| {
             object(outer.member("none"), |_| ());
-            object(outer.member("two"), |inner| {
+            object(outer.member("three"), |inner| {
                 inner.text("a", "{");
-                inner.text("b", "");
+                inner.plain("b", true);
+                inner.plain("c", -7);
             });
             list(outer.member("empty"), &[] as &[&str], |out, item| {
                 text(out, item)
@@ -112,7 +119,7 @@ mod tests {
         });
         assert_eq!(
             out,
-            r#"{"none":{},"two":{"a":"{","b":""},"empty":[],"list":["c","d"]}"#
+            r#"{"none":{},"three":{"a":"{","b":true,"c":-7},"empty":[],"list":["c","d"]}"#
         );
     }
 }

@@ -121,7 +121,7 @@ impl Plan<'_> {
                 told.push_str("; ");
             }
             told.push_str(&beginning(plan.container.name.as_str()));
-            list(&mut told, &plan.variables());
+            add_names(&mut told, &plan.variables());
         }
         let more = self.containers.len().saturating_sub(SHOWN);
         if more > 0 {
@@ -245,30 +245,14 @@ struct Rules<'a> {
     env_from: EnvFromRule,
 }
 
-/// The variables that a container must not have: none but on `platform_managed`.
-pub(super) struct VendorKeys<'a> {
-    names: Vec<&'a str>,
-    /// The glances at all of them.
-    glances: u128,
-}
+/// The variables that a container must not have: none but on `platform_managed`. So few are found faster one by one
+/// than in a tree, for most differ in length.
+pub(super) struct VendorKeys<'a>(Vec<&'a str>);
 
-impl<'a> VendorKeys<'a> {
-    fn of(names: impl IntoIterator<Item = &'a str>) -> Self {
-        let names: Vec<&str> = names.into_iter().collect();
-        let glances = names.iter().fold(0, |all, name| all | glance(name));
-        Self { names, glances }
-    }
-
-    /// Nearly no name is a vendor key, and that shows at a glance.
+impl VendorKeys<'_> {
     pub(super) fn contains(&self, name: &str) -> bool {
-        self.glances & glance(name) != 0 && self.names.contains(&name)
+        self.0.contains(&name)
     }
-}
-
-/// One of 128 bits, by a name's length and first letter.
-fn glance(name: &str) -> u128 {
-    let first = usize::from(name.bytes().next().unwrap_or_default());
-    1 << ((31 * first + name.len()) % 128)
 }
 
 /// So many variables carry the mode. Both say the resolver's answer, whatever branch asks.
@@ -284,7 +268,7 @@ impl<'a> Rules<'a> {
         let mut rules = Self {
             required: of_mode.into(),
             excluded: None,
-            vendor_keys: VendorKeys::of([]),
+            vendor_keys: VendorKeys(Vec::new()),
             env_from: policy.env_from,
         };
         if mode == BillingMode::PlatformManaged {
@@ -295,7 +279,7 @@ impl<'a> Rules<'a> {
                 .required
                 .extend(of_proxy.ok_or(Refusal::MissingPlatformProxy)?);
             rules.excluded = Some(&proxy.exclude_containers);
-            rules.vendor_keys = VendorKeys::of(policy.vendor_keys.iter().map(Name::as_str));
+            rules.vendor_keys.0 = policy.vendor_keys.iter().map(Name::as_str).collect();
         }
         Ok(rules)
     }
@@ -318,20 +302,20 @@ impl<'a> Rules<'a> {
         let could_come = |key: &&str| {
             could_bring(sources, key) && required.iter().all(|variable| variable.name != *key)
         };
-        let keys = self.vendor_keys.names.iter().copied().filter(could_come);
+        let keys = self.vendor_keys.0.iter().copied().filter(could_come);
         if self.env_from == EnvFromRule::Deny {
             let could_come: Vec<&str> = keys.collect();
             if could_come.is_empty() {
                 return Ok(required.into());
             }
             let mut keys = String::new();
-            list(&mut keys, &could_come);
+            add_names(&mut keys, &could_come);
             return Err(Refusal::EnvFromVendorKey {
                 container: container.name.as_str().to_owned(),
                 keys,
             });
         }
-        let mut all = Vec::with_capacity(required.len() + self.vendor_keys.names.len());
+        let mut all = Vec::with_capacity(required.len() + self.vendor_keys.0.len());
         all.extend_from_slice(required);
         all.extend(keys.map(Variable::mask));
         Ok(all.into())
@@ -339,7 +323,7 @@ impl<'a> Rules<'a> {
 }
 
 /// Adds names to a message: all of a few, the first of many.
-fn list(message: &mut String, names: &[&str]) {
+fn add_names(message: &mut String, names: &[&str]) {
     const SHOWN: usize = 8;
     for (index, name) in names.iter().take(SHOWN).enumerate() {
         if index > 0 {
@@ -515,7 +499,7 @@ mod tests {
         assert_eq!(plan.changed(), format!("i: {modes}; c: {modes}"));
         let listed = |names: &[&str]| {
             let mut message = String::new();
-            list(&mut message, names);
+            add_names(&mut message, names);
             message
         };
         assert_eq!(

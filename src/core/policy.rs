@@ -393,9 +393,7 @@ impl EnvSource {
                 members.text("name", key.name.as_str());
                 members.text("key", key.key.as_str());
                 if let Some(optional) = key.optional {
-                    members
-                        .member("optional")
-                        .push_str(if optional { "true" } else { "false" });
+                    members.plain("optional", optional);
                 }
             });
         };

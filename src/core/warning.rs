@@ -210,7 +210,7 @@ mod tests {
             "env": [
                 {"name": "XAI_API_KEY", "value": "x"},
                 {"name": "OPENAI_API_KEY", "value": "o"},
-                {"name": "A", "value": "Bearer $(XAI_API_KEY)"},
+                {"name": "A", "value": "Bearer $(XAI_API_KEY) $"},
                 {"name": "B", "value": "$(HF_TOKEN)"},
                 {"name": "HF_TOKEN", "valueFrom": {"fieldRef": {"fieldPath": "x"}}},
                 {"name": "MOLECULE_LLM_BASE_URL", "value": "$(XAI_API_KEY)"},

@@ -93,9 +93,9 @@ impl Ask<PgConnection> for Many<'_> {
                 let mut transaction = connection
                     .begin_with(AssertSqlSafe(Arc::clone(begin)))
                     .await?;
-                let rows = statement.fetch_all(&mut *transaction).await?;
+                let rows = statement.fetch_all(&mut *transaction).await;
                 transaction.rollback().await?;
-                rows
+                rows?
             }
         };
         let stored = |row: &PgRow| match row.try_get(1)? {

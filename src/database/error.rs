@@ -2,6 +2,7 @@
 
 use std::io;
 
+use sqlx::postgres::PgDatabaseError;
 use thiserror::Error;
 
 use super::url::NO_PREPARED_STATEMENTS;
@@ -61,13 +62,9 @@ impl From<sqlx::Error> for LookupError {
                         "{words}; behind PgBouncer, add {NO_PREPARED_STATEMENTS} to the database URL"
                     ));
                 }
-                // PostgreSQL: class 42 (undefined table or column, no permission, types that do not fit),
-                // 3F (no such schema), 08P01 (wrong number of parameters). SQLite: 1 (undefined table or
-                // column), 25 (wrong number of parameters).
-                let of_the_schema = code.starts_with("42") || code.starts_with("3F");
-                if of_the_schema || ["08P01", "1", "25"].contains(&code.as_ref()) {
+                if refuses_query(&code) {
                     Self::Refused(words.to_owned())
-                } else if code.starts_with("22") {
+                } else if refuses_parameters(&code) {
                     Self::Unusable(words.to_owned())
                 } else {
                     Self::Unavailable(words.to_owned())
@@ -90,16 +87,40 @@ pub(super) fn is_login_refused(error: &sqlx::Error) -> bool {
         .is_some_and(|code| code.starts_with("28"))
 }
 
-/// Whether the connection, and not the query, is what failed: it broke, or the server ends it.
+/// Whether an error's code says that the query cannot be used. `PostgreSQL`: class 42 (undefined table or column, no
+/// permission, types that do not fit), 3F (no such schema), 08P01 (wrong number of parameters). `SQLite`: 1 (undefined
+/// table or column), 25 (wrong number of parameters).
+fn refuses_query(code: &str) -> bool {
+    let of_the_schema = code.starts_with("42") || code.starts_with("3F");
+    of_the_schema || ["08P01", "1", "25"].contains(&code)
+}
+
+/// Whether an error's code says that the parameters cannot be used (class 22).
+fn refuses_parameters(code: &str) -> bool {
+    code.starts_with("22")
+}
+
+/// Whether the connection, and not the query, is what failed: it broke, the server ends it, or what was prepared on it is
+/// out of date, as after a column's type was changed.
 pub(super) fn is_stale(error: &sqlx::Error) -> bool {
-    matches!(error, sqlx::Error::Io(_)) || is_ended_by_server(error)
+    let is_out_of_date =
+        |refusal: &PgDatabaseError| refusal.routine() == Some("RevalidateCachedQuery");
+    let refusal = error.as_database_error();
+    matches!(error, sqlx::Error::Io(_))
+        || is_ended_by_server(error)
+        || refusal.is_some_and(|refusal| refusal.try_downcast_ref().is_some_and(is_out_of_date))
 }
 
 /// Whether the question was answered, if not as hoped, so that the connection is fit for the next one.
 pub(super) fn is_answer(error: &sqlx::Error) -> bool {
-    use sqlx::Error::{ColumnDecode, ColumnIndexOutOfBounds, Database};
-    let of_the_row = matches!(error, ColumnDecode { .. } | ColumnIndexOutOfBounds { .. });
-    of_the_row || matches!(error, Database(_)) && !is_stale(error)
+    match error {
+        sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => true,
+        sqlx::Error::Database(refusal) => {
+            let code = refusal.code().unwrap_or_default();
+            refuses_query(&code) || refuses_parameters(&code)
+        }
+        _ => false,
+    }
 }
 
 /// Whether there may be a connection a little later: nobody listens yet, the server starts up or is full, or it ended
@@ -120,7 +141,7 @@ pub(super) fn is_passing(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether the server says that it ends the connection (class 08, and 57P01 to 57P02 for a shutdown).
+/// Whether the server says that it ends the connection (of class 08, and 57P01 to 57P02 for a shutdown).
 fn is_ended_by_server(error: &sqlx::Error) -> bool {
     let code = error.as_database_error().and_then(|refusal| refusal.code());
     code.is_some_and(|code| ["57P01", "57P02", "08000", "08003", "08006"].contains(&code.as_ref()))

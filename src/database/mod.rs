@@ -17,6 +17,7 @@ use std::time::Duration;
 use futures_util::{StreamExt, TryStreamExt};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use scopeguard::ScopeGuard;
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Either, Executor, SqlSafeStr, Statement};
@@ -42,10 +43,6 @@ const MOST_LOOKUPS: usize = 1024;
 const MOST_LOOKUPS_IN_DOUBT: usize = MOST_CONNECTIONS;
 /// Lookups that an audit runs at a time, where it cannot ask for many at once: pods that wait come first.
 const MOST_LOOKUPS_OF_AN_AUDIT: usize = 4;
-/// A connection that is not used for so long is closed.
-const LONGEST_UNUSED: Duration = Duration::from_secs(10 * 60);
-/// A connection is closed when it is so old.
-const LONGEST_LIFE: Duration = Duration::from_secs(30 * 60);
 /// The id that `check` looks up. No workspace should have it; it is no mistake if one does.
 const SAMPLE_ID: Uuid = Uuid::nil();
 
@@ -139,11 +136,11 @@ impl Current {
 
 enum AnyPool {
     Postgres {
-        pool: Pool<PgConnection>,
+        pool: Arc<Pool<PgConnection>>,
         /// Begins a transaction around the lookup, where a session is not the webhook's own.
         begin: Option<Arc<str>>,
     },
-    Sqlite(Pool<SqliteConnection>),
+    Sqlite(Arc<Pool<SqliteConnection>>),
 }
 
 impl AnyPool {
@@ -177,10 +174,17 @@ impl AnyPool {
         }
     }
 
-    async fn close_old(&self, unused: Duration, age: Duration) {
+    async fn close_old(&self) {
         match self {
-            Self::Postgres { pool, .. } => pool.close_old(unused, age).await,
-            Self::Sqlite(pool) => pool.close_old(unused, age).await,
+            Self::Postgres { pool, .. } => pool.close_old().await,
+            Self::Sqlite(pool) => pool.close_old().await,
+        }
+    }
+
+    async fn close_all(&self) {
+        match self {
+            Self::Postgres { pool, .. } => pool.close_all().await,
+            Self::Sqlite(pool) => pool.close_all().await,
         }
     }
 }
@@ -370,14 +374,12 @@ impl Database {
 
     /// Closes connections that are old or have not been used for long; to be called now and then.
     pub async fn close_old(&self) {
-        let current = self.current();
-        current.pool.close_old(LONGEST_UNUSED, LONGEST_LIFE).await;
+        self.current().pool.close_old().await;
     }
 
     /// Closes all connections that no lookup uses.
     pub async fn close(&self) {
-        let current = self.current();
-        current.pool.close_old(Duration::ZERO, Duration::ZERO).await;
+        self.current().pool.close_all().await;
     }
 }
 
@@ -385,17 +387,17 @@ fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sq
     Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
 }
 
-/// Fetches over one of the pool's connections. One that is of no use to the next lookup is closed: its query has not
-/// ended, or it is stale. A server that restarted leaves stale connections, at most as many as there are, and each shows
-/// itself only when it is used; then the next one is tried. To ask each before would cost every lookup a round trip.
+/// Fetches over one of the pool's connections. One that was not answered is closed, for its query may not have ended.
+/// A server that restarted leaves stale connections, at most as many as there are, and each shows itself only when it is
+/// used; then the next one is tried. To ask each before would cost every lookup a round trip.
 async fn fetch<C, A>(
-    pool: &Pool<C>,
+    pool: &Arc<Pool<C>>,
     asked: &A,
     deadline: Instant,
     metrics: &ConnectionMetrics,
 ) -> Result<A::Answer, sqlx::Error>
 where
-    C: Connection,
+    C: Connection + 'static,
     C::Options: ConnectOptions<Connection = C>,
     A: Ask<C>,
 {
@@ -404,8 +406,11 @@ where
         let waits_since = Instant::now();
         let lent = timeout_at(deadline, pool.lend()).await;
         metrics.wait.observe(waits_since.elapsed().as_secs_f64());
-        let mut lent = lent.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
+        let lent = lent.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
+        // A client that goes away drops this future wherever it waits.
+        let mut lent = scopeguard::guard(lent, |lent| Arc::clone(pool).settle(lent, deadline));
         let fetched = timeout_at(deadline, asked.ask(&mut lent.connection)).await;
+        let lent = ScopeGuard::into_inner(lent);
         match fetched.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
             Err(error) if is_stale(&error) && tries_left > 0 => {
                 tries_left -= 1;

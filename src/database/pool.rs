@@ -2,19 +2,24 @@
 //! is ask.rs's business.
 //!
 //! sqlx's own pool asks the server once more whenever a connection comes back, in a task made for it, which doubles a
-//! lookup's round trips. Here a connection comes back only from a lookup that ended well, and that is asked already.
+//! lookup's round trips. Here nothing is asked where the lookup was answered, which says as much.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sqlx::{ConnectOptions, Connection};
-use tokio::sync::{Semaphore, SemaphorePermit};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::error::is_passing;
 
 /// Connections at most; each is used for one short SELECT at a time.
 pub(super) const MOST_CONNECTIONS: usize = 16;
+/// A connection that is not used for so long is closed.
+const LONGEST_UNUSED: Duration = Duration::from_secs(10 * 60);
+/// A connection that is so old is closed, so that what the server keeps for it does not grow for ever.
+const LONGEST_LIFE: Duration = Duration::from_secs(30 * 60);
 /// From the first try to connect to the second; twice as long each time, until it is as long as may be.
 const RETRY_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_RETRY_PAUSE: Duration = Duration::from_millis(160);
@@ -33,7 +38,7 @@ pub struct Connections {
 /// The connections to one database. No `Debug`: a password is in the options.
 pub(super) struct Pool<C: Connection> {
     options: C::Options,
-    places: Semaphore,
+    places: Arc<Semaphore>,
     idle: Mutex<Vec<Idle<C>>>,
 }
 
@@ -43,29 +48,30 @@ struct Idle<C> {
     since: Instant,
 }
 
-/// A connection that is used. Dropped rather than given back, it is closed: whoever gave a lookup up left its answer
-/// in it.
-pub(super) struct Lent<'p, C> {
+/// A connection that is used. Dropped, it is closed.
+pub(super) struct Lent<C> {
     pub(super) connection: C,
     made: Instant,
-    _place: SemaphorePermit<'p>,
+    _place: OwnedSemaphorePermit,
 }
 
-impl<C: Connection> Pool<C>
+impl<C> Pool<C>
 where
+    C: Connection + 'static,
     C::Options: ConnectOptions<Connection = C>,
 {
-    pub(super) const fn new(options: C::Options) -> Self {
-        Self {
+    pub(super) fn new(options: C::Options) -> Arc<Self> {
+        Arc::new(Self {
             options,
-            places: Semaphore::const_new(MOST_CONNECTIONS),
+            places: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
             idle: Mutex::new(Vec::new()),
-        }
+        })
     }
 
-    /// The connection that was used last, or a new one; waits for a place, and for a server that is not there yet.
-    pub(super) async fn lend(&self) -> Result<Lent<'_, C>, sqlx::Error> {
-        let place = self.places.acquire().await;
+    /// The connection that was used last, or a new one. Waits for a place, and for a server that is not there yet, as
+    /// long as the caller does.
+    pub(super) async fn lend(&self) -> Result<Lent<C>, sqlx::Error> {
+        let place = Arc::clone(&self.places).acquire_owned().await;
         let place = place.map_err(|_| sqlx::Error::PoolClosed)?;
         let idle = self.idle().pop();
         let (connection, made) = match idle {
@@ -93,17 +99,33 @@ where
         }
     }
 
-    /// Takes a connection back on which nothing is left to read.
-    pub(super) fn give_back(&self, lent: Lent<'_, C>) {
+    /// Takes a connection back whose question was answered.
+    pub(super) fn give_back(&self, lent: Lent<C>) {
         let Lent {
             connection, made, ..
         } = lent;
         let since = Instant::now();
-        self.idle().push(Idle {
-            connection,
-            made,
-            since,
-        });
+        if since - made < LONGEST_LIFE {
+            self.idle().push(Idle {
+                connection,
+                made,
+                since,
+            });
+        }
+    }
+
+    /// Takes a connection back from whoever went away before the answer, once that has come, unless `deadline` comes
+    /// first. Were it closed, clients that go away could keep the server busy with new connections.
+    pub(super) fn settle(self: Arc<Self>, mut lent: Lent<C>, deadline: Instant) {
+        let settling = async move {
+            if let Ok(Ok(())) = timeout_at(deadline, lent.connection.ping()).await {
+                self.give_back(lent);
+            }
+        };
+        // There is none where the program ends.
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(settling);
+        }
     }
 
     pub(super) fn connections(&self) -> Connections {
@@ -113,14 +135,23 @@ where
         }
     }
 
-    /// Closes the connections that nobody has used for `unused`, and those that were made more than `age` ago, so that
-    /// what a server keeps for one does not grow for ever.
-    pub(super) async fn close_old(&self, unused: Duration, age: Duration) {
-        let is_old =
-            |idle: &mut Idle<C>| idle.since.elapsed() >= unused || idle.made.elapsed() >= age;
-        let old: Vec<_> = self.idle().extract_if(.., is_old).collect();
+    /// Closes the connections that are old or have not been used for long.
+    pub(super) async fn close_old(&self) {
+        self.close(|idle| {
+            idle.since.elapsed() >= LONGEST_UNUSED || idle.made.elapsed() >= LONGEST_LIFE
+        })
+        .await;
+    }
+
+    /// Closes all connections that nobody uses.
+    pub(super) async fn close_all(&self) {
+        self.close(|_| true).await;
+    }
+
+    async fn close(&self, which: impl Fn(&mut Idle<C>) -> bool) {
+        let closed: Vec<_> = self.idle().extract_if(.., which).collect();
         let closing = async {
-            for Idle { connection, .. } in old {
+            for Idle { connection, .. } in closed {
                 // Whether the server hears of it or not, it is closed.
                 let _ = connection.close().await;
             }
@@ -137,12 +168,11 @@ where
 mod tests {
     use sqlx::Executor;
     use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
+    use tokio::time::{advance, pause};
 
     use super::*;
 
-    const AN_HOUR: Duration = Duration::from_secs(3600);
-
-    fn pool() -> Pool<SqliteConnection> {
+    fn pool() -> Arc<Pool<SqliteConnection>> {
         Pool::new(SqliteConnectOptions::new())
     }
 
@@ -165,10 +195,12 @@ mod tests {
         assert_eq!(counts(&pool), (1, 1));
         // Each connection has a database of its own, so that the table is there already.
         lent.connection.execute(mark).await.unwrap_err();
+        pool.close_all().await;
+        assert_eq!(counts(&pool), (1, 0));
     }
 
     #[tokio::test]
-    async fn a_lookup_that_is_given_up_closes_its_connection_and_frees_its_place() {
+    async fn no_more_connections_are_lent_than_there_are_places() {
         let pool = pool();
         let mut all = Vec::new();
         for _ in 0..MOST_CONNECTIONS {
@@ -176,23 +208,38 @@ mod tests {
         }
         let moment = Duration::from_millis(50);
         assert!(timeout(moment, pool.lend()).await.is_err());
+        // Dropped, it is closed, and another can be made in its place.
         all.pop();
         assert_eq!(counts(&pool), (MOST_CONNECTIONS - 1, 0));
-        drop(timeout(moment, pool.lend()).await.unwrap().unwrap());
-        assert_eq!(counts(&pool), (MOST_CONNECTIONS - 1, 0));
+        let lent = timeout(moment, pool.lend()).await.unwrap().unwrap();
+        Arc::clone(&pool).settle(lent, Instant::now() + LONGEST_LIFE);
+        let lent = timeout(moment, pool.lend()).await.unwrap().unwrap();
+        assert_eq!(counts(&pool), (MOST_CONNECTIONS, 0));
+        drop(lent);
     }
 
     #[tokio::test]
     async fn a_connection_is_closed_that_is_old_or_has_not_been_used_for_long() {
-        for (unused, age, idle) in [
-            (AN_HOUR, AN_HOUR, 1),
-            (Duration::ZERO, AN_HOUR, 0),
-            (AN_HOUR, Duration::ZERO, 0),
-        ] {
-            let pool = pool();
-            pool.give_back(pool.lend().await.unwrap());
-            pool.close_old(unused, age).await;
-            assert_eq!(counts(&pool), (0, idle), "{unused:?} {age:?}");
-        }
+        let minute = Duration::from_secs(60);
+        let pool = pool();
+        let lent = pool.lend().await.unwrap();
+        pool.give_back(pool.lend().await.unwrap());
+        pause();
+        advance(LONGEST_UNUSED - minute).await;
+        pool.close_old().await;
+        assert_eq!(counts(&pool), (1, 1));
+        advance(minute).await;
+        pool.close_old().await;
+        assert_eq!(counts(&pool), (1, 0));
+
+        // Used all the time, it grows old.
+        advance(LONGEST_LIFE - LONGEST_UNUSED - minute).await;
+        pool.give_back(lent);
+        pool.close_old().await;
+        assert_eq!(counts(&pool), (0, 1));
+        let lent = pool.lend().await.unwrap();
+        advance(minute).await;
+        pool.give_back(lent);
+        assert_eq!(counts(&pool), (0, 0));
     }
 }

@@ -1,7 +1,7 @@
 //! A log line as a JSON object: time and level, then the event's fields, its target last. tracing-subscriber's own
 //! form of it takes most of a log line's time; the objects are the same.
 
-use std::fmt::{self, Debug, Display, Write};
+use std::fmt::{self, Debug, Display};
 
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
@@ -33,7 +33,7 @@ where
         object(&mut line, |members| {
             let out = members.member("timestamp");
             out.push('"');
-            // Neither here nor below can it fail: a string takes whatever it is given.
+            // A string takes whatever it is given.
             let _ = SystemTime.format_time(&mut Writer::new(out));
             out.push('"');
             members.text("level", event.metadata().level().as_str());
@@ -50,7 +50,7 @@ struct Fields<'f, 'o>(&'f mut Object<'o>);
 
 impl Fields<'_, '_> {
     fn plain(&mut self, field: &Field, value: impl Display) {
-        let _ = write!(self.0.member(field.name()), "{value}");
+        self.0.plain(field.name(), value);
     }
 }
 
@@ -74,7 +74,7 @@ impl Visit for Fields<'_, '_> {
     fn record_f64(&mut self, field: &Field, value: f64) {
         // JSON has no others.
         if value.is_finite() {
-            let _ = write!(self.0.member(field.name()), "{value:?}");
+            self.plain(field, format_args!("{value:?}"));
         } else {
             self.plain(field, "null");
         }

@@ -1,6 +1,7 @@
 //! The lookup on real databases: the same suite on PostgreSQL and on SQLite, then what only one of them
 //! has.
 
+use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -354,21 +355,70 @@ fn a_lookup_asks_the_database_once() {
 }
 
 #[test]
-fn a_connection_that_the_server_closed_costs_one_silent_retry() {
+fn a_connection_that_went_stale_costs_one_silent_retry() {
     let postgres = Postgres::with(&format!(
         "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', 'byok')"
     ));
     let webhook = start(PROXY, &postgres.url());
     let pod = pod(ID, &json!([]));
-    for _ in 0..3 {
-        assert_eq!(
-            resolved(&webhook, &pod),
-            ("byok".to_owned(), "override".to_owned())
-        );
-        postgres.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()");
+    let is_right = || {
+        let right = ("byok".to_owned(), "override".to_owned());
+        assert_eq!(resolved(&webhook, &pod), right);
+    };
+    is_right();
+    let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()";
+    for fault in [
+        terminate,
+        "ALTER TABLE workspaces ALTER llm_billing_mode TYPE varchar(20)",
+        terminate,
+    ] {
+        postgres.execute(fault);
+        is_right();
+        is_right();
     }
+    // One that nobody used for so long is closed by the server, which says so to nobody but the next who uses it.
+    postgres.execute(
+        "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET idle_session_timeout = 200', current_database()); END $$",
+    );
+    postgres.execute(terminate);
+    is_right();
+    std::thread::sleep(Duration::from_millis(600));
+    is_right();
     let log = webhook.log_to_its_end();
     assert!(!log.contains("lookup failed"), "{log}");
+}
+
+#[test]
+fn clients_that_go_away_before_the_answer_do_not_make_the_webhook_connect_again() {
+    let postgres = Postgres::with(&format!(
+        "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', 'byok');
+         CREATE VIEW slow AS SELECT id, llm_billing_mode FROM workspaces, pg_sleep(0.2)"
+    ));
+    let query = "SELECT llm_billing_mode FROM slow WHERE id = $1";
+    let webhook = start(
+        &format!("lookup: {{query: '{query}'}}\n{PROXY}"),
+        &postgres.url(),
+    );
+    let pod = pod(ID, &json!([]));
+    assert_eq!(resolved(&webhook, &pod).0, "byok");
+    let sessions = || {
+        postgres.query("SELECT pid FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()")
+    };
+    let before = sessions();
+    let body = create(&pod).to_string();
+    for _ in 0..5 {
+        let mut client = webhook.connect();
+        let head = format!(
+            "POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        client.write_all((head + &body).as_bytes()).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        drop(client);
+        std::thread::sleep(Duration::from_millis(400));
+    }
+    assert_eq!(sessions(), before);
+    assert_eq!(resolved(&webhook, &pod).0, "byok");
 }
 
 #[test]
