@@ -1,5 +1,5 @@
 //! The floor under the webhook: the least code that does what no webhook of this kind can leave out. Over TLS it
-//! reads the body, skims it, and allows; with a database's URL it runs the one SELECT too, through a pool with the
+//! reads the body, skims it, and allows; with a database's URL it runs the one SELECT too, through sqlx's pool with the
 //! webhook's settings.
 //!
 //! `floor CERTIFICATE KEY [DATABASE_URL WORKSPACES]` listens on any port of loopback and prints its address.

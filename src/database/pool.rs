@@ -168,7 +168,6 @@ where
 mod tests {
     use sqlx::Executor;
     use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
-    use tokio::time::{advance, pause};
 
     use super::*;
 
@@ -221,25 +220,27 @@ mod tests {
     #[tokio::test]
     async fn a_connection_is_closed_that_is_old_or_has_not_been_used_for_long() {
         let minute = Duration::from_secs(60);
-        let pool = pool();
-        let lent = pool.lend().await.unwrap();
-        pool.give_back(pool.lend().await.unwrap());
-        pause();
-        advance(LONGEST_UNUSED - minute).await;
-        pool.close_old().await;
-        assert_eq!(counts(&pool), (1, 1));
-        advance(minute).await;
-        pool.close_old().await;
-        assert_eq!(counts(&pool), (1, 0));
-
-        // Used all the time, it grows old.
-        advance(LONGEST_LIFE - LONGEST_UNUSED - minute).await;
-        pool.give_back(lent);
-        pool.close_old().await;
-        assert_eq!(counts(&pool), (0, 1));
-        let lent = pool.lend().await.unwrap();
-        advance(minute).await;
-        pool.give_back(lent);
-        assert_eq!(counts(&pool), (0, 0));
+        let ago = |time| Instant::now() - time;
+        for (unused, age, kept) in [
+            (LONGEST_UNUSED - minute, LONGEST_LIFE - minute, 1),
+            (LONGEST_UNUSED, LONGEST_UNUSED, 0),
+            (minute, LONGEST_LIFE, 0),
+        ] {
+            let pool = pool();
+            pool.give_back(pool.lend().await.unwrap());
+            for idle in pool.idle().iter_mut() {
+                (idle.since, idle.made) = (ago(unused), ago(age));
+            }
+            pool.close_old().await;
+            assert_eq!(counts(&pool), (0, kept), "{unused:?} {age:?}");
+        }
+        // One that is used all the time is old when it comes back.
+        for (age, kept) in [(LONGEST_LIFE - minute, 1), (LONGEST_LIFE, 0)] {
+            let pool = pool();
+            let mut lent = pool.lend().await.unwrap();
+            lent.made = ago(age);
+            pool.give_back(lent);
+            assert_eq!(counts(&pool), (0, kept), "{age:?}");
+        }
     }
 }
