@@ -140,8 +140,8 @@ pub struct EnvEntry<'a> {
     pub value_from: Option<Box<ValueFrom<'a>>>,
 }
 
-/// The value of an env entry. Whether it may refer to other entries is looked at as it is read: values are the most of a
-/// pod, and by the time that the mode is known, they are no longer at hand for the processor.
+/// The value of an env entry. Whether it may refer to other entries is looked at as it is read, for values are the most
+/// of a large pod.
 #[derive(Debug, Deserialize)]
 #[serde(from = "Text<'a>", bound = "'de: 'a")]
 pub struct EntryValue<'a> {
