@@ -3,6 +3,7 @@
 
 pub mod authority;
 pub mod health;
+pub mod lingering;
 pub mod shared;
 pub mod tls;
 pub mod webhook;
@@ -26,6 +27,7 @@ use tracing::{error, info, warn};
 
 use crate::audit::{Selection, Swept, sweep};
 use crate::database::LookupError;
+use crate::server::lingering::Lingering;
 use crate::server::shared::Shared;
 use crate::server::tls::{Certificate, CertificateFiles, CertificatePem, Shown};
 use crate::server::webhook::App;
@@ -228,16 +230,17 @@ impl Places {
 type Placed<S> = AddExtension<S, Arc<OwnedSemaphorePermit>>;
 
 impl<S> Accept<TcpStream, S> for Places {
-    type Stream = TcpStream;
+    type Stream = Lingering;
     type Service = Placed<S>;
-    type Future = Ready<io::Result<(TcpStream, Placed<S>)>>;
+    type Future = Ready<io::Result<(Lingering, Placed<S>)>>;
 
     fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
         let place = Arc::clone(&self.0).try_acquire_owned();
         let place = place.map_err(|_| io::Error::other("too many connections"));
         ready(place.and_then(|place| {
             stream.set_nodelay(true)?;
-            Ok((stream, Extension(Arc::new(place)).layer(service)))
+            let service = Extension(Arc::new(place)).layer(service);
+            Ok((Lingering::new(stream), service))
         }))
     }
 }

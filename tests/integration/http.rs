@@ -3,6 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -248,6 +249,30 @@ fn bytes_that_are_no_request_get_an_answer_or_a_closed_connection() {
         posted(&webhook, "/mutate", "application/json", small.as_bytes()).0,
         200
     );
+}
+
+#[test]
+fn a_client_that_still_sends_gets_its_answer_and_is_cut_off_soon_after() {
+    let (webhook, _folder) = start(&["--max-body-bytes", "1000"]);
+    let sentence = "the body is larger than 1000 bytes; see --max-body-bytes\n".to_owned();
+    for _ in 0..20 {
+        assert_eq!(
+            posted(&webhook, "/mutate", "application/json", &[b' '; 3_000_000]),
+            (413, sentence.clone())
+        );
+    }
+    // One that never stops sending is closed on nevertheless.
+    let head = "POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
+    let mut endless = webhook.connect();
+    endless
+        .write_all(format!("{head}Content-Length: 99999999\r\n\r\n").as_bytes())
+        .unwrap();
+    read_to_end(&mut endless);
+    let begun = Instant::now();
+    while endless.sock.write_all(b"more").is_ok() {
+        assert!(begun.elapsed() < Duration::from_secs(30));
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]
