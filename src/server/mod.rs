@@ -216,7 +216,7 @@ fn patient(server: Server<SocketAddr>) -> Server<SocketAddr> {
     server
 }
 
-/// Accepts as many connections as there are places, and closes further ones.
+/// Accepts as many connections as there are places, each with an end that loses no answer, and closes further ones.
 #[derive(Clone)]
 struct Places(Arc<Semaphore>);
 
