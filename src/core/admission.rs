@@ -5,6 +5,7 @@ use base64_simd::STANDARD;
 use serde::Deserialize;
 use thiserror::Error;
 
+use super::compact;
 use super::json::{Object, list, object, text};
 use super::mode::Resolution;
 use super::patch::{self, Operation};
@@ -200,7 +201,7 @@ impl Decoded<'_> {
 pub fn decode(body: &[u8]) -> Result<Decoded<'_>, BodyError> {
     // Looked at once, text need not be looked at piece by piece; what is no text has its place told by serde_json.
     let review = match str::from_utf8(body) {
-        Ok(text) => serde_json::from_str::<Envelope<'_, Request<'_>>>(text),
+        Ok(text) => compact::from_str::<Envelope<'_, Request<'_>>>(text),
         Err(_) => serde_json::from_slice(body),
     };
     let error = match review {
@@ -384,6 +385,19 @@ mod tests {
                 }
             )
         );
+    }
+
+    #[test]
+    fn a_review_as_an_api_server_writes_it_is_read_the_fast_way() {
+        let reviews = [
+            include_str!("../../tests/fixtures/admission-reviews/claude-code-pod.json"),
+            include_str!("../../tests/fixtures/admission-reviews/hermes-deployment-pod.json"),
+            include_str!("../../tests/fixtures/admission-reviews/large-pod-20-containers.json"),
+            include_str!("../../tests/fixtures/admission-reviews/ephemeral-container.json"),
+        ];
+        for review in reviews {
+            assert!(compact::read::<Envelope<'_, Request<'_>>>(review).is_some());
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@
 
 pub mod admission;
 pub mod audit;
+mod compact;
 pub mod env;
 pub mod json;
 pub mod mode;

@@ -8,7 +8,7 @@ use proptest::sample::select;
 use proptest::{collection, option};
 use serde_json::{Value, json};
 
-use crate::support::in_process::{answer, stored};
+use crate::support::in_process::{answer, answer_to, stored};
 use crate::support::{PROXY, RUNTIME_LABEL, WORKSPACE_LABEL, create, defaulted, patch_of, patched};
 
 const MODE: &str = "MOLECULE_LLM_BILLING_MODE";
@@ -214,6 +214,15 @@ proptest! {
         }
         let patch = patch_of(&answer(&policy, &stored(mode), &create(&pod)));
         assert!(!patch.to_string().contains("left-alone"), "{patch}");
+    }
+
+    #[test]
+    fn space_between_tokens_changes_no_answer(pod in pod(), mode in select(vec!["platform_managed", "byok"])) {
+        let policy = Policy::parse(PROXY).unwrap();
+        let review = create(&pod);
+        let with_space = serde_json::to_vec_pretty(&review).unwrap();
+        let expected = answer(&policy, &stored(mode), &review);
+        assert_eq!(answer_to(&policy, &stored(mode), &with_space), Ok(expected));
     }
 
     #[test]
