@@ -8,6 +8,8 @@ use serde::de::value::BorrowedStrDeserializer;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, forward_to_deserialize_any};
 
+use super::json::{is_special, specials};
+
 /// Lists and objects that are skipped may be open so deep, as serde_json has it for what is read.
 const DEEPEST: u32 = 128;
 
@@ -23,11 +25,6 @@ pub(super) fn from_str<'de, T: Deserialize<'de>>(text: &'de str) -> serde_json::
 /// read it.
 pub(super) fn read<'de, T: Deserialize<'de>>(text: &'de str) -> Option<T> {
     let text = text.trim_end_matches('\n');
-    // Looked for all at once, control characters need not be looked for in each text.
-    let is_control = |found, byte| found | (byte < b' ');
-    if text.bytes().fold(false, is_control) {
-        return None;
-    }
     let mut reader = Reader { text, at: 0 };
     let value = T::deserialize(&mut reader).ok()?;
     (reader.at == text.len()).then_some(value)
@@ -67,7 +64,7 @@ impl<'de> Reader<'de> {
     /// Reads a text that has no escapes.
     fn plain_text(&mut self) -> Option<&'de str> {
         let from = after(self.text, self.at, b'"')?;
-        let to = quote_or_backslash(self.text, from)?;
+        let to = special(self.text, from)?;
         self.at = after(self.text, to, b'"')?;
         self.text.get(from..to)
     }
@@ -244,15 +241,16 @@ fn after_items(
 fn after_text(text: &str, at: usize) -> Option<usize> {
     let mut at = after(text, at, b'"')?;
     loop {
-        at = quote_or_backslash(text, at)?;
-        if byte(text, at)? == b'"' {
-            return Some(at + 1);
+        at = special(text, at)?;
+        if let Some(behind) = after(text, at, b'"') {
+            return Some(behind);
         }
-        at = match byte(text, at + 1)? {
-            b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => at + 2,
+        at = after(text, at, b'\\')?;
+        at = match byte(text, at)? {
+            b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => at + 1,
             b'u' => {
-                let digits = text.as_bytes().get(at + 2..at + 6)?;
-                digits.iter().all(u8::is_ascii_hexdigit).then_some(at + 6)?
+                let digits = text.as_bytes().get(at + 1..at + 5)?;
+                digits.iter().all(u8::is_ascii_hexdigit).then_some(at + 5)?
             }
             _ => return None,
         };
@@ -267,24 +265,18 @@ fn after_bare(text: &str, at: usize) -> Option<usize> {
     Some(at + length)
 }
 
-/// The first place of either from `from` on, eight bytes at a time.
-fn quote_or_backslash(text: &str, from: usize) -> Option<usize> {
-    const fn each(byte: u8) -> u64 {
-        u64::from_ne_bytes([byte; 8])
-    }
-    // The high bit of each byte that is zero, and perhaps of some behind the first one that is.
-    let zeros = |word: u64| word.wrapping_sub(each(1)) & !word & each(0x80);
+/// The first place from `from` on of what cannot stand in a text as it is.
+fn special(text: &str, from: usize) -> Option<usize> {
     let mut rest = text.as_bytes().get(from..)?;
     let mut at = from;
     while let Some((word, behind)) = rest.split_first_chunk() {
-        let word = u64::from_le_bytes(*word);
-        let found = zeros(word ^ each(b'"')) | zeros(word ^ each(b'\\'));
+        let found = specials(word);
         if found != 0 {
             return Some(at + found.trailing_zeros() as usize / 8);
         }
         (rest, at) = (behind, at + 8);
     }
-    let place = rest.iter().position(|byte| matches!(byte, b'"' | b'\\'))?;
+    let place = rest.iter().position(is_special)?;
     Some(at + place)
 }
 
@@ -352,7 +344,7 @@ mod tests {
             r#"{"text":"t" }"#,
             r#"{"te\u0078t":"t"}"#,
             r#"{"list":[{}, {}]}"#,
-            "{\"skipped\":[1,\n2]}",
+            r#"{"skipped":[[1], [2]]}"#,
             r#"{"skipped":{"a" :1}}"#,
             r#"{"number":[1]}"#,
             r#"{"number":{}}"#,

@@ -75,16 +75,18 @@ pub fn settle<'a>(
     required: &[Variable<'a>],
     goes: impl Fn(&str) -> bool,
 ) -> Changes<'a> {
+    let lengths = Lengths::of(required.iter().map(|variable| variable.name));
     let mut met = vec![false; required.len()];
     let mut remove = Vec::new();
     let mut others = Vec::with_capacity(entries.len());
     for (index, entry) in entries.iter().enumerate() {
         let name = entry.name.as_str();
-        let stays = match required
+        let candidates = if lengths.has(name) { required } else { &[] };
+        let requirement = candidates
             .iter()
             .zip(&mut met)
-            .find(|(variable, _)| variable.name == name)
-        {
+            .find(|(variable, _)| variable.name == name);
+        let stays = match requirement {
             Some((variable, met)) => {
                 let first_right = !*met && variable.is_met_by(entry);
                 *met |= first_right;
@@ -107,6 +109,24 @@ pub fn settle<'a>(
         remove,
         add,
         others,
+    }
+}
+
+/// The lengths of some names, by which most other names show at once that they are none of them.
+pub(super) struct Lengths(u64);
+
+impl Lengths {
+    pub(super) fn of<'n>(names: impl Iterator<Item = &'n str>) -> Self {
+        Self(names.fold(0, |lengths, name| lengths | Self::bit(name)))
+    }
+
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.0 & Self::bit(name) != 0
+    }
+
+    /// All that are too long for a bit of their own share the last one.
+    fn bit(name: &str) -> u64 {
+        1 << name.len().min(63)
     }
 }
 
@@ -147,6 +167,18 @@ pub fn references(text: &str) -> impl Iterator<Item = &str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_of_another_length_is_none_of_some_names() {
+        let (long, longer) = ("x".repeat(63), "x".repeat(300));
+        let lengths = Lengths::of(["", "four", long.as_str()].into_iter());
+        let table = [("", true), ("five", true), ("a", false), ("sixsix", false)];
+        for (name, expected) in table {
+            assert_eq!(lengths.has(name), expected, "{name}");
+        }
+        assert!(lengths.has(&longer));
+        assert!(!Lengths::of(["four"].into_iter()).has(&longer));
+    }
 
     fn entries(json: &str) -> Vec<EnvEntry<'_>> {
         serde_json::from_str(json).unwrap()

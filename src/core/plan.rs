@@ -5,7 +5,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
-use super::env::{Changes, Value, Variable, could_bring, settle};
+use super::env::{Changes, Lengths, Value, Variable, could_bring, settle};
 use super::mode::{BillingMode, Reason, Resolution};
 use super::pod::{Container, ContainerList, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text};
 use super::policy::{EnvFromRule, MODE_VARIABLE, Name, Policy, RESOLVED_VARIABLE};
@@ -102,25 +102,30 @@ impl Plan<'_> {
     /// What the guard says of containers that are not settled: by name, never by value.
     #[must_use]
     pub fn refusal(&self) -> Option<Refusal> {
-        let findings = self.told(|name| format!("container {name:?} has not settled "));
+        let findings = self.told(|told, name| {
+            told.push_str(&format!("container {name:?} has not settled "));
+        });
         (!self.containers.is_empty()).then_some(Refusal::NotSettled { findings })
     }
 
     /// Which variables change in which container: by name, never by value.
     #[must_use]
     pub fn changed(&self) -> String {
-        self.told(|name| format!("{name}: "))
+        self.told(|told, name| {
+            told.push_str(name);
+            told.push_str(": ");
+        })
     }
 
     /// The containers that are not settled: all of a few, the first of many.
-    fn told(&self, beginning: impl Fn(&str) -> String) -> String {
+    fn told(&self, begin: impl Fn(&mut String, &str)) -> String {
         const SHOWN: usize = 3;
         let mut told = String::with_capacity(MOST_TOLD);
         for (index, plan) in self.containers.iter().take(SHOWN).enumerate() {
             if index > 0 {
                 told.push_str("; ");
             }
-            told.push_str(&beginning(plan.container.name.as_str()));
+            begin(&mut told, plan.container.name.as_str());
             add_names(&mut told, &plan.variables());
         }
         let more = self.containers.len().saturating_sub(SHOWN);
@@ -247,11 +252,19 @@ struct Rules<'a> {
 
 /// The variables that a container must not have: none but on `platform_managed`. So few are found faster one by one
 /// than in a tree, for most differ in length.
-pub(super) struct VendorKeys<'a>(Vec<&'a str>);
+pub(super) struct VendorKeys<'a> {
+    names: Vec<&'a str>,
+    lengths: Lengths,
+}
 
-impl VendorKeys<'_> {
+impl<'a> VendorKeys<'a> {
+    fn of(names: Vec<&'a str>) -> Self {
+        let lengths = Lengths::of(names.iter().copied());
+        Self { names, lengths }
+    }
+
     pub(super) fn contains(&self, name: &str) -> bool {
-        self.0.contains(&name)
+        self.lengths.has(name) && self.names.contains(&name)
     }
 }
 
@@ -268,7 +281,7 @@ impl<'a> Rules<'a> {
         let mut rules = Self {
             required: of_mode.into(),
             excluded: None,
-            vendor_keys: VendorKeys(Vec::new()),
+            vendor_keys: VendorKeys::of(Vec::new()),
             env_from: policy.env_from,
         };
         if mode == BillingMode::PlatformManaged {
@@ -279,7 +292,8 @@ impl<'a> Rules<'a> {
                 .required
                 .extend(of_proxy.ok_or(Refusal::MissingPlatformProxy)?);
             rules.excluded = Some(&proxy.exclude_containers);
-            rules.vendor_keys.0 = policy.vendor_keys.iter().map(Name::as_str).collect();
+            let keys = policy.vendor_keys.iter().map(Name::as_str);
+            rules.vendor_keys = VendorKeys::of(keys.collect());
         }
         Ok(rules)
     }
@@ -302,7 +316,7 @@ impl<'a> Rules<'a> {
         let could_come = |key: &&str| {
             could_bring(sources, key) && required.iter().all(|variable| variable.name != *key)
         };
-        let keys = self.vendor_keys.0.iter().copied().filter(could_come);
+        let keys = self.vendor_keys.names.iter().copied().filter(could_come);
         if self.env_from == EnvFromRule::Deny {
             let could_come: Vec<&str> = keys.collect();
             if could_come.is_empty() {
@@ -315,7 +329,7 @@ impl<'a> Rules<'a> {
                 keys,
             });
         }
-        let mut all = Vec::with_capacity(required.len() + self.vendor_keys.0.len());
+        let mut all = Vec::with_capacity(required.len() + self.vendor_keys.names.len());
         all.extend_from_slice(required);
         all.extend(keys.map(Variable::mask));
         Ok(all.into())

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Sleep, sleep};
 
 /// Longest wait for the client to have read the last answer and to close its side too.
@@ -18,15 +19,21 @@ const LINGER: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Lingering {
     stream: TcpStream,
+    /// The connection's place among those that there may be.
+    _place: OwnedSemaphorePermit,
     /// Until when, once nothing more is sent.
     end: Option<Pin<Box<Sleep>>>,
 }
 
 impl Lingering {
-    /// For a stream of the server's.
+    /// For a stream of the server's, which keeps its place until it is gone.
     #[must_use]
-    pub const fn new(stream: TcpStream) -> Self {
-        Self { stream, end: None }
+    pub const fn new(stream: TcpStream, place: OwnedSemaphorePermit) -> Self {
+        Self {
+            stream,
+            _place: place,
+            end: None,
+        }
     }
 }
 
@@ -66,7 +73,7 @@ impl AsyncWrite for Lingering {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Self { stream, end } = &mut *self;
+        let Self { stream, end, .. } = &mut *self;
         let mut stream = Pin::new(stream);
         if end.is_none() {
             ready!(stream.as_mut().poll_shutdown(context))?;

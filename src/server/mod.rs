@@ -14,15 +14,12 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Extension;
-use axum::middleware::AddExtension;
 use axum_server::accept::Accept;
 use axum_server::tls_rustls::RustlsAcceptor;
 use axum_server::{Handle, Server};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tower_layer::Layer;
+use tokio::sync::Semaphore;
 use tracing::{error, info, warn};
 
 use crate::audit::{Selection, Swept, sweep};
@@ -226,21 +223,17 @@ impl Places {
     }
 }
 
-/// The service of a connection keeps the connection's place.
-type Placed<S> = AddExtension<S, Arc<OwnedSemaphorePermit>>;
-
 impl<S> Accept<TcpStream, S> for Places {
     type Stream = Lingering;
-    type Service = Placed<S>;
-    type Future = Ready<io::Result<(Lingering, Placed<S>)>>;
+    type Service = S;
+    type Future = Ready<io::Result<(Lingering, S)>>;
 
     fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
         let place = Arc::clone(&self.0).try_acquire_owned();
         let place = place.map_err(|_| io::Error::other("too many connections"));
         ready(place.and_then(|place| {
             stream.set_nodelay(true)?;
-            let service = Extension(Arc::new(place)).layer(service);
-            Ok((Lingering::new(stream), service))
+            Ok((Lingering::new(stream, place), service))
         }))
     }
 }

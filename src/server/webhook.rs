@@ -8,7 +8,6 @@ use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Query, Request as HttpRequest, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use axum::middleware::map_response_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -90,35 +89,22 @@ pub fn routes(app: Arc<App>) -> Router {
             "/validate",
             post(async |state, request| serve(Webhook::Validate, state, request).await),
         )
-        .method_not_allowed_fallback(async |method: Method| {
-            refuse(
+        .method_not_allowed_fallback(async |State(app): State<Arc<App>>, method: Method| {
+            app.closed_when_draining(refused(
                 StatusCode::METHOD_NOT_ALLOWED,
                 &format!("{method} is not supported here; use POST"),
-            )
+            ))
         })
-        .fallback(async || {
-            refuse(
+        .fallback(async |State(app): State<Arc<App>>| {
+            app.closed_when_draining(refused(
                 StatusCode::NOT_FOUND,
                 "there is nothing here; use POST /mutate or POST /validate",
-            )
+            ))
         })
-        .layer(map_response_with_state(
-            Arc::clone(&app),
-            close_when_draining,
-        ))
         .with_state(app)
 }
 
-/// Asks clients to open no more requests on a connection that is about to go: then none of them is lost.
-async fn close_when_draining(State(app): State<Arc<App>>, mut response: Response) -> Response {
-    if app.readiness.is_draining() {
-        let close = HeaderValue::from_static("close");
-        response.headers_mut().insert(header::CONNECTION, close);
-    }
-    response
-}
-
-fn refuse(status: StatusCode, sentence: &str) -> Response {
+fn refused(status: StatusCode, sentence: &str) -> Response {
     (status, format!("{sentence}\n")).into_response()
 }
 
@@ -148,7 +134,8 @@ async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpReque
         outcome = field::Empty,
     );
     traces::join(&span, request.headers());
-    respond(webhook, &app, request).instrument(span).await
+    let response = respond(webhook, &app, request).instrument(span).await;
+    app.closed_when_draining(response)
 }
 
 async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response {
@@ -312,6 +299,15 @@ async fn gathered(mut body: Limited<Body>) -> Result<Bytes, axum::BoxError> {
 }
 
 impl App {
+    /// Asks the client to open no more requests on a connection that is about to go: then none of them is lost.
+    fn closed_when_draining(&self, mut response: Response) -> Response {
+        if self.readiness.is_draining() {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(header::CONNECTION, close);
+        }
+        response
+    }
+
     async fn decide<'r>(
         &self,
         webhook: Webhook,
@@ -476,7 +472,7 @@ impl App {
             outcome: "bad_request",
         };
         self.metrics.admission(admission, took);
-        refuse(status, sentence)
+        refused(status, sentence)
     }
 }
 

@@ -1,12 +1,13 @@
 //! A log line as a JSON object: time and level, then the event's fields, its target last. tracing-subscriber's own
 //! form of it takes most of a log line's time; the objects are the same.
 
-use std::fmt::{self, Debug, Display};
+use std::fmt::{self, Debug, Display, Write};
+use std::time::SystemTime;
 
+use humantime::format_rfc3339_micros;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
@@ -34,7 +35,7 @@ where
             let out = members.member("timestamp");
             out.push('"');
             // A string takes whatever it is given.
-            let _ = SystemTime.format_time(&mut Writer::new(out));
+            let _ = write!(out, "{}", format_rfc3339_micros(SystemTime::now()));
             out.push('"');
             members.text("level", event.metadata().level().as_str());
             event.record(&mut Fields(members));
