@@ -50,14 +50,13 @@ pub enum Content<'a> {
     Metadata(&'a [AnnotationPlan]),
 }
 
-/// Most patches have no more operations and no more bytes.
-const MOST_OPERATIONS: usize = 64;
-const MOST_BYTES: usize = 8192;
+/// Most operations have no more bytes.
+const MOST_BYTES: usize = 192;
 
 /// The patch as JSON.
 #[must_use]
 pub fn written(operations: &[Operation<'_>]) -> String {
-    let mut out = String::with_capacity(MOST_BYTES);
+    let mut out = String::with_capacity(operations.len() * MOST_BYTES);
     list(&mut out, operations, |out, operation| operation.write(out));
     out
 }
@@ -154,7 +153,9 @@ fn annotations_written(out: &mut String, annotations: &[AnnotationPlan]) {
 /// `/spec/template` for a controller's pod template.
 #[must_use]
 pub fn operations<'a>(plan: &'a Plan<'_>, root: &'a str) -> Vec<Operation<'a>> {
-    let mut operations = Vec::with_capacity(MOST_OPERATIONS);
+    let most = |plan: &ContainerPlan<'_>| plan.changes.remove.len() + plan.changes.add.len();
+    let most = plan.containers.iter().map(most).sum::<usize>() + plan.annotations.len();
+    let mut operations = Vec::with_capacity(most);
     for container in &plan.containers {
         container_operations(container, root, &mut operations);
     }
