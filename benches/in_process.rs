@@ -20,7 +20,7 @@ use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use support::in_process::{stored, written};
-use support::{RECORDED, SETTLED, body, policy};
+use support::{BEHIND_SPACE, RECORDED, SETTLED, body, policy};
 
 const ENTRIES: [usize; 4] = [10, 100, 1_000, 10_000];
 const CONTAINERS: [usize; 3] = [1, 10, 100];
@@ -39,7 +39,7 @@ fn main() {
 }
 
 fn all_bodies() -> impl Iterator<Item = (String, Vec<u8>)> {
-    let named = RECORDED.into_iter().chain([SETTLED]);
+    let named = RECORDED.into_iter().chain([SETTLED, BEHIND_SPACE]);
     let named = named.map(|name| (name.to_owned(), body(name)));
     let entries = ENTRIES.map(|count| (of_entries(count), grown(1, count)));
     let containers = CONTAINERS.map(|count| (of_containers(count), grown(count, 20)));

@@ -22,13 +22,19 @@ pub(crate) const RECORDED: [&str; 3] = [
 /// The first of them as the webhook leaves it: there is nothing to patch.
 pub(crate) const SETTLED: &str = "claude-code-pod, settled";
 
+/// The first of them behind a space, so that serde_json reads it.
+pub(crate) const BEHIND_SPACE: &str = "claude-code-pod, read by serde_json";
+
 /// A policy with everything.
 pub(crate) fn policy() -> Policy {
     Policy::parse(include_str!("../../tests/fixtures/policy.yaml")).unwrap()
 }
 
-/// A review by its name: the recorded bytes, or those of the settled pod.
+/// A review by its name: the recorded bytes, those behind a space, or those of the settled pod.
 pub(crate) fn body(name: &str) -> Vec<u8> {
+    if name == BEHIND_SPACE {
+        return [b" ", body(RECORDED[0]).as_slice()].concat();
+    }
     let recorded = name.strip_suffix(", settled");
     let folder = concat!(
         env!("CARGO_MANIFEST_DIR"),

@@ -13,7 +13,7 @@ use super::json::{is_special, specials};
 /// Lists and objects that are skipped may be open so deep, as serde_json has it for what is read.
 const DEEPEST: u32 = 128;
 
-/// Reads JSON as serde_json does.
+/// Reads JSON as serde_json does. Not for types that hold themselves, whose depth serde_json bounds.
 ///
 /// # Errors
 /// serde_json's.
@@ -216,7 +216,8 @@ fn after_value(text: &str, at: usize, depth: u32) -> Option<usize> {
         b'{' => after_items(text, at + 1, b'}', member),
         b'[' => after_items(text, at + 1, b']', item),
         b'"' => after_text(text, at),
-        _ => after_bare(text, at),
+        b'-' | b'0'..=b'9' | b't' | b'f' | b'n' => after_bare(text, at),
+        _ => None,
     }
 }
 
@@ -257,7 +258,7 @@ fn after_text(text: &str, at: usize) -> Option<usize> {
     }
 }
 
-/// The place behind a number, `true`, `false` or `null`. Whether it is one serde_json says, which lets spaces around it pass.
+/// The place behind a number, `true`, `false` or `null`; serde_json says whether it is one.
 fn after_bare(text: &str, at: usize) -> Option<usize> {
     let rest = text.get(at..)?;
     let length = rest.find([',', ']', '}']).unwrap_or(rest.len());
@@ -340,11 +341,13 @@ mod tests {
             "{} ",
             "{}\r\n",
             r#"{ "text":"t"}"#,
+            r#"{"text": "t"}"#,
+            r#"{"number": null}"#,
             r#"{"list": []}"#,
             r#"{"text":"t" }"#,
             r#"{"te\u0078t":"t"}"#,
             r#"{"list":[{}, {}]}"#,
-            r#"{"skipped":[[1], [2]]}"#,
+            "{\"skipped\":[[1],\n[2]]}",
             r#"{"skipped":{"a" :1}}"#,
             r#"{"number":[1]}"#,
             r#"{"number":{}}"#,
@@ -366,7 +369,7 @@ mod tests {
             "skipped": {"a": [], "b": {}, "c": [[1, -2.5e-7], {"d": "\\ \u{1} é"}, true, null]},
             "truth": false,
             "number": 10,
-            "list": [{"text": "12345678"}, {"truth": null, "skipped": "x"}],
+            "list": [{"text": "12345678", "number": null}, {"truth": null, "skipped": "x"}],
         });
         let whole = sample.to_string();
         let (mut read_here, mut left) = (0, 0);
