@@ -2,7 +2,7 @@
 //! written so is left to serde_json, and so is to say what is wrong with it; what both read, they read alike. What the
 //! values mean is pod.rs's and admission.rs's business.
 
-use std::fmt;
+use std::fmt::Display;
 
 use serde::de::value::BorrowedStrDeserializer;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -21,8 +21,8 @@ pub(super) fn from_str<'de, T: Deserialize<'de>>(text: &'de str) -> serde_json::
     read(text).map_or_else(|| serde_json::from_str(text), Ok)
 }
 
-/// Reads a text that is one value in compact JSON, with line feeds at its end or without. `None` says that serde_json is to
-/// read it.
+/// Reads a text that is one value in compact JSON, with line feeds at its end or without. `None` says that serde_json is
+/// to read it.
 pub(super) fn read<'de, T: Deserialize<'de>>(text: &'de str) -> Option<T> {
     let text = text.trim_end_matches('\n');
     let mut reader = Reader { text, at: 0 };
@@ -30,20 +30,13 @@ pub(super) fn read<'de, T: Deserialize<'de>>(text: &'de str) -> Option<T> {
     (reader.at == text.len()).then_some(value)
 }
 
-/// The text is for serde_json.
-#[derive(Debug)]
+/// The text is for serde_json. Nobody is told.
+#[derive(Debug, thiserror::Error)]
+#[error("declined")]
 struct Declined;
 
-impl fmt::Display for Declined {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("declined")
-    }
-}
-
-impl std::error::Error for Declined {}
-
 impl Error for Declined {
-    fn custom<T: fmt::Display>(_: T) -> Self {
+    fn custom<T: Display>(_: T) -> Self {
         Self
     }
 }

@@ -36,7 +36,7 @@ pub(super) fn specials(word: &[u8; 8]) -> u64 {
         u64::from_le_bytes([byte; 8])
     }
     let word = u64::from_le_bytes(*word);
-    // A byte from which more is taken than it is gets its high bit. One that had it before is of no ASCII character.
+    // To take more from a byte than it holds sets its high bit. One that is set before is of no ASCII character.
     let quotes = (word ^ each(b'"')).wrapping_sub(each(1));
     let backslashes = (word ^ each(b'\\')).wrapping_sub(each(1));
     let controls = word.wrapping_sub(each(b' '));
