@@ -133,6 +133,19 @@ mod tests {
     }
 
     #[test]
+    fn a_text_of_any_length_is_escaped_wherever_a_quote_stands_in_it() {
+        for length in 1..33 {
+            for place in 0..length {
+                let mut whole = "x".repeat(length);
+                whole.replace_range(place..=place, "\"");
+                let mut out = String::new();
+                text(&mut out, &whole);
+                assert_eq!(out, serde_json::to_string(&whole).unwrap());
+            }
+        }
+    }
+
+    #[test]
     fn objects_and_lists_have_a_comma_between_any_two() {
         let mut out = String::new();
         object(&mut out, |outer| {
