@@ -70,9 +70,14 @@ fn readiness_turns_off_at_once_and_new_requests_are_answered_until_the_delay_is_
     webhook.client = webhook.authority.client();
     let review = create(&pod(ID, &json!([])));
     assert_eq!(webhook.mutate(&review)["response"]["allowed"], true);
-    // The client is told to take its next request elsewhere.
-    let response = webhook.post("/mutate", "application/json", review.to_string().as_bytes());
-    assert_eq!(response.headers()["connection"], "close");
+    // The client is told to take its next request elsewhere, whatever this one was.
+    let review = review.to_string();
+    let post = |path| webhook.post(path, "application/json", review.as_bytes());
+    let url = format!("https://localhost:{}/mutate", webhook.address.port());
+    let get = webhook.client.get(url).call().unwrap();
+    for response in [post("/mutate"), post("/nothing"), get] {
+        assert_eq!(response.headers()["connection"], "close");
+    }
     assert_eq!(webhook.wait().code(), Some(0));
 }
 
