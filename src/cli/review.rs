@@ -16,7 +16,7 @@ use similar::{ChangeTag, TextDiff};
 use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print, workspace};
 use crate::cluster;
 use crate::core::mode::{BillingMode, Resolution};
-use crate::core::patch::{operations, written};
+use crate::core::patch::patch;
 use crate::core::plan::plan;
 use crate::core::workload::{Subject, subjects};
 use crate::core::workspace::{Identity, identify};
@@ -112,7 +112,7 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
             };
             note(&format!("{title}: {what}, and stays as it is"))?;
         }
-        let patch = match patch(subject, &policy, database.as_ref(), args.mode).await {
+        let patch = match reviewed(subject, &policy, database.as_ref(), args.mode).await {
             Ok(patch) => patch,
             Err(error) => {
                 refused = true;
@@ -264,7 +264,7 @@ fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
 }
 
 /// What the webhook would patch; empty for what it leaves alone.
-async fn patch(
+async fn reviewed(
     subject: &Subject,
     policy: &crate::core::policy::Policy,
     database: Option<&Database>,
@@ -303,8 +303,7 @@ async fn patch(
         "{title}: {} ({source}, {reason})",
         resolution.mode
     ))?;
-    let patch = written(&operations(&plan, subject.root()));
-    Ok(serde_json::from_str(&patch)?)
+    Ok(serde_json::from_str(&patch(&plan, subject.root()).json)?)
 }
 
 fn yaml(object: &Value) -> anyhow::Result<String> {

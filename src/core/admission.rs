@@ -8,7 +8,7 @@ use thiserror::Error;
 use super::compact;
 use super::json::{Object, list, object, text};
 use super::mode::Resolution;
-use super::patch::{self, Operation};
+use super::patch::Patch;
 use super::plan::Scope;
 use super::pod::{Pod, Text};
 use super::refusal::Refusal;
@@ -252,20 +252,19 @@ pub struct Answer<'a> {
     warnings: Vec<String>,
     /// The resolution, and whose it is.
     resolution: Option<(Resolution, &'a str)>,
-    /// As JSON; empty if there is nothing to patch.
-    patch: String,
+    patch: Patch,
 }
 
 impl<'a> Answer<'a> {
     /// Allows the request as it is.
     #[must_use]
-    pub const fn allowed(uid: &'a str) -> Self {
+    pub fn allowed(uid: &'a str) -> Self {
         Self {
             uid,
             refusal: None,
             warnings: Vec::new(),
             resolution: None,
-            patch: String::new(),
+            patch: Patch::default(),
         }
     }
 
@@ -279,10 +278,8 @@ impl<'a> Answer<'a> {
 
     /// Adds a patch, unless it has no operations.
     #[must_use]
-    pub fn with_patch(mut self, operations: &[Operation<'_>]) -> Self {
-        if !operations.is_empty() {
-            self.patch = patch::written(operations);
-        }
+    pub fn with_patch(mut self, patch: Patch) -> Self {
+        self.patch = patch;
         self
     }
 
@@ -303,7 +300,7 @@ impl<'a> Answer<'a> {
     /// The answer in the bytes that are sent.
     #[must_use]
     pub fn written(&self) -> String {
-        let patch = STANDARD.encoded_length(self.patch.len());
+        let patch = STANDARD.encoded_length(self.patch.json.len());
         let mut out = String::with_capacity(MOST_BESIDES_PATCH + patch);
         object(&mut out, |review| {
             review.text("apiVersion", API_VERSION);
@@ -339,12 +336,12 @@ impl<'a> Answer<'a> {
                 annotations.text("workspace", workspace_id);
             });
         }
-        if !self.patch.is_empty() {
+        if self.patch.operations > 0 {
             response.text("patchType", "JSONPatch");
             // Base64 has nothing to escape.
             let out = response.member("patch");
             out.push('"');
-            STANDARD.encode_append(&self.patch, out);
+            STANDARD.encode_append(&self.patch.json, out);
             out.push('"');
         }
     }

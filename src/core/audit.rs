@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use super::env::Variable;
 use super::mode::{BillingMode, Resolution, Source};
 use super::plan::{ContainerPlan, Plan, Scope, plan};
 use super::pod::{ContainerList, Pod, Text};
@@ -131,7 +130,7 @@ fn finding(plan: &ContainerPlan<'_>, name: &str, policy: &Policy) -> Finding {
         .changes
         .add
         .iter()
-        .any(|variable| *variable == Variable::mask(name));
+        .any(|variable| variable.name() == name && variable.is_mask());
     if policy.vendor_keys.contains(name) && (is_there || is_masked) {
         Finding::VendorKey
     } else {

@@ -3,44 +3,76 @@
 
 use std::borrow::Cow;
 
+use super::json::object;
 use super::pod::{EnvEntry, EnvFrom};
 use super::policy::EnvSource;
 
 /// What a variable must be. No `Debug`: a literal may be a token.
 #[derive(Clone, PartialEq)]
-pub enum Value<'a> {
+pub enum Value {
     /// This text.
-    Literal(Cow<'a, str>),
+    Literal(String),
     /// What this source brings.
-    Source(&'a EnvSource),
+    Source(EnvSource),
 }
 
-/// A variable that a container must have.
+/// A variable that a container must have. Nearly all are made once, at the start, and lists of them are moved about for
+/// each container: hence the box. No `Debug`, as above.
 #[derive(Clone, PartialEq)]
-pub struct Variable<'a> {
-    /// The variable's name.
-    pub name: &'a str,
-    /// What it must be.
-    pub value: Value<'a>,
+pub struct Variable(Box<Parts>);
+
+#[derive(Clone, PartialEq)]
+struct Parts {
+    name: String,
+    value: Value,
+    /// As JSON.
+    entry: String,
 }
 
-impl<'a> Variable<'a> {
+impl Variable {
     /// A variable of this name and value.
     #[must_use]
-    pub const fn new(name: &'a str, value: Value<'a>) -> Self {
-        Self { name, value }
+    pub fn new(name: &str, value: Value) -> Self {
+        let mut entry = String::new();
+        object(&mut entry, |entry| {
+            entry.text("name", name);
+            match &value {
+                Value::Literal(text) => entry.text("value", text),
+                Value::Source(source) => source.write(entry.member("valueFrom")),
+            }
+        });
+        let name = name.to_owned();
+        Self(Box::new(Parts { name, value, entry }))
     }
 
     /// An empty-valued entry, which hides what an envFrom source brings under the same name.
     #[must_use]
-    pub const fn mask(name: &'a str) -> Self {
-        Self::new(name, Value::Literal(Cow::Borrowed("")))
+    pub fn mask(name: &str) -> Self {
+        Self::new(name, Value::Literal(String::new()))
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// As an env entry of a pod, in JSON.
+    #[must_use]
+    pub fn entry(&self) -> &str {
+        &self.0.entry
+    }
+
+    /// Whether it is an empty-valued entry.
+    #[must_use]
+    pub fn is_mask(&self) -> bool {
+        matches!(&self.0.value, Value::Literal(text) if text.is_empty())
     }
 
     /// Whether an entry of the same name already has the value, an absent one being empty.
     fn is_met_by(&self, entry: &EnvEntry<'_>) -> bool {
         let text = entry.value.as_ref().map_or("", |value| value.text.as_str());
-        match (&self.value, &entry.value_from) {
+        match (&self.0.value, &entry.value_from) {
             (Value::Literal(literal), None) => text == literal,
             (Value::Source(source), Some(from)) => text.is_empty() && source.matches(from),
             (Value::Literal(_), Some(_)) | (Value::Source(_), None) => false,
@@ -54,7 +86,7 @@ pub struct Changes<'a> {
     /// Indices of the entries that go, ascending.
     pub remove: Vec<usize>,
     /// Variables that come before all others, in this order.
-    pub add: Vec<Variable<'a>>,
+    pub add: Vec<Cow<'a, Variable>>,
     /// Indices of the entries that are neither required nor go, ascending.
     pub others: Vec<usize>,
 }
@@ -72,10 +104,10 @@ impl Changes<'_> {
 #[must_use]
 pub fn settle<'a>(
     entries: &[EnvEntry<'_>],
-    required: &[Variable<'a>],
+    required: &[Cow<'a, Variable>],
     goes: impl Fn(&str) -> bool,
 ) -> Changes<'a> {
-    let lengths = Lengths::of(required.iter().map(|variable| variable.name));
+    let lengths = Lengths::of(required.iter().map(|variable| variable.name()));
     let mut met = vec![false; required.len()];
     let mut remove = Vec::new();
     let mut others = Vec::with_capacity(entries.len());
@@ -85,7 +117,7 @@ pub fn settle<'a>(
         let requirement = candidates
             .iter()
             .zip(&mut met)
-            .find(|(variable, _)| variable.name == name);
+            .find(|(variable, _)| variable.name() == name);
         let stays = match requirement {
             Some((variable, met)) => {
                 let first_right = !*met && variable.is_met_by(entry);
@@ -113,9 +145,13 @@ pub fn settle<'a>(
 }
 
 /// The lengths of some names, by which most other names show at once that they are none of them.
+#[derive(Clone, PartialEq)]
 pub(super) struct Lengths(u64);
 
 impl Lengths {
+    /// Of no names.
+    pub(super) const NONE: Self = Self(0);
+
     pub(super) fn of<'n>(names: impl Iterator<Item = &'n str>) -> Self {
         Self(names.fold(0, |lengths, name| lengths | Self::bit(name)))
     }
@@ -184,8 +220,8 @@ mod tests {
         serde_json::from_str(json).unwrap()
     }
 
-    fn literal<'a>(name: &'a str, value: &'a str) -> Variable<'a> {
-        Variable::new(name, Value::Literal(value.into()))
+    fn literal(name: &str, value: &str) -> Variable {
+        Variable::new(name, Value::Literal(value.to_owned()))
     }
 
     #[test]
@@ -195,8 +231,9 @@ mod tests {
         let required = [
             literal("A", "1"),
             Variable::mask("B"),
-            Variable::new("C", Value::Source(&source)),
-        ];
+            Variable::new("C", Value::Source(source)),
+        ]
+        .map(Cow::Owned);
         let c = r#"{"name":"C","valueFrom":{"secretKeyRef":{"name":"s","key":"k"}}}"#;
         // entries before the reference of C; indices that go; names that come
         let table: [(&str, &[usize], &[&str]); 9] = [
@@ -250,7 +287,7 @@ mod tests {
                 changes
                     .add
                     .iter()
-                    .map(|variable| variable.name)
+                    .map(|variable| variable.name())
                     .collect::<Vec<_>>(),
                 add,
                 "{before}"

@@ -1,47 +1,28 @@
 //! Plan → RFC 6902 operations, the fewest that do it. No operation repeats a value that stays: the API
 //! server writes patches to its audit log.
 
-use super::env::{Value, Variable};
+use std::borrow::Cow;
+
+use super::env::Variable;
 use super::json::{list, object, text};
 use super::plan::{AnnotationPlan, AnnotationsParent, ContainerPlan, Plan};
-use super::pod::ContainerList;
 
-/// One operation of a JSON patch.
-#[derive(Clone, Copy)]
-pub enum Operation<'a> {
-    /// Adds a member or an array element, or sets a member.
-    Add(Path<'a>, Content<'a>),
-    /// Replaces what is there.
-    Replace(Path<'a>, Content<'a>),
-    /// Removes what is there.
-    Remove(Path<'a>),
+/// A JSON patch.
+#[derive(Default)]
+pub struct Patch {
+    /// The operations as a JSON list.
+    pub json: String,
+    /// How many they are.
+    pub operations: usize,
 }
 
-/// A JSON pointer (RFC 6901), made text only as it is written.
+/// What an operation writes.
 #[derive(Clone, Copy)]
-pub struct Path<'a> {
-    /// The pointer to the object: empty for a pod, such as `/spec/template` for a controller's pod template.
-    root: &'a str,
-    place: Place,
-}
-
-/// A place in a pod or a pod template.
-#[derive(Clone, Copy)]
-enum Place {
-    Env(ContainerList, usize),
-    EnvEntry(ContainerList, usize, usize),
-    Metadata,
-    Annotations,
-    Annotation(&'static str),
-}
-
-/// What an operation writes. No `Debug`: an env entry may hold a token.
-#[derive(Clone, Copy)]
-pub enum Content<'a> {
+enum Content<'a> {
     /// One env entry.
-    Entry(&'a Variable<'a>),
+    Entry(&'a Variable),
     /// A whole env list.
-    Entries(&'a [Variable<'a>]),
+    Entries(&'a [Cow<'a, Variable>]),
     /// An annotation's value.
     Text(&'static str),
     /// All annotations.
@@ -50,71 +31,112 @@ pub enum Content<'a> {
     Metadata(&'a [AnnotationPlan]),
 }
 
-/// Most operations have no more bytes.
-const MOST_BYTES: usize = 192;
+/// Most operations have no more bytes beside an entry that they write.
+const MOST_BYTES: usize = 96;
 
-/// The patch as JSON.
+/// Writes a plan as operations on the object at `root`, a JSON pointer: empty for a pod, such as
+/// `/spec/template` for a controller's pod template.
 #[must_use]
-pub fn written(operations: &[Operation<'_>]) -> String {
-    let mut out = String::with_capacity(operations.len() * MOST_BYTES);
-    list(&mut out, operations, |out, operation| operation.write(out));
-    out
+pub fn patch(plan: &Plan<'_>, root: &str) -> Patch {
+    let of_container = |plan: &ContainerPlan<'_>| {
+        let entries = plan.changes.add.iter().map(|add| add.entry().len());
+        let operations = plan.changes.remove.len() + entries.len();
+        operations * MOST_BYTES + entries.sum::<usize>()
+    };
+    let of_containers = plan.containers.iter().map(of_container).sum::<usize>();
+    let mut patch = Patch {
+        json: String::with_capacity(of_containers + plan.annotations.len() * MOST_BYTES),
+        operations: 0,
+    };
+    patch.json.push('[');
+    for container in &plan.containers {
+        patch.container(root, container);
+    }
+    patch.annotations(root, plan);
+    patch.json.push(']');
+    patch
 }
 
-impl Operation<'_> {
-    fn write(&self, out: &mut String) {
-        let (op, path, content) = match self {
-            Self::Add(path, content) => ("add", path, Some(content)),
-            Self::Replace(path, content) => ("replace", path, Some(content)),
-            Self::Remove(path) => ("remove", path, None),
+impl Patch {
+    fn container(&mut self, root: &str, plan: &ContainerPlan<'_>) {
+        let mut index = itoa::Buffer::new();
+        let index = index.format(plan.index);
+        let env = [root, "/spec/", plan.list.field(), "/", index, "/env"].concat();
+        let (remove, add) = (&plan.changes.remove, plan.changes.add.as_slice());
+
+        // Nothing stays: one operation writes the whole list.
+        let Some(entries) = &plan.container.env else {
+            return self.write("add", &env, None, Some(Content::Entries(add)));
         };
-        // Patches are the most of what is written, and their members are always the same.
+        if remove.len() == entries.len() {
+            return self.write("replace", &env, None, Some(Content::Entries(add)));
+        }
+        // What comes stands first, so it can take the places of entries that go from the list's head. All
+        // else is removed from the end, so that the indices before it hold.
+        let head = remove
+            .iter()
+            .enumerate()
+            .take_while(|(place, index)| place == *index)
+            .count();
+        let replaced = head.min(add.len());
+        for &index in remove.iter().skip(replaced).rev() {
+            self.write("remove", &env, Some(index), None);
+        }
+        for (index, variable) in add.iter().enumerate() {
+            let op = if index < replaced { "replace" } else { "add" };
+            self.write(op, &env, Some(index), Some(Content::Entry(variable)));
+        }
+    }
+
+    fn annotations(&mut self, root: &str, plan: &Plan<'_>) {
+        let all = plan.annotations.as_slice();
+        let mut add = |place: &str, content| {
+            let path = [root, "/metadata", place].concat();
+            self.write("add", &path, None, Some(content));
+        };
+        match plan.annotations_parent {
+            AnnotationsParent::NoMetadata => add("", Content::Metadata(all)),
+            AnnotationsParent::NoAnnotations => add("/annotations", Content::Annotations(all)),
+            AnnotationsParent::Annotations => {
+                for AnnotationPlan { key, value } in all {
+                    let place = ["/annotations/", &escaped(key)].concat();
+                    add(&place, Content::Text(value));
+                }
+            }
+        }
+    }
+
+    /// Writes an operation on what a JSON pointer (RFC 6901) points to, or on an entry of that list. Nothing in a
+    /// path needs to be escaped for JSON.
+    fn write(&mut self, op: &str, path: &str, entry: Option<usize>, content: Option<Content<'_>>) {
+        let out = &mut self.json;
+        if self.operations > 0 {
+            out.push(',');
+        }
+        self.operations += 1;
         out.push_str("{\"op\":\"");
         out.push_str(op);
         out.push_str("\",\"path\":\"");
-        path.write(out);
-        out.push('"');
-        if let Some(content) = content {
-            out.push_str(",\"value\":");
-            content.write(out);
-        }
-        out.push('}');
-    }
-}
-
-impl Path<'_> {
-    /// Nothing in a path needs to be escaped for JSON.
-    fn write(&self, out: &mut String) {
-        out.push_str(self.root);
-        let mut env = |list: ContainerList, container| {
-            out.push_str("/spec/");
-            out.push_str(list.field());
+        out.push_str(path);
+        if let Some(index) = entry {
             out.push('/');
-            out.push_str(itoa::Buffer::new().format(container));
-            out.push_str("/env");
-        };
-        match self.place {
-            Place::Env(list, container) => env(list, container),
-            Place::EnvEntry(list, container, entry) => {
-                env(list, container);
-                out.push('/');
-                out.push_str(itoa::Buffer::new().format(entry));
-            }
-            Place::Metadata => out.push_str("/metadata"),
-            Place::Annotations => out.push_str("/metadata/annotations"),
-            Place::Annotation(key) => {
-                out.push_str("/metadata/annotations/");
-                out.push_str(&escaped(key));
-            }
+            out.push_str(itoa::Buffer::new().format(index));
+        }
+        if let Some(content) = content {
+            out.push_str("\",\"value\":");
+            content.write(out);
+            out.push('}');
+        } else {
+            out.push_str("\"}");
         }
     }
 }
 
 impl Content<'_> {
-    pub(super) fn write(&self, out: &mut String) {
+    fn write(self, out: &mut String) {
         match self {
-            Self::Entry(variable) => variable_written(out, variable),
-            Self::Entries(variables) => list(out, variables, variable_written),
+            Self::Entry(variable) => out.push_str(variable.entry()),
+            Self::Entries(all) => list(out, all, |out, one| out.push_str(one.entry())),
             Self::Text(value) => text(out, value),
             Self::Annotations(annotations) => annotations_written(out, annotations),
             Self::Metadata(annotations) => object(out, |metadata| {
@@ -124,110 +146,12 @@ impl Content<'_> {
     }
 }
 
-/// A variable as an env entry of a pod.
-fn variable_written(out: &mut String, variable: &Variable<'_>) {
-    out.push_str("{\"name\":");
-    text(out, variable.name);
-    match &variable.value {
-        Value::Literal(value) => {
-            out.push_str(",\"value\":");
-            text(out, value);
-        }
-        Value::Source(source) => {
-            out.push_str(",\"valueFrom\":");
-            source.write(out);
-        }
-    }
-    out.push('}');
-}
-
 fn annotations_written(out: &mut String, annotations: &[AnnotationPlan]) {
     object(out, |all| {
         for AnnotationPlan { key, value } in annotations {
             all.text(key, value);
         }
     });
-}
-
-/// Writes a plan as operations on the object at `root`, a JSON pointer: empty for a pod, such as
-/// `/spec/template` for a controller's pod template.
-#[must_use]
-pub fn operations<'a>(plan: &'a Plan<'_>, root: &'a str) -> Vec<Operation<'a>> {
-    let most = |plan: &ContainerPlan<'_>| plan.changes.remove.len() + plan.changes.add.len();
-    let most = plan.containers.iter().map(most).sum::<usize>() + plan.annotations.len();
-    let mut operations = Vec::with_capacity(most);
-    for container in &plan.containers {
-        container_operations(container, root, &mut operations);
-    }
-    annotation_operations(plan, root, &mut operations);
-    operations
-}
-
-fn container_operations<'a>(
-    plan: &'a ContainerPlan<'_>,
-    root: &'a str,
-    operations: &mut Vec<Operation<'a>>,
-) {
-    let path = |place| Path { root, place };
-    let env = path(Place::Env(plan.list, plan.index));
-    let at = |entry| path(Place::EnvEntry(plan.list, plan.index, entry));
-    let (remove, add) = (&plan.changes.remove, plan.changes.add.as_slice());
-
-    // Nothing stays: one operation writes the whole list.
-    let Some(entries) = &plan.container.env else {
-        operations.push(Operation::Add(env, Content::Entries(add)));
-        return;
-    };
-    if remove.len() == entries.len() {
-        operations.push(Operation::Replace(env, Content::Entries(add)));
-        return;
-    }
-    // What comes stands first, so it can take the places of entries that go from the list's head. All
-    // else is removed from the end, so that the indices before it hold.
-    let head = remove
-        .iter()
-        .enumerate()
-        .take_while(|(place, index)| place == *index)
-        .count();
-    let replaced = head.min(add.len());
-    operations.extend(
-        remove
-            .iter()
-            .skip(replaced)
-            .rev()
-            .map(|&index| Operation::Remove(at(index))),
-    );
-    for (index, variable) in add.iter().enumerate() {
-        let (path, value) = (at(index), Content::Entry(variable));
-        operations.push(if index < replaced {
-            Operation::Replace(path, value)
-        } else {
-            Operation::Add(path, value)
-        });
-    }
-}
-
-fn annotation_operations<'a>(
-    plan: &'a Plan<'_>,
-    root: &'a str,
-    operations: &mut Vec<Operation<'a>>,
-) {
-    let add = |place, content| Operation::Add(Path { root, place }, content);
-    let all = plan.annotations.as_slice();
-    match plan.annotations_parent {
-        AnnotationsParent::NoMetadata => {
-            operations.push(add(Place::Metadata, Content::Metadata(all)));
-        }
-        AnnotationsParent::NoAnnotations => {
-            operations.push(add(Place::Annotations, Content::Annotations(all)));
-        }
-        AnnotationsParent::Annotations => {
-            let one = |&AnnotationPlan { key, value }: &AnnotationPlan| {
-                add(Place::Annotation(key), Content::Text(value))
-            };
-            operations.extend(all.iter().map(one));
-        }
-    }
 }
 
 /// A member's name as a token of a JSON pointer (RFC 6901).
@@ -256,7 +180,7 @@ mod tests {
             Scope::Pod,
         )
         .unwrap();
-        serde_json::from_str(&written(&operations(&plan, root))).unwrap()
+        serde_json::from_str(&super::patch(&plan, root).json).unwrap()
     }
 
     fn env_patch(env: &Value) -> Value {

@@ -4,12 +4,14 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
+use std::sync::LazyLock;
 
 use super::env::{Changes, Lengths, Value, Variable, could_bring, settle};
 use super::mode::{BillingMode, Reason, Resolution};
 use super::pod::{Container, ContainerList, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text};
-use super::policy::{EnvFromRule, MODE_VARIABLE, Name, Policy, RESOLVED_VARIABLE};
-use super::proxy;
+use super::policy::{
+    EnvFromRule, MODE_VARIABLE, NO_VENDOR_KEYS, Policy, RESOLVED_VARIABLE, VendorKeys,
+};
 use super::refusal::Refusal;
 use super::warning::{Warning, of_container};
 use super::workspace::workspace_id;
@@ -51,21 +53,21 @@ pub struct ContainerPlan<'a> {
 }
 
 impl ContainerPlan<'_> {
-    /// The variables that are not settled, each once, by name.
+    /// The variables that are not settled, each once: those that stand there wrong, then those that are missing.
     #[must_use]
     pub fn variables(&self) -> Vec<&str> {
         let Changes { remove, add, .. } = &self.changes;
         let entries = self.container.entries();
-        let mut names = Vec::with_capacity(remove.len() + add.len());
-        names.extend(
-            remove
-                .iter()
-                .filter_map(|&index| Some(entries.get(index)?.name.as_str())),
-        );
-        names.extend(add.iter().map(|variable| variable.name));
-        names.sort_unstable();
-        names.dedup();
-        names
+        let mut wrong = Vec::with_capacity(remove.len() + add.len());
+        for entry in remove.iter().filter_map(|&index| entries.get(index)) {
+            if !wrong.contains(&entry.name.as_str()) {
+                wrong.push(entry.name.as_str());
+            }
+        }
+        let names = add.iter().map(|variable| variable.name());
+        let missing: Vec<&str> = names.filter(|name| !wrong.contains(name)).collect();
+        wrong.extend(missing);
+        wrong
     }
 }
 
@@ -154,7 +156,7 @@ pub fn plan<'a>(
     let mut containers = Vec::new();
     for (list, index, container) in scope.containers(pod) {
         let required = rules.required(container)?;
-        let keys = &rules.vendor_keys;
+        let keys = rules.vendor_keys;
         let changes = settle(container.entries(), &required, |name| keys.contains(name));
         of_container(keys, container, &required, &changes, &mut warnings);
         if !changes.is_empty() {
@@ -179,28 +181,27 @@ pub fn plan<'a>(
 }
 
 impl Scope<'_> {
-    fn containers<'p>(self, pod: &'p Pod<'p>) -> Vec<(ContainerList, usize, &'p Container<'p>)> {
-        let of = |list| {
-            pod.containers(list)
-                .iter()
-                .enumerate()
-                .map(move |(index, container)| (list, index, container))
+    fn containers<'p>(
+        self,
+        pod: &'p Pod<'p>,
+    ) -> impl Iterator<Item = (ContainerList, usize, &'p Container<'p>)> {
+        use ContainerList::{Ephemeral, Init, Main};
+        let lists: &[_] = match self {
+            Self::Pod => &[Init, Main],
+            Self::Running => &[Init, Main, Ephemeral],
+            Self::NewEphemeralContainers(_) => &[Ephemeral],
         };
-        match self {
-            Self::Pod => of(ContainerList::Init)
-                .chain(of(ContainerList::Main))
-                .collect(),
-            Self::Running => of(ContainerList::Init)
-                .chain(of(ContainerList::Main))
-                .chain(of(ContainerList::Ephemeral))
-                .collect(),
-            Self::NewEphemeralContainers(old) => {
-                let old = old.map_or(&[][..], |old| old.containers(ContainerList::Ephemeral));
-                of(ContainerList::Ephemeral)
-                    .filter(|(_, _, container)| old.iter().all(|old| old.name != container.name))
-                    .collect()
-            }
-        }
+        let old = match self {
+            Self::NewEphemeralContainers(Some(old)) => old.containers(Ephemeral),
+            _ => &[],
+        };
+        let of = |&list| {
+            let containers = pod.containers(list).iter().enumerate();
+            containers.map(move |(index, container)| (list, index, container))
+        };
+        let is_new = move |name: &Text<'_>| old.iter().all(|old| old.name != *name);
+        let all = lists.iter().flat_map(of);
+        all.filter(move |(_, _, container)| is_new(&container.name))
     }
 
     /// Whether no container is planned, so that the mode need not be known.
@@ -208,7 +209,7 @@ impl Scope<'_> {
     pub fn is_empty(self, pod: &Pod<'_>) -> bool {
         match self {
             Self::Pod | Self::Running => false,
-            Self::NewEphemeralContainers(_) => self.containers(pod).is_empty(),
+            Self::NewEphemeralContainers(_) => self.containers(pod).next().is_none(),
         }
     }
 }
@@ -243,64 +244,57 @@ fn plan_annotations(
 /// What holds for every container of a pod.
 struct Rules<'a> {
     /// The variables of the mode, then the proxy's.
-    required: Vec<Variable<'a>>,
+    required: Vec<Cow<'a, Variable>>,
     /// Which containers get those of the mode alone.
     excluded: Option<&'a BTreeSet<String>>,
-    vendor_keys: VendorKeys<'a>,
+    /// None but on `platform_managed`.
+    vendor_keys: &'a VendorKeys,
     env_from: EnvFromRule,
-}
-
-/// The variables that a container must not have: none but on `platform_managed`. So few are found faster one by one
-/// than in a tree, for most differ in length.
-pub(super) struct VendorKeys<'a> {
-    names: Vec<&'a str>,
-    lengths: Lengths,
-}
-
-impl<'a> VendorKeys<'a> {
-    fn of(names: Vec<&'a str>) -> Self {
-        let lengths = Lengths::of(names.iter().copied());
-        Self { names, lengths }
-    }
-
-    pub(super) fn contains(&self, name: &str) -> bool {
-        self.lengths.has(name) && self.names.contains(&name)
-    }
 }
 
 /// So many variables carry the mode. Both say the resolver's answer, whatever branch asks.
 const OF_MODE: usize = 2;
 
+/// The variables that carry a mode, made once.
+fn of_mode(mode: BillingMode) -> &'static [Variable; OF_MODE] {
+    static OF_MODES: LazyLock<[[Variable; OF_MODE]; 3]> = LazyLock::new(|| {
+        BillingMode::ALL.map(|mode| {
+            let value = Value::Literal(mode.as_str().to_owned());
+            [MODE_VARIABLE, RESOLVED_VARIABLE].map(|name| Variable::new(name, value.clone()))
+        })
+    });
+    let [platform_managed, byok, disabled] = &*OF_MODES;
+    match mode {
+        BillingMode::PlatformManaged => platform_managed,
+        BillingMode::Byok => byok,
+        BillingMode::Disabled => disabled,
+    }
+}
+
 impl<'a> Rules<'a> {
     fn of(policy: &'a Policy, mode: BillingMode, pod: &Pod<'_>) -> Result<Self, Refusal> {
-        let value = || Value::Literal(mode.as_str().into());
-        let of_mode: [_; OF_MODE] = [
-            Variable::new(MODE_VARIABLE, value()),
-            Variable::new(RESOLVED_VARIABLE, value()),
-        ];
         let mut rules = Self {
-            required: of_mode.into(),
+            required: of_mode(mode).iter().map(Cow::Borrowed).collect(),
             excluded: None,
-            vendor_keys: VendorKeys::of(Vec::new()),
+            vendor_keys: &NO_VENDOR_KEYS,
             env_from: policy.env_from,
         };
         if mode == BillingMode::PlatformManaged {
             let runtime = pod.label(policy.runtime_label.as_str()).unwrap_or_default();
             let proxy = policy.proxy.as_ref().ok_or(Refusal::MissingPlatformProxy)?;
-            let of_proxy = proxy::variables(proxy, runtime, workspace_id(policy, pod));
+            let of_proxy = proxy.variables(runtime, workspace_id(policy, pod));
             rules
                 .required
                 .extend(of_proxy.ok_or(Refusal::MissingPlatformProxy)?);
-            rules.excluded = Some(&proxy.exclude_containers);
-            let keys = policy.vendor_keys.iter().map(Name::as_str);
-            rules.vendor_keys = VendorKeys::of(keys.collect());
+            rules.excluded = Some(&proxy.settings.exclude_containers);
+            rules.vendor_keys = &policy.vendor_keys;
         }
         Ok(rules)
     }
 
     /// What is required of a container: the variables of the mode and the proxy, and the masks of vendor keys that its
     /// envFrom could bring.
-    fn required(&self, container: &Container<'_>) -> Result<Cow<'_, [Variable<'a>]>, Refusal> {
+    fn required(&self, container: &Container<'_>) -> Result<Cow<'_, [Cow<'a, Variable>]>, Refusal> {
         let is_excluded = self
             .excluded
             .is_some_and(|excluded| excluded.contains(container.name.as_str()));
@@ -313,12 +307,16 @@ impl<'a> Rules<'a> {
         if sources.is_empty() || self.env_from == EnvFromRule::Ignore {
             return Ok(required.into());
         }
-        let could_come = |key: &&str| {
-            could_bring(sources, key) && required.iter().all(|variable| variable.name != *key)
+        let lengths = Lengths::of(required.iter().map(|variable| variable.name()));
+        let is_set = |key: &str| lengths.has(key) && required.iter().any(|set| set.name() == key);
+        let could_come = |mask: &&Variable| {
+            let key = mask.name();
+            could_bring(sources, key) && !is_set(key)
         };
-        let keys = self.vendor_keys.names.iter().copied().filter(could_come);
+        let masks = self.vendor_keys.masks();
+        let coming = masks.iter().filter(could_come);
         if self.env_from == EnvFromRule::Deny {
-            let could_come: Vec<&str> = keys.collect();
+            let could_come: Vec<&str> = coming.map(Variable::name).collect();
             if could_come.is_empty() {
                 return Ok(required.into());
             }
@@ -329,9 +327,9 @@ impl<'a> Rules<'a> {
                 keys,
             });
         }
-        let mut all = Vec::with_capacity(required.len() + self.vendor_keys.names.len());
+        let mut all = Vec::with_capacity(required.len() + masks.len());
         all.extend_from_slice(required);
-        all.extend(keys.map(Variable::mask));
+        all.extend(coming.map(Cow::Borrowed));
         Ok(all.into())
     }
 }
@@ -356,7 +354,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::core::patch::{operations, written};
+    use crate::core::patch::patch;
 
     const PROXY: &str = "proxy: {baseUrl: u, anthropicBaseUrl: a, usageToken: {value: t}";
 
@@ -378,7 +376,7 @@ mod tests {
             &pod,
             Scope::Pod,
         )?;
-        let patch = written(&operations(&plan, ""));
+        let patch = patch(&plan, "").json;
         let mut after: Value = serde_json::from_str(&text).unwrap();
         json_patch::patch(
             &mut after,
@@ -483,9 +481,9 @@ mod tests {
                       (another mutating webhook, perhaps), then create the pod again";
         let finding = |container: &str| {
             format!(
-                "container \"{container}\" has not settled MOLECULE_LLM_ANTHROPIC_BASE_URL, MOLECULE_LLM_BASE_URL, \
-                 MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_USAGE_TOKEN, \
-                 OPENAI_API_KEY, OPENAI_BASE_URL, XAI_API_KEY"
+                "container \"{container}\" has not settled XAI_API_KEY, MOLECULE_LLM_BILLING_MODE, \
+                 MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_BASE_URL, MOLECULE_LLM_USAGE_TOKEN, \
+                 MOLECULE_LLM_ANTHROPIC_BASE_URL, OPENAI_API_KEY, OPENAI_BASE_URL"
             )
         };
         assert_eq!(refusal(0), None);

@@ -3,7 +3,6 @@
 //!
 //! Nothing here derives `Debug` if it can hold a value of an env entry.
 
-use std::borrow::Borrow;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -12,8 +11,10 @@ use serde::{Deserialize, Serialize};
 use serde_saphyr::Error as YamlError;
 use thiserror::Error;
 
+use super::env::{Lengths, Variable};
 use super::json::{Object, object};
 use super::pod::ValueFrom;
+use super::proxy::Proxy;
 
 /// The policy file with every field and its default, commented. A test holds it equal to [`Policy::default`].
 pub const DEFAULT_POLICY: &str = include_str!("policy.default.yaml");
@@ -36,10 +37,12 @@ pub struct Policy {
     /// How a workspace's mode is looked up.
     pub lookup: Lookup,
     /// Variables that a platform_managed container must not have, unless the proxy sets them.
-    pub vendor_keys: BTreeSet<Name>,
+    #[schemars(with = "BTreeSet<Name>")]
+    pub vendor_keys: VendorKeys,
     /// What happens to vendor keys that an envFrom source of a platform_managed container could bring.
     pub env_from: EnvFromRule,
     /// The metered proxy. Absent, platform_managed pods are refused.
+    #[schemars(with = "Option<ProxySettings>")]
     pub proxy: Option<Proxy>,
 }
 
@@ -50,7 +53,7 @@ impl Default for Policy {
             runtime_label: Name::of("molecule.ai/runtime"),
             unlabelled: Unlabelled::Ignore,
             lookup: Lookup::default(),
-            vendor_keys: VENDOR_KEYS.into_iter().map(Name::of).collect(),
+            vendor_keys: BTreeSet::from(VENDOR_KEYS.map(Name::of)).into(),
             env_from: EnvFromRule::Mask,
             proxy: None,
         }
@@ -84,6 +87,50 @@ const VENDOR_KEYS: [&str; 23] = [
     "ZAI_API_KEY",
 ];
 
+/// Names of variables, in order and each once, with their masks made at the start. So few are found faster one by one
+/// than in a tree, for most differ in length.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+#[serde(from = "BTreeSet<Name>", into = "BTreeSet<Name>")]
+pub struct VendorKeys {
+    masks: Vec<Variable>,
+    lengths: Lengths,
+}
+
+/// For a mode that forbids none.
+pub(super) static NO_VENDOR_KEYS: VendorKeys = VendorKeys {
+    masks: Vec::new(),
+    lengths: Lengths::NONE,
+};
+
+impl VendorKeys {
+    /// Whether the name is one of them.
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.lengths.has(name) && self.masks.iter().any(|mask| mask.name() == name)
+    }
+
+    /// The mask of each.
+    #[must_use]
+    pub fn masks(&self) -> &[Variable] {
+        &self.masks
+    }
+}
+
+impl From<VendorKeys> for BTreeSet<Name> {
+    fn from(VendorKeys { masks, .. }: VendorKeys) -> Self {
+        masks.iter().map(|mask| Name::of(mask.name())).collect()
+    }
+}
+
+impl From<BTreeSet<Name>> for VendorKeys {
+    fn from(names: BTreeSet<Name>) -> Self {
+        let names = || names.iter().map(Name::as_str);
+        Self {
+            masks: names().map(Variable::mask).collect(),
+            lengths: Lengths::of(names()),
+        }
+    }
+}
+
 /// A name that cannot be blank: of a variable, a label, a Secret, a key in it.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String")]
@@ -109,12 +156,6 @@ impl TryFrom<String> for Name {
             return Err("a name must not be empty and must have neither white space nor \"=\"");
         }
         Ok(Self(name))
-    }
-}
-
-impl Borrow<str> for Name {
-    fn borrow(&self) -> &str {
-        &self.0
     }
 }
 
@@ -254,7 +295,8 @@ pub enum EnvFromRule {
 /// The metered proxy. Values are trimmed, and a blank one counts as absent.
 #[derive(Clone, PartialEq, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct Proxy {
+#[schemars(rename = "Proxy")]
+pub struct ProxySettings {
     /// Base URL for clients that speak OpenAI's API. Without it there is no proxy.
     #[serde(deserialize_with = "trimmed")]
     pub base_url: Option<String>,
@@ -490,6 +532,7 @@ impl Policy {
         let Some(proxy) = &self.proxy else {
             return vec!["proxy is absent: every platform_managed pod will be refused"];
         };
+        let proxy = &proxy.settings;
         if proxy.base_url.is_none() {
             warnings.push(
                 "proxy.baseUrl is absent or blank: every platform_managed pod will be refused",
@@ -514,7 +557,7 @@ impl Policy {
         let token = self
             .proxy
             .as_ref()
-            .and_then(|proxy| proxy.usage_token.as_ref());
+            .and_then(|proxy| proxy.settings.usage_token.as_ref());
         matches!(token, Some(UsageToken::Literal(_)))
     }
 
@@ -524,7 +567,7 @@ impl Policy {
         let extra_env = self
             .proxy
             .as_ref()
-            .map_or(&[][..], |proxy| &proxy.extra_env);
+            .map_or(&[][..], |proxy| &proxy.settings.extra_env);
         for (index, extra) in extra_env.iter().enumerate() {
             let field = format!("proxy.extraEnv[{index}]");
             if [MODE_VARIABLE, RESOLVED_VARIABLE].contains(&extra.name.as_str()) {
@@ -683,10 +726,10 @@ mod tests {
         assert_eq!(policy.warnings(), Vec::<&str>::new());
         let proxy = policy.proxy.unwrap();
         assert_eq!(
-            proxy.base_url.as_deref(),
+            proxy.settings.base_url.as_deref(),
             Some("https://llm.example.com/openai/v1")
         );
-        assert_eq!(proxy.extra_env.len(), 1);
+        assert_eq!(proxy.settings.extra_env.len(), 1);
     }
 
     #[test]

@@ -3,69 +3,119 @@
 
 use std::borrow::Cow;
 
+use serde::Deserialize;
+
 use super::env::{Value, Variable};
-use super::policy::{Proxy, UsageToken};
+use super::policy::{ProxySettings, UsageToken};
 
 /// The runtime that speaks Anthropic's API; every other is taken to speak OpenAI's.
 const CLAUDE_CODE: &str = "claude-code";
+/// What stands for the workspace's id in the values of extraEnv.
+const WORKSPACE_ID: &str = "{workspace_id}";
 
-/// The proxy variables of a container of this runtime, the contract's first, then extraEnv.
-/// `None` if the proxy lacks its base URL or its usage token, and so is none.
-#[must_use]
-pub fn variables<'p>(
-    proxy: &'p Proxy,
-    runtime: &str,
-    workspace_id: &str,
-) -> Option<Vec<Variable<'p>>> {
-    let literal = |text: &'p String| Value::Literal(Cow::Borrowed(text.as_str()));
-    let base_url = literal(proxy.base_url.as_ref()?);
-    let token = match proxy.usage_token.as_ref()? {
-        UsageToken::Literal(token) if token.is_empty() => return None,
-        UsageToken::Literal(token) => literal(token),
-        UsageToken::Reference(source) => Value::Source(source),
-    };
-    let anthropic_base_url = proxy.anthropic_base_url.as_ref().map(literal);
-    let usage_url = proxy.usage_url.as_ref().map(literal);
+/// The metered proxy, its variables made at the start.
+#[derive(Clone, PartialEq, Deserialize)]
+#[serde(from = "ProxySettings")]
+pub struct Proxy {
+    /// What the operator decided.
+    pub settings: ProxySettings,
+    /// The contract's variables. None if the proxy lacks its base URL or its usage token, and so is none.
+    contract: Option<Contract>,
+    /// Those of extraEnv, in its order.
+    extra: Vec<Variable>,
+}
 
-    let mut variables = vec![
-        Variable::new("MOLECULE_LLM_BASE_URL", base_url.clone()),
-        Variable::new("MOLECULE_LLM_USAGE_TOKEN", token.clone()),
-    ];
-    if let Some(url) = &anthropic_base_url {
-        variables.push(Variable::new(
-            "MOLECULE_LLM_ANTHROPIC_BASE_URL",
-            url.clone(),
-        ));
-    }
-    if let Some(url) = usage_url {
-        variables.push(Variable::new("MOLECULE_LLM_USAGE_URL", url));
-    }
-    if !runtime.trim().eq_ignore_ascii_case(CLAUDE_CODE) {
-        variables.push(Variable::new("OPENAI_API_KEY", token));
-        variables.push(Variable::new("OPENAI_BASE_URL", base_url));
-    } else if let Some(url) = anthropic_base_url {
-        variables.push(Variable::new("ANTHROPIC_API_KEY", token));
-        variables.push(Variable::new("ANTHROPIC_BASE_URL", url));
-    }
+#[derive(Clone, PartialEq)]
+struct Contract {
+    of_claude_code: Vec<Variable>,
+    of_others: Vec<Variable>,
+}
 
-    for extra in proxy.extra_env.iter().filter(|extra| extra.is_for(runtime)) {
-        let value = match (&extra.value_from, &extra.value) {
-            (Some(source), _) => Value::Source(source),
-            (None, Some(text)) => {
-                Value::Literal(text.replace("{workspace_id}", workspace_id).into())
-            }
-            (None, None) => Value::Literal("".into()),
+impl From<ProxySettings> for Proxy {
+    fn from(settings: ProxySettings) -> Self {
+        let extra = settings.extra_env.iter().map(|extra| {
+            let value = match (&extra.value_from, &extra.value) {
+                (Some(source), _) => Value::Source(source.clone()),
+                (None, text) => Value::Literal(text.clone().unwrap_or_default()),
+            };
+            Variable::new(extra.name.as_str(), value)
+        });
+        Self {
+            extra: extra.collect(),
+            contract: Contract::of(&settings),
+            settings,
+        }
+    }
+}
+
+impl Contract {
+    fn of(settings: &ProxySettings) -> Option<Self> {
+        let literal = |text: &String| Value::Literal(text.clone());
+        let base_url = literal(settings.base_url.as_ref()?);
+        let token = match settings.usage_token.as_ref()? {
+            UsageToken::Literal(token) if token.is_empty() => return None,
+            UsageToken::Literal(token) => literal(token),
+            UsageToken::Reference(source) => Value::Source(source.clone()),
         };
-        variables.retain(|variable| variable.name != extra.name.as_str());
-        variables.push(Variable::new(extra.name.as_str(), value));
+        let anthropic_base_url = settings.anthropic_base_url.as_ref().map(literal);
+        let usage_url = settings.usage_url.as_ref().map(literal);
+
+        let mut of_all = vec![
+            Variable::new("MOLECULE_LLM_BASE_URL", base_url.clone()),
+            Variable::new("MOLECULE_LLM_USAGE_TOKEN", token.clone()),
+        ];
+        if let Some(url) = &anthropic_base_url {
+            of_all.push(Variable::new(
+                "MOLECULE_LLM_ANTHROPIC_BASE_URL",
+                url.clone(),
+            ));
+        }
+        if let Some(url) = usage_url {
+            of_all.push(Variable::new("MOLECULE_LLM_USAGE_URL", url));
+        }
+        let (mut of_claude_code, mut of_others) = (of_all.clone(), of_all);
+        of_others.push(Variable::new("OPENAI_API_KEY", token.clone()));
+        of_others.push(Variable::new("OPENAI_BASE_URL", base_url));
+        if let Some(url) = anthropic_base_url {
+            of_claude_code.push(Variable::new("ANTHROPIC_API_KEY", token));
+            of_claude_code.push(Variable::new("ANTHROPIC_BASE_URL", url));
+        }
+        Some(Self {
+            of_claude_code,
+            of_others,
+        })
     }
-    Some(variables)
+}
+
+impl Proxy {
+    /// The proxy variables of a container of this runtime, the contract's first, then extraEnv.
+    /// `None` if the proxy lacks its base URL or its usage token, and so is none.
+    #[must_use]
+    pub fn variables(&self, runtime: &str, workspace_id: &str) -> Option<Vec<Cow<'_, Variable>>> {
+        let contract = self.contract.as_ref()?;
+        let contract = if runtime.trim().eq_ignore_ascii_case(CLAUDE_CODE) {
+            &contract.of_claude_code
+        } else {
+            &contract.of_others
+        };
+        let mut variables: Vec<_> = contract.iter().map(Cow::Borrowed).collect();
+        let extra = self.settings.extra_env.iter().zip(&self.extra);
+        for (extra, variable) in extra.filter(|(extra, _)| extra.is_for(runtime)) {
+            variables.retain(|other| other.name() != variable.name());
+            variables.push(match &extra.value {
+                Some(text) if text.contains(WORKSPACE_ID) => {
+                    let value = Value::Literal(text.replace(WORKSPACE_ID, workspace_id));
+                    Cow::Owned(Variable::new(variable.name(), value))
+                }
+                _ => Cow::Borrowed(variable),
+            });
+        }
+        Some(variables)
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::core::patch::Content;
     use crate::core::policy::Policy;
 
     fn shown(proxy: &str, runtime: &str) -> Option<String> {
@@ -73,10 +123,9 @@ mod tests {
             .unwrap()
             .proxy
             .unwrap();
-        let variables = variables(&proxy, runtime, "ws-1")?;
-        let mut env = String::new();
-        Content::Entries(&variables).write(&mut env);
-        Some(env)
+        let variables = proxy.variables(runtime, "ws-1")?;
+        let entries: Vec<&str> = variables.iter().map(|variable| variable.entry()).collect();
+        Some(format!("[{}]", entries.join(",")))
     }
 
     #[test]

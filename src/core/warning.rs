@@ -1,11 +1,12 @@
 //! What the person who creates a pod should know: which uses of a vendor key are lost, and what stays and could lead
 //! past the meter. How a container is planned is plan.rs's business.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use super::env::{Changes, Variable, references};
-use super::plan::VendorKeys;
 use super::pod::Container;
+use super::policy::VendorKeys;
 
 /// The API server shows longer warnings shortened, in bytes.
 const LONGEST_WARNING: usize = 256;
@@ -58,9 +59,9 @@ impl Warning {
 
 /// Says what loses a vendor key that it refers to, and what stays and could lead past the meter.
 pub(super) fn of_container(
-    vendor_keys: &VendorKeys<'_>,
+    vendor_keys: &VendorKeys,
     container: &Container<'_>,
-    required: &[Variable<'_>],
+    required: &[Cow<'_, Variable>],
     changes: &Changes<'_>,
     warnings: &mut Vec<Warning>,
 ) {
@@ -69,14 +70,13 @@ pub(super) fn of_container(
         warnings.push(Warning { kind, text });
     };
     let entries = container.entries();
-    let is_required = |name: &str| required.iter().any(|variable| variable.name == name);
-    let comes = |name: &str| changes.add.iter().find(|variable| variable.name == name);
-    let is_mask = |variable: &Variable<'_>| *variable == Variable::mask(variable.name);
+    let is_required = |name: &str| required.iter().any(|variable| variable.name() == name);
+    let comes = |name: &str| changes.add.iter().find(|variable| variable.name() == name);
     // A key goes if its entry is removed, or if a new mask hides it; not if it comes with another value.
     let key_goes = |name: &str| {
         vendor_keys.contains(name)
             && match comes(name) {
-                Some(variable) => is_mask(variable),
+                Some(variable) => variable.is_mask(),
                 None => {
                     !is_required(name) && entries.iter().any(|entry| entry.name.as_str() == name)
                 }
@@ -134,7 +134,7 @@ pub(super) fn of_container(
 
 /// Whether a variable tells a vendor's client where to call: `X_BASE_URL` or `X_API_BASE`, where
 /// `X_API_KEY` or `X_AUTH_TOKEN` is a vendor key.
-fn is_vendor_base_url(vendor_keys: &VendorKeys<'_>, name: &str) -> bool {
+fn is_vendor_base_url(vendor_keys: &VendorKeys, name: &str) -> bool {
     let vendor = name
         .strip_suffix("_BASE_URL")
         .or_else(|| name.strip_suffix("_API_BASE"));

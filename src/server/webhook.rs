@@ -17,7 +17,7 @@ use tracing::{Instrument, Span, error, field, info, info_span, warn};
 
 use crate::core::admission::{Answer, BodyError, Decoded, Request, Task, decode, recordable};
 use crate::core::mode::{Resolution, Stored};
-use crate::core::patch::operations;
+use crate::core::patch::patch;
 use crate::core::plan::{Scope, plan};
 use crate::core::pod::{Pod, Text};
 use crate::core::policy::Policy;
@@ -343,10 +343,10 @@ impl App {
             record.outcome = "unchanged";
             return plan.refusal().map_or(Ok(Answer::allowed(uid)), Err);
         }
-        let operations = operations(&plan, "");
-        record.patch_operations = operations.len();
+        let patch = patch(&plan, "");
+        record.patch_operations = patch.operations;
         record.changed = plan.changed();
-        let answer = Answer::allowed(uid).with_patch(&operations);
+        let answer = Answer::allowed(uid).with_patch(patch);
         for warning in &plan.warnings {
             self.metrics.warning(warning.kind);
         }

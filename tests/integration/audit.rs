@@ -197,8 +197,8 @@ fn a_pod_older_than_the_webhook_a_flipped_mode_and_an_outage_are_found_each_with
         })
     };
     let mode = "container \"agent\": MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED";
-    let all = "container \"agent\": MOLECULE_LLM_ANTHROPIC_BASE_URL, MOLECULE_LLM_BASE_URL, MOLECULE_LLM_BILLING_MODE, \
-        MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_USAGE_TOKEN, MOLECULE_LLM_USAGE_URL, OPENAI_API_KEY, OPENAI_BASE_URL";
+    let all = "container \"agent\": OPENAI_API_KEY, MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED, \
+        MOLECULE_LLM_BASE_URL, MOLECULE_LLM_USAGE_TOKEN, MOLECULE_LLM_ANTHROPIC_BASE_URL, MOLECULE_LLM_USAGE_URL, OPENAI_BASE_URL";
     let expected = json!({
         "pods": [
             one("flipped", json!("ReplicaSet/flipped"), FLIPPED, ("disabled", "byok"), json!(["wrong_mode"]), json!([mode])),

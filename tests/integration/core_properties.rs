@@ -27,11 +27,8 @@ const PROXY_VARIABLES: [&str; 8] = [
 
 fn vendor_keys() -> Vec<String> {
     let policy = Policy::default();
-    policy
-        .vendor_keys
-        .iter()
-        .map(|key| key.as_str().to_owned())
-        .collect()
+    let masks = policy.vendor_keys.masks().iter();
+    masks.map(|mask| mask.name().to_owned()).collect()
 }
 
 fn name() -> impl Strategy<Value = String> {

@@ -387,8 +387,8 @@ fn each_admission_is_one_line_of_the_log_that_tells_what_changed_or_why_it_was_r
         assert!(fields.remove("timestamp").is_some() && fields.remove("duration_ms").is_some());
         line
     };
-    let names = "HF_TOKEN, MOLECULE_LLM_ANTHROPIC_BASE_URL, MOLECULE_LLM_BASE_URL, MOLECULE_LLM_BILLING_MODE, \
-        MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_USAGE_TOKEN, MOLECULE_LLM_USAGE_URL, OPENAI_API_KEY and 1 more";
+    let names = "HF_TOKEN, MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_BASE_URL, \
+        MOLECULE_LLM_USAGE_TOKEN, MOLECULE_LLM_ANTHROPIC_BASE_URL, MOLECULE_LLM_USAGE_URL, OPENAI_API_KEY and 1 more";
     let expected = json!({
         "level": "INFO",
         "message": "admission",

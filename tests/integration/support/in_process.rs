@@ -2,7 +2,7 @@
 
 use llm_billing_webhook::core::admission::{Answer, BodyError, Decoded, Task, decode};
 use llm_billing_webhook::core::mode::Stored;
-use llm_billing_webhook::core::patch::operations;
+use llm_billing_webhook::core::patch::patch;
 use llm_billing_webhook::core::plan::plan;
 use llm_billing_webhook::core::policy::Policy;
 use llm_billing_webhook::core::refusal::Refusal;
@@ -44,7 +44,7 @@ pub(crate) fn written(policy: &Policy, stored: &Stored, body: &[u8]) -> Result<S
         known = Some((resolution, workspace_id(policy, pod)));
         let plan = plan(policy, resolution, pod, scope)?;
         Ok(Answer::allowed(uid)
-            .with_patch(&operations(&plan, ""))
+            .with_patch(patch(&plan, ""))
             .with_warnings(answered(&plan.warnings)))
     };
     let answer = decide().unwrap_or_else(|refusal| Answer::refused(uid, refusal));
