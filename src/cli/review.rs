@@ -112,7 +112,7 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
             };
             note(&format!("{title}: {what}, and stays as it is"))?;
         }
-        let patch = match reviewed(subject, &policy, database.as_ref(), args.mode).await {
+        let patch = match patch_of(subject, &policy, database.as_ref(), args.mode).await {
             Ok(patch) => patch,
             Err(error) => {
                 refused = true;
@@ -264,7 +264,7 @@ fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
 }
 
 /// What the webhook would patch; empty for what it leaves alone.
-async fn reviewed(
+async fn patch_of(
     subject: &Subject,
     policy: &crate::core::policy::Policy,
     database: Option<&Database>,

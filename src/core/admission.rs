@@ -252,19 +252,19 @@ pub struct Answer<'a> {
     warnings: Vec<String>,
     /// The resolution, and whose it is.
     resolution: Option<(Resolution, &'a str)>,
-    patch: Patch,
+    patch: Option<Patch>,
 }
 
 impl<'a> Answer<'a> {
     /// Allows the request as it is.
     #[must_use]
-    pub fn allowed(uid: &'a str) -> Self {
+    pub const fn allowed(uid: &'a str) -> Self {
         Self {
             uid,
             refusal: None,
             warnings: Vec::new(),
             resolution: None,
-            patch: Patch::default(),
+            patch: None,
         }
     }
 
@@ -279,7 +279,7 @@ impl<'a> Answer<'a> {
     /// Adds a patch, unless it has no operations.
     #[must_use]
     pub fn with_patch(mut self, patch: Patch) -> Self {
-        self.patch = patch;
+        self.patch = (patch.operations > 0).then_some(patch);
         self
     }
 
@@ -300,7 +300,8 @@ impl<'a> Answer<'a> {
     /// The answer in the bytes that are sent.
     #[must_use]
     pub fn written(&self) -> String {
-        let patch = STANDARD.encoded_length(self.patch.json.len());
+        let patch = self.patch.as_ref().map_or(0, |patch| patch.json.len());
+        let patch = STANDARD.encoded_length(patch);
         let mut out = String::with_capacity(MOST_BESIDES_PATCH + patch);
         object(&mut out, |review| {
             review.text("apiVersion", API_VERSION);
@@ -336,12 +337,12 @@ impl<'a> Answer<'a> {
                 annotations.text("workspace", workspace_id);
             });
         }
-        if self.patch.operations > 0 {
+        if let Some(patch) = &self.patch {
             response.text("patchType", "JSONPatch");
             // Base64 has nothing to escape.
             let out = response.member("patch");
             out.push('"');
-            STANDARD.encode_append(&self.patch.json, out);
+            STANDARD.encode_append(&patch.json, out);
             out.push('"');
         }
     }

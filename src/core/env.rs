@@ -1,5 +1,6 @@
-//! One container's env list: what must change in it, which variables its envFrom could bring, and what a
-//! `$(NAME)` refers to. Which variables are required, and of which containers, is plan.rs's business.
+//! One container's env list: what a required variable is and how it stands there, what must change, which variables
+//! envFrom could bring, and what a `$(NAME)` refers to. Which variables are required, and of which containers, is
+//! plan.rs's business.
 
 use std::borrow::Cow;
 
@@ -31,8 +32,7 @@ struct Parts {
 
 impl Variable {
     /// A variable of this name and value.
-    #[must_use]
-    pub fn new(name: &str, value: Value) -> Self {
+    pub(super) fn new(name: &str, value: Value) -> Self {
         let mut entry = String::new();
         object(&mut entry, |entry| {
             entry.text("name", name);
@@ -46,8 +46,7 @@ impl Variable {
     }
 
     /// An empty-valued entry, which hides what an envFrom source brings under the same name.
-    #[must_use]
-    pub fn mask(name: &str) -> Self {
+    pub(super) fn mask(name: &str) -> Self {
         Self::new(name, Value::Literal(String::new()))
     }
 
@@ -58,14 +57,12 @@ impl Variable {
     }
 
     /// As an env entry of a pod, in JSON.
-    #[must_use]
-    pub fn entry(&self) -> &str {
+    pub(super) fn entry(&self) -> &str {
         &self.0.entry
     }
 
     /// Whether it is an empty-valued entry.
-    #[must_use]
-    pub fn is_mask(&self) -> bool {
+    pub(super) fn is_mask(&self) -> bool {
         matches!(&self.0.value, Value::Literal(text) if text.is_empty())
     }
 

@@ -19,6 +19,7 @@ pub mod pod;
 pub mod policy;
 pub mod proxy;
 pub mod refusal;
+pub mod vendor_keys;
 pub mod warning;
 pub mod workload;
 pub mod workspace;

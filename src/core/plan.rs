@@ -9,10 +9,9 @@ use std::sync::LazyLock;
 use super::env::{Changes, Lengths, Value, Variable, could_bring, settle};
 use super::mode::{BillingMode, Reason, Resolution};
 use super::pod::{Container, ContainerList, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text};
-use super::policy::{
-    EnvFromRule, MODE_VARIABLE, NO_VENDOR_KEYS, Policy, RESOLVED_VARIABLE, VendorKeys,
-};
+use super::policy::{EnvFromRule, MODE_VARIABLE, Policy, RESOLVED_VARIABLE};
 use super::refusal::Refusal;
+use super::vendor_keys::VendorKeys;
 use super::warning::{Warning, of_container};
 use super::workspace::workspace_id;
 
@@ -53,21 +52,22 @@ pub struct ContainerPlan<'a> {
 }
 
 impl ContainerPlan<'_> {
-    /// The variables that are not settled, each once: those that stand there wrong, then those that are missing.
+    /// The variables that are not settled, each once: those that stand there wrong or too often, then those that are
+    /// missing.
     #[must_use]
     pub fn variables(&self) -> Vec<&str> {
         let Changes { remove, add, .. } = &self.changes;
         let entries = self.container.entries();
-        let mut wrong = Vec::with_capacity(remove.len() + add.len());
-        for entry in remove.iter().filter_map(|&index| entries.get(index)) {
-            if !wrong.contains(&entry.name.as_str()) {
-                wrong.push(entry.name.as_str());
+        let removed = remove.iter().filter_map(|&index| entries.get(index));
+        let removed = removed.map(|entry| entry.name.as_str());
+        let added = add.iter().map(|variable| variable.name());
+        let mut names = Vec::with_capacity(add.len());
+        for name in removed.chain(added) {
+            if !names.contains(&name) {
+                names.push(name);
             }
         }
-        let names = add.iter().map(|variable| variable.name());
-        let missing: Vec<&str> = names.filter(|name| !wrong.contains(name)).collect();
-        wrong.extend(missing);
-        wrong
+        names
     }
 }
 
@@ -193,7 +193,7 @@ impl Scope<'_> {
         };
         let old = match self {
             Self::NewEphemeralContainers(Some(old)) => old.containers(Ephemeral),
-            _ => &[],
+            Self::Pod | Self::Running | Self::NewEphemeralContainers(None) => &[],
         };
         let of = |&list| {
             let containers = pod.containers(list).iter().enumerate();
@@ -241,13 +241,15 @@ fn plan_annotations(
     (wrong.collect(), parent)
 }
 
+/// Modes but `platform_managed` take no key away.
+static NO_KEYS: VendorKeys = VendorKeys::NONE;
+
 /// What holds for every container of a pod.
 struct Rules<'a> {
     /// The variables of the mode, then the proxy's.
     required: Vec<Cow<'a, Variable>>,
     /// Which containers get those of the mode alone.
     excluded: Option<&'a BTreeSet<String>>,
-    /// None but on `platform_managed`.
     vendor_keys: &'a VendorKeys,
     env_from: EnvFromRule,
 }
@@ -255,7 +257,7 @@ struct Rules<'a> {
 /// So many variables carry the mode. Both say the resolver's answer, whatever branch asks.
 const OF_MODE: usize = 2;
 
-/// The variables that carry a mode, made once.
+/// The variables that carry a mode, made once for each, in the order of [`BillingMode::ALL`].
 fn of_mode(mode: BillingMode) -> &'static [Variable; OF_MODE] {
     static OF_MODES: LazyLock<[[Variable; OF_MODE]; 3]> = LazyLock::new(|| {
         BillingMode::ALL.map(|mode| {
@@ -276,7 +278,7 @@ impl<'a> Rules<'a> {
         let mut rules = Self {
             required: of_mode(mode).iter().map(Cow::Borrowed).collect(),
             excluded: None,
-            vendor_keys: &NO_VENDOR_KEYS,
+            vendor_keys: &NO_KEYS,
             env_from: policy.env_from,
         };
         if mode == BillingMode::PlatformManaged {
@@ -452,16 +454,48 @@ mod tests {
         let env = json!([{"name": "OPENAI_API_KEY", "value": "x"}, {"name": "OPENAI_BASE_URL"}, {"name": "KEEP", "value": "1"}]);
         let after = |name: &str| env_after(&policy, &json!({"name": name, "env": env})).unwrap();
         assert_eq!(after("c"), ["KEEP=1"]);
-        assert_eq!(
-            after("d"),
-            ["OPENAI_API_KEY=t", "OPENAI_BASE_URL=u", "KEEP=1"]
+        let of_proxy = ["OPENAI_API_KEY=t", "OPENAI_BASE_URL=u"];
+        assert_eq!(after("d"), [&of_proxy[..], &["KEEP=1"]].concat());
+        // Nothing hides there what envFrom could bring under a name that the proxy sets elsewhere.
+        let sources = json!([{"prefix": "OPENAI_", "secretRef": {"name": "s"}}]);
+        let after =
+            |name: &str| env_after(&policy, &json!({"name": name, "envFrom": sources})).unwrap();
+        assert_eq!(after("c"), ["OPENAI_API_KEY=", "OPENAI_BASE_URL="]);
+        assert_eq!(after("d"), of_proxy);
+    }
+
+    #[test]
+    fn extra_env_has_the_workspaces_id_as_the_pod_has_it_and_is_settled_by_it() {
+        let policy = policy(
+            "",
+            ", extraEnv: [{name: HEADERS, value: 'say \"{workspace_id}\"'}]",
         );
+        let id = r#"a"b\"#;
+        let mut pod = json!({
+            "metadata": {"labels": {"molecule.ai/workspace-id": id}, "annotations": {}},
+            "spec": {"containers": [{"name": "c", "env": []}]},
+        });
+        let patch_of = |pod: &Value| {
+            let text = pod.to_string();
+            let pod = serde_json::from_str(&text).unwrap();
+            let managed = Resolution::chosen(BillingMode::PlatformManaged);
+            let plan = plan(&policy, managed, &pod, Scope::Pod).unwrap();
+            patch(&plan, "").json
+        };
+        let patch: json_patch::Patch = serde_json::from_str(&patch_of(&pod)).unwrap();
+        json_patch::patch(&mut pod, &patch).unwrap();
+        let env = pod["spec"]["containers"][0]["env"].as_array().unwrap();
+        assert_eq!(
+            env.last().unwrap(),
+            &json!({"name": "HEADERS", "value": r#"say "a"b\""#})
+        );
+        assert_eq!(patch_of(&pod), "[]");
     }
 
     #[test]
     fn the_guard_names_containers_and_variables_and_no_values() {
         let policy = policy("", "");
-        let env = json!([{"name": "XAI_API_KEY", "value": "sk-secret"}, {"name": "XAI_API_KEY"}]);
+        let env = json!([{"name": "XAI_API_KEY", "value": "sk-secret"}, {"name": "HF_TOKEN"}, {"name": "XAI_API_KEY"}]);
         let refusal = |count: usize| {
             let containers: Vec<Value> = (0..count)
                 .map(|index| json!({"name": format!("c{index}"), "env": env}))
@@ -481,9 +515,9 @@ mod tests {
                       (another mutating webhook, perhaps), then create the pod again";
         let finding = |container: &str| {
             format!(
-                "container \"{container}\" has not settled XAI_API_KEY, MOLECULE_LLM_BILLING_MODE, \
-                 MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_BASE_URL, MOLECULE_LLM_USAGE_TOKEN, \
-                 MOLECULE_LLM_ANTHROPIC_BASE_URL, OPENAI_API_KEY, OPENAI_BASE_URL"
+                "container \"{container}\" has not settled XAI_API_KEY, HF_TOKEN, \
+                 MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_BASE_URL, \
+                 MOLECULE_LLM_USAGE_TOKEN, MOLECULE_LLM_ANTHROPIC_BASE_URL, OPENAI_API_KEY and 1 more"
             )
         };
         assert_eq!(refusal(0), None);

@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use serde_saphyr::Error as YamlError;
 use thiserror::Error;
 
-use super::env::{Lengths, Variable};
 use super::json::{Object, object};
 use super::pod::ValueFrom;
 use super::proxy::Proxy;
+use super::vendor_keys::VendorKeys;
 
 /// The policy file with every field and its default, commented. A test holds it equal to [`Policy::default`].
 pub const DEFAULT_POLICY: &str = include_str!("policy.default.yaml");
@@ -87,57 +87,13 @@ const VENDOR_KEYS: [&str; 23] = [
     "ZAI_API_KEY",
 ];
 
-/// Names of variables, in order and each once, with their masks made at the start. So few are found faster one by one
-/// than in a tree, for most differ in length.
-#[derive(Clone, PartialEq, Serialize, Deserialize)]
-#[serde(from = "BTreeSet<Name>", into = "BTreeSet<Name>")]
-pub struct VendorKeys {
-    masks: Vec<Variable>,
-    lengths: Lengths,
-}
-
-/// For a mode that forbids none.
-pub(super) static NO_VENDOR_KEYS: VendorKeys = VendorKeys {
-    masks: Vec::new(),
-    lengths: Lengths::NONE,
-};
-
-impl VendorKeys {
-    /// Whether the name is one of them.
-    pub(super) fn contains(&self, name: &str) -> bool {
-        self.lengths.has(name) && self.masks.iter().any(|mask| mask.name() == name)
-    }
-
-    /// The mask of each.
-    #[must_use]
-    pub fn masks(&self) -> &[Variable] {
-        &self.masks
-    }
-}
-
-impl From<VendorKeys> for BTreeSet<Name> {
-    fn from(VendorKeys { masks, .. }: VendorKeys) -> Self {
-        masks.iter().map(|mask| Name::of(mask.name())).collect()
-    }
-}
-
-impl From<BTreeSet<Name>> for VendorKeys {
-    fn from(names: BTreeSet<Name>) -> Self {
-        let names = || names.iter().map(Name::as_str);
-        Self {
-            masks: names().map(Variable::mask).collect(),
-            lengths: Lengths::of(names()),
-        }
-    }
-}
-
 /// A name that cannot be blank: of a variable, a label, a Secret, a key in it.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String")]
 pub struct Name(#[schemars(length(min = 1))] String);
 
 impl Name {
-    fn of(name: &str) -> Self {
+    pub(super) fn of(name: &str) -> Self {
         Self(name.to_owned())
     }
 

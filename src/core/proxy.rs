@@ -18,8 +18,8 @@ const WORKSPACE_ID: &str = "{workspace_id}";
 #[serde(from = "ProxySettings")]
 pub struct Proxy {
     /// What the operator decided.
-    pub settings: ProxySettings,
-    /// The contract's variables. None if the proxy lacks its base URL or its usage token, and so is none.
+    pub(super) settings: ProxySettings,
+    /// The contract's variables, unless the proxy is none.
     contract: Option<Contract>,
     /// Those of extraEnv, in its order.
     extra: Vec<Variable>,
@@ -102,8 +102,8 @@ impl Proxy {
         let extra = self.settings.extra_env.iter().zip(&self.extra);
         for (extra, variable) in extra.filter(|(extra, _)| extra.is_for(runtime)) {
             variables.retain(|other| other.name() != variable.name());
-            variables.push(match &extra.value {
-                Some(text) if text.contains(WORKSPACE_ID) => {
+            variables.push(match (&extra.value_from, &extra.value) {
+                (None, Some(text)) if text.contains(WORKSPACE_ID) => {
                     let value = Value::Literal(text.replace(WORKSPACE_ID, workspace_id));
                     Cow::Owned(Variable::new(variable.name(), value))
                 }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use super::env::{Changes, Variable, references};
 use super::pod::Container;
-use super::policy::VendorKeys;
+use super::vendor_keys::VendorKeys;
 
 /// The API server shows longer warnings shortened, in bytes.
 const LONGEST_WARNING: usize = 256;

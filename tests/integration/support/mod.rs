@@ -97,7 +97,9 @@ pub(crate) fn patch_of(answer: &Value) -> Value {
         return json!([]);
     };
     assert_eq!(response["patchType"], "JSONPatch");
-    serde_json::from_slice(&STANDARD.decode(patch).unwrap()).unwrap()
+    let patch = serde_json::from_slice(&STANDARD.decode(patch).unwrap()).unwrap();
+    assert_ne!(patch, json!([]), "{answer}");
+    patch
 }
 
 /// A review whose object is what the answer's patch makes of it.
