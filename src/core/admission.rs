@@ -201,14 +201,14 @@ impl Decoded<'_> {
 pub fn decode(body: &[u8]) -> Result<Decoded<'_>, BodyError> {
     // Looked at once, text need not be looked at piece by piece; what is no text has its place told by serde_json.
     let review = match str::from_utf8(body) {
-        Ok(text) => compact::from_str::<Envelope<'_, Request<'_>>>(text),
+        Ok(text) => compact::from_str::<Envelope<'_, Box<Request<'_>>>>(text),
         Err(_) => serde_json::from_slice(body),
     };
     let error = match review {
         Ok(envelope) => {
             return envelope
                 .checked(|request| request.uid.as_str())
-                .map(|request| Decoded::Request(Box::new(request)));
+                .map(Decoded::Request);
         }
         Err(error) => error,
     };

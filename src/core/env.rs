@@ -3,6 +3,7 @@
 //! plan.rs's business.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use super::json::object;
 use super::pod::{EnvEntry, EnvFrom};
@@ -17,10 +18,10 @@ pub enum Value {
     Source(EnvSource),
 }
 
-/// A variable that a container must have. Nearly all are made once, at the start, and lists of them are moved about for
-/// each container: hence the box. No `Debug`, as above.
+/// A variable that a container must have. Nearly all are made once, at the start; to clone one is cheap. No `Debug`, as
+/// above.
 #[derive(Clone, PartialEq)]
-pub struct Variable(Box<Parts>);
+pub struct Variable(Arc<Parts>);
 
 #[derive(Clone, PartialEq)]
 struct Parts {
@@ -42,7 +43,7 @@ impl Variable {
             }
         });
         let name = name.to_owned();
-        Self(Box::new(Parts { name, value, entry }))
+        Self(Arc::new(Parts { name, value, entry }))
     }
 
     /// An empty-valued entry, which hides what an envFrom source brings under the same name.

@@ -47,6 +47,11 @@ pub fn patch(plan: &Plan<'_>, root: &str) -> Patch {
     patch
 }
 
+// How operations begin, up to their path. Patches are the most of what is written, and their members always the same.
+const ADD: &str = r#"{"op":"add","path":""#;
+const REPLACE: &str = r#"{"op":"replace","path":""#;
+const REMOVE: &str = r#"{"op":"remove","path":""#;
+
 /// The bytes of most patches are no more, and hardly fewer.
 fn room(plan: &Plan<'_>) -> usize {
     const BESIDE_AN_ENTRY: usize = 80;
@@ -69,10 +74,10 @@ impl Patch {
 
         // Nothing stays: one operation writes the whole list.
         let Some(entries) = &plan.container.env else {
-            return self.write("add", &env, None, Some(Content::Entries(add)));
+            return self.write(ADD, &env, None, Some(Content::Entries(add)));
         };
         if remove.len() == entries.len() {
-            return self.write("replace", &env, None, Some(Content::Entries(add)));
+            return self.write(REPLACE, &env, None, Some(Content::Entries(add)));
         }
         // What comes stands first, so it can take the places of entries that go from the list's head. All
         // else is removed from the end, so that the indices before it hold.
@@ -83,10 +88,10 @@ impl Patch {
             .count();
         let replaced = head.min(add.len());
         for &index in remove.iter().skip(replaced).rev() {
-            self.write("remove", &env, Some(index), None);
+            self.write(REMOVE, &env, Some(index), None);
         }
         for (index, variable) in add.iter().enumerate() {
-            let op = if index < replaced { "replace" } else { "add" };
+            let op = if index < replaced { REPLACE } else { ADD };
             self.write(op, &env, Some(index), Some(Content::Entry(variable)));
         }
     }
@@ -95,7 +100,7 @@ impl Patch {
         let all = plan.annotations.as_slice();
         let mut add = |place: &str, content| {
             let path = [root, "/metadata", place].concat();
-            self.write("add", &path, None, Some(content));
+            self.write(ADD, &path, None, Some(content));
         };
         match plan.annotations_parent {
             AnnotationsParent::NoMetadata => add("", Content::Metadata(all)),
@@ -117,9 +122,7 @@ impl Patch {
             out.push(',');
         }
         self.operations += 1;
-        out.push_str("{\"op\":\"");
         out.push_str(op);
-        out.push_str("\",\"path\":\"");
         out.push_str(path);
         if let Some(index) = entry {
             out.push('/');
