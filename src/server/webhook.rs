@@ -182,6 +182,11 @@ async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response 
     ([(header::CONTENT_TYPE, "application/json")], json).into_response()
 }
 
+/// To the microsecond; what is finer would be noise.
+fn milliseconds(time: Duration) -> f64 {
+    f64::from(u32::try_from(time.as_micros()).unwrap_or(u32::MAX)) / 1000.0
+}
+
 /// The query that the API server adds to the webhook's URL.
 #[derive(serde::Deserialize)]
 struct Patience {
@@ -427,7 +432,7 @@ impl App {
             code = record.code,
             changed = clipped(&record.changed, MOST_TOLD),
             patch_operations = record.patch_operations,
-            duration_ms = took.as_secs_f64() * 1000.0,
+            duration_ms = milliseconds(took),
             "admission"
         );
         let operation = match (operation, sub_resource) {
