@@ -70,7 +70,8 @@ fn of_entries(count: usize) -> String {
 }
 
 fn of_containers(count: usize) -> String {
-    format!("{count} containers, 20 entries")
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} container{plural}, 20 entries")
 }
 
 fn measure(criterion: &mut Criterion, id: &str, body: &[u8]) {

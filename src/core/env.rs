@@ -18,8 +18,9 @@ pub enum Value {
     Source(EnvSource),
 }
 
-/// A variable that a container must have. Nearly all are made once, at the start; to clone one is cheap. No `Debug`, as
-/// above.
+/// A variable that a container must have. Nearly all are made once, at the start, and lists borrow those, so that the
+/// processor's cores do not share a count; one that a workspace's id is in is shared by the lists of its pod. No `Debug`,
+/// as above.
 #[derive(Clone, PartialEq)]
 pub struct Variable(Arc<Parts>);
 

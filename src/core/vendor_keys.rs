@@ -9,7 +9,7 @@ use super::env::{Lengths, Variable};
 use super::policy::Name;
 
 /// Names of variables, in order and each once, their masks made at the start. So few are found faster one by one than in
-/// a tree, for most differ in length.
+/// a tree, for most differ in length. Serialized for the default in the policy's schema.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(from = "BTreeSet<Name>", into = "BTreeSet<Name>")]
 pub struct VendorKeys {
