@@ -144,29 +144,24 @@ fn a_real_prometheus_scrapes_every_series_on_the_page() {
         .stderr(Stdio::null())
         .spawn()
         .expect("Prometheus is not installed; scripts/check installs it");
-    let names = || -> Option<BTreeSet<String>> {
-        let url = format!("http://127.0.0.1:{port}/api/v1/label/__name__/values");
-        let text = run
-            .webhook
-            .client
-            .get(url)
-            .call()
-            .ok()?
-            .body_mut()
-            .read_to_string()
-            .ok()?;
-        let answer: Value = serde_json::from_str(&text).ok()?;
-        serde_json::from_value(answer["data"].clone()).ok()
+    let ask = |path: &str| -> Option<Value> {
+        let url = format!("http://127.0.0.1:{port}/api/v1/{path}");
+        let mut answer = run.webhook.client.get(url).call().ok()?;
+        serde_json::from_str(&answer.body_mut().read_to_string().ok()?).ok()
     };
     let scraped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        // `up` is written when a scrape has ended; before that, only some of its names are known.
         wait_for("Prometheus has scraped", || {
-            names().filter(|names| names.contains("llm_billing_build_info"))
-        })
+            ask("query?query=up%3D%3D1")?["data"]["result"]
+                .get(0)
+                .cloned()
+        });
+        ask("label/__name__/values").unwrap()["data"].take()
     }));
     // Both fail only if it has ended already.
     let _ = child.kill();
     let _ = child.wait();
-    let scraped = scraped.unwrap();
+    let scraped: BTreeSet<String> = serde_json::from_value(scraped.unwrap()).unwrap();
     for (name, (kind, _)) in documented() {
         let name = if kind == "histogram" {
             format!("{name}_bucket")
