@@ -86,42 +86,68 @@ pub struct Resource<'a> {
     pub resource: Text<'a>,
 }
 
+/// What the webhook acts on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// A pod is created.
+    Create,
+    /// A running pod gets ephemeral containers.
+    AddEphemeralContainers,
+}
+
+impl Act {
+    /// `None` for every other request: another resource, or an update that cannot change env.
+    pub(super) fn of(
+        group: &str,
+        resource: &str,
+        sub_resource: &str,
+        operation: &str,
+    ) -> Option<Self> {
+        match (group, resource, sub_resource, operation) {
+            ("", "pods", "", "CREATE") => Some(Self::Create),
+            ("", "pods", "ephemeralcontainers", "UPDATE") => Some(Self::AddEphemeralContainers),
+            _ => None,
+        }
+    }
+}
+
 /// What a request asks for.
 #[derive(Clone, Copy, Debug)]
 pub enum Task<'r> {
     /// A pod is to be planned.
     Plan(&'r Pod<'r>, Scope<'r>),
-    /// Nothing that the webhook acts on: another resource, or an update that cannot change env.
+    /// Nothing that the webhook acts on.
     Untouched,
 }
 
-impl<'a> Request<'a> {
+impl Request<'_> {
+    /// What the webhook acts on, if it does.
+    #[must_use]
+    pub fn act(&self) -> Option<Act> {
+        let Resource { group, resource } = self.resource.as_ref()?;
+        let sub_resource = self.sub_resource.as_ref().map_or("", Text::as_str);
+        let operation = self.operation.as_str();
+        Act::of(group.as_str(), resource.as_str(), sub_resource, operation)
+    }
+
     /// What the request asks for.
     ///
     /// # Errors
     /// [`Refusal::NoObject`] if there is something to plan and the pod is not there.
     pub fn task(&self) -> Result<Task<'_>, Refusal> {
-        let resource = self
-            .resource
-            .as_ref()
-            .map(|resource| (resource.group.as_str(), resource.resource.as_str()));
-        let sub_resource = self.sub_resource.as_ref().map_or("", Text::as_str);
-        let object = || self.object.as_ref().ok_or(Refusal::NoObject);
-        match (resource, sub_resource, self.operation.as_str()) {
-            (Some(("", "pods")), "", "CREATE") => Ok(Task::Plan(object()?, Scope::Pod)),
-            (Some(("", "pods")), "ephemeralcontainers", "UPDATE") => {
-                let (pod, scope) = (
-                    object()?,
-                    Scope::NewEphemeralContainers(self.old_object.as_ref()),
-                );
-                Ok(if scope.is_empty(pod) {
-                    Task::Untouched
-                } else {
-                    Task::Plan(pod, scope)
-                })
-            }
-            _ => Ok(Task::Untouched),
-        }
+        let Some(act) = self.act() else {
+            return Ok(Task::Untouched);
+        };
+        let pod = self.object.as_ref().ok_or(Refusal::NoObject)?;
+        let scope = match act {
+            Act::Create => Scope::Pod,
+            Act::AddEphemeralContainers => Scope::NewEphemeralContainers(self.old_object.as_ref()),
+        };
+        Ok(if scope.is_empty(pod) {
+            Task::Untouched
+        } else {
+            Task::Plan(pod, scope)
+        })
     }
 
     /// The pod's namespace.

@@ -104,10 +104,13 @@ impl Plan<'_> {
     /// What the guard says of containers that are not settled: by name, never by value.
     #[must_use]
     pub fn refusal(&self) -> Option<Refusal> {
+        if self.containers.is_empty() {
+            return None;
+        }
         let findings = self.told(|told, name| {
             told.push_str(&format!("container {name:?} has not settled "));
         });
-        (!self.containers.is_empty()).then_some(Refusal::NotSettled { findings })
+        Some(Refusal::NotSettled { findings })
     }
 
     /// Which variables change in which container: by name, never by value.

@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::admission::misfit;
+use super::admission::{Act, misfit};
 use super::plan::Scope;
 use super::pod::Pod;
 use super::refusal::Refusal;
@@ -81,23 +81,26 @@ pub fn subjects(document: Value, namespace: &str) -> Vec<Subject> {
         .iter()
         .find(|known| (known.0, known.1) == (api_version, kind))
         .map_or(Pods::Nowhere, |known| Pods::At(known.2));
-    let metadata = |field: &str| {
-        document
-            .pointer(&format!("/metadata/{field}"))
-            .and_then(Value::as_str)
-    };
-    let namespace = metadata("namespace").unwrap_or(namespace).to_owned();
-    let name = metadata("name")
-        .or_else(|| metadata("generateName"))
-        .unwrap_or("(unnamed)");
+    let own = metadata(&document, "namespace");
+    let namespace = own.unwrap_or(namespace).to_owned();
     let kind = if kind.is_empty() { "(no kind)" } else { kind };
-    let title = format!("{kind} {namespace}/{name}");
+    let title = format!("{kind} {namespace}/{}", name_of(&document));
     vec![Subject {
         title,
         namespace,
         pods,
         object: document,
     }]
+}
+
+fn metadata<'o>(object: &'o Value, field: &str) -> Option<&'o str> {
+    object.pointer("/metadata")?.get(field)?.as_str()
+}
+
+/// What an object is called, or the beginning of its name if that is made later.
+fn name_of(object: &Value) -> &str {
+    let name = metadata(object, "name").or_else(|| metadata(object, "generateName"));
+    name.unwrap_or("(unnamed)")
 }
 
 /// Items of a typed list, such as a PodList, may leave out their own kind.
@@ -119,31 +122,24 @@ fn of_request(mut review: Value, namespace: &str) -> Subject {
             .unwrap_or_default()
             .to_owned()
     };
-    let operation = text("/request/operation");
-    let what = (
-        text("/request/resource/resource"),
-        text("/request/subResource"),
+    let act = Act::of(
+        &text("/request/resource/group"),
+        &text("/request/resource/resource"),
+        &text("/request/subResource"),
+        &text("/request/operation"),
     );
     let namespace = Some(text("/request/namespace"))
         .filter(|own| !own.is_empty())
         .unwrap_or(namespace.to_owned());
     let mut take = |pointer: &str| review.pointer_mut(pointer).map_or(Value::Null, Value::take);
     let (object, old) = (take("/request/object"), take("/request/oldObject"));
-    let pods = match (what.0.as_str(), what.1.as_str(), operation.as_str()) {
-        ("pods", "", "CREATE") => Pods::At(""),
-        ("pods", "ephemeralcontainers", "UPDATE") => Pods::Update(old),
-        _ => Pods::Untouched,
+    let pods = match act {
+        Some(Act::Create) => Pods::At(""),
+        Some(Act::AddEphemeralContainers) => Pods::Update(old),
+        None => Pods::Untouched,
     };
-    let metadata = |field: &str| {
-        object
-            .pointer(&format!("/metadata/{field}"))
-            .and_then(Value::as_str)
-    };
-    let name = metadata("name")
-        .or_else(|| metadata("generateName"))
-        .unwrap_or("(unnamed)");
     Subject {
-        title: format!("Pod {namespace}/{name}"),
+        title: format!("Pod {namespace}/{}", name_of(&object)),
         namespace,
         pods,
         object,
@@ -314,11 +310,11 @@ mod tests {
 
     #[test]
     fn an_admission_review_is_the_object_of_its_request() {
-        let review = |resource: &str, sub_resource: &str, operation: &str| {
+        let review_of = |group: &str, resource: &str, sub_resource: &str, operation: &str| {
             json!({
                 "kind": "AdmissionReview",
                 "request": {
-                    "resource": {"resource": resource},
+                    "resource": {"group": group, "resource": resource},
                     "subResource": sub_resource,
                     "operation": operation,
                     "namespace": "n",
@@ -327,12 +323,16 @@ mod tests {
                 },
             })
         };
+        let review = |resource: &str, sub_resource: &str, operation: &str| {
+            review_of("", resource, sub_resource, operation)
+        };
         let one = |document: Value| subjects(document, "default").remove(0);
         for (document, acts) in [
             (review("pods", "", "CREATE"), true),
             (review("pods", "ephemeralcontainers", "UPDATE"), true),
             (review("pods", "", "UPDATE"), false),
             (review("deployments", "", "CREATE"), false),
+            (review_of("metrics.k8s.io", "pods", "", "CREATE"), false),
         ] {
             let subject = one(document);
             assert_eq!(

@@ -38,9 +38,12 @@ use crate::core::workspace::ParameterValue;
 /// Lookups at most that run or wait for a connection. Over a thousand pods at once are more than the API servers
 /// of a large cluster ask about, and their lookups are over in a fraction of a second.
 const MOST_LOOKUPS: usize = 1024;
-/// The same after a lookup that timed out, until one ends in time: enough to find out that the database is back,
-/// and few enough that a database that hangs holds up few admissions.
+/// The same after a lookup that failed at its deadline, until one ends in time: enough to find out that the database is
+/// back, and few enough that a database that hangs or is not there holds up few admissions.
 const MOST_LOOKUPS_IN_DOUBT: usize = MOST_CONNECTIONS;
+/// A lookup whose caller waits no longer than this says nothing of the database if it fails. API servers wait for
+/// seconds; were it otherwise, a client in haste could make others' lookups too many.
+const HASTE: Duration = Duration::from_millis(100);
 /// Lookups that an audit runs at a time, where it cannot ask for many at once: pods that wait come first.
 const MOST_LOOKUPS_OF_AN_AUDIT: usize = 4;
 /// The id that `check` looks up. No workspace should have it; it is no mistake if one does.
@@ -77,7 +80,7 @@ pub struct Database {
     pub metrics: ConnectionMetrics,
 }
 
-/// How many lookups there are, and whether the last one to end timed out.
+/// How many lookups there are, and whether the last one to end failed at its deadline.
 #[derive(Default)]
 struct Crowd {
     lookups: AtomicUsize,
@@ -106,6 +109,25 @@ impl Drop for Place<'_> {
     }
 }
 
+/// How long a lookup may take.
+#[derive(Clone, Copy)]
+struct Deadlines {
+    /// Nobody waits any longer.
+    caller: Instant,
+    /// The database should have answered, whether somebody waits or not.
+    database: Instant,
+}
+
+impl Deadlines {
+    fn of(time: Duration, limit: Option<Duration>) -> Self {
+        let now = Instant::now();
+        Self {
+            caller: now + limit.map_or(time, |limit| limit.min(time)),
+            database: now + time,
+        }
+    }
+}
+
 /// The URL in use, and the connections to it.
 struct Current {
     url: UrlText,
@@ -117,7 +139,7 @@ impl Current {
         &self,
         query: &Arc<str>,
         parameters: &[ParameterValue],
-        deadline: Instant,
+        deadlines: Deadlines,
         metrics: &ConnectionMetrics,
     ) -> Result<Stored, sqlx::Error> {
         let one = |begin| One {
@@ -127,9 +149,9 @@ impl Current {
         };
         match &self.pool {
             AnyPool::Postgres { pool, begin } => {
-                fetch(pool, &one(begin.as_ref()), deadline, metrics).await
+                fetch(pool, &one(begin.as_ref()), deadlines, metrics).await
             }
-            AnyPool::Sqlite(pool) => fetch(pool, &one(None), deadline, metrics).await,
+            AnyPool::Sqlite(pool) => fetch(pool, &one(None), deadlines, metrics).await,
         }
     }
 }
@@ -239,10 +261,17 @@ impl Database {
         limit: Option<Duration>,
     ) -> Result<Stored, LookupError> {
         let _place = self.crowd.enter().ok_or(LookupError::Crowded)?;
-        let time = limit.map_or(self.timeout, |limit| limit.min(self.timeout));
-        let result = self.lookup_uncrowded(parameters, time).await;
-        let timed_out = matches!(result, Err(LookupError::Timeout));
-        self.crowd.in_doubt.store(timed_out, Ordering::Relaxed);
+        let deadlines = Deadlines::of(self.timeout, limit);
+        let result = self.lookup_uncrowded(parameters, deadlines).await;
+        let in_doubt = match &result {
+            // The server's own time-out may be shorter.
+            Err(LookupError::Timeout) => true,
+            Err(_) => Instant::now() >= deadlines.caller,
+            Ok(_) => false,
+        };
+        if !in_doubt || limit.is_none_or(|limit| limit > HASTE) {
+            self.crowd.in_doubt.store(in_doubt, Ordering::Relaxed);
+        }
         result
     }
 
@@ -250,12 +279,11 @@ impl Database {
     async fn lookup_uncrowded(
         &self,
         parameters: &[ParameterValue],
-        time: Duration,
+        deadlines: Deadlines,
     ) -> Result<Stored, LookupError> {
-        let deadline = Instant::now() + time;
         let used = self.current();
         let mut result = used
-            .fetch(&self.query, parameters, deadline, &self.metrics)
+            .fetch(&self.query, parameters, deadlines, &self.metrics)
             .await;
         if result.as_ref().is_err_and(is_login_refused) {
             // Whoever reads the file first: what counts is whether there is another URL by now. A file that
@@ -264,7 +292,7 @@ impl Database {
             let now = self.current();
             if now.url != used.url {
                 result = now
-                    .fetch(&self.query, parameters, deadline, &self.metrics)
+                    .fetch(&self.query, parameters, deadlines, &self.metrics)
                     .await;
             }
         }
@@ -290,8 +318,8 @@ impl Database {
                 many,
                 begin: begin.as_ref(),
             };
-            let deadline = Instant::now() + self.timeout;
-            let answered = fetch(pool, &asked, deadline, &self.metrics).await;
+            let deadlines = Deadlines::of(self.timeout, None);
+            let answered = fetch(pool, &asked, deadlines, &self.metrics).await;
             match answered.map_err(LookupError::from) {
                 Ok(stored) if stored.len() == many.len() => {
                     return Ok(stored.into_iter().map(Ok).collect());
@@ -302,7 +330,7 @@ impl Database {
             }
         }
         let one = async |parameters: &Vec<ParameterValue>| match self
-            .lookup_uncrowded(parameters, self.timeout)
+            .lookup_uncrowded(parameters, Deadlines::of(self.timeout, None))
             .await
         {
             Err(unusable @ LookupError::Unusable(_)) => Ok(Err(unusable)),
@@ -354,11 +382,11 @@ impl Database {
                 // What is prepared under a name would stay with the pooler.
                 AnyPool::Postgres { begin: Some(_), .. } => Ok(None),
                 AnyPool::Postgres { pool, .. } => {
-                    let mut lent = pool.lend().await?;
+                    let mut lent = pool.lend(deadline).await?;
                     count((&mut lent.connection).prepare(query).await?.parameters())
                 }
                 AnyPool::Sqlite(pool) => {
-                    let mut lent = pool.lend().await?;
+                    let mut lent = pool.lend(deadline).await?;
                     count((&mut lent.connection).prepare(query).await?.parameters())
                 }
             }
@@ -387,13 +415,14 @@ fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sq
     Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
 }
 
-/// Fetches over one of the pool's connections. One that was not answered is closed, for its query may not have ended.
+/// Fetches over one of the pool's connections. One that was not answered in time is closed, for its query may not have
+/// ended.
 /// A server that restarted leaves stale connections, at most as many as there are, and each shows itself only when it is
 /// used; then the next one is tried. To ask each before would cost every lookup a round trip.
 async fn fetch<C, A>(
     pool: &Arc<Pool<C>>,
     asked: &A,
-    deadline: Instant,
+    deadlines: Deadlines,
     metrics: &ConnectionMetrics,
 ) -> Result<A::Answer, sqlx::Error>
 where
@@ -404,14 +433,16 @@ where
     let mut tries_left = MOST_CONNECTIONS;
     loop {
         let waits_since = Instant::now();
-        let lent = timeout_at(deadline, pool.lend()).await;
+        let lent = pool.lend(deadlines.caller).await;
         metrics.wait.observe(waits_since.elapsed().as_secs_f64());
-        let lent = lent.unwrap_or(Err(sqlx::Error::PoolTimedOut))?;
-        // A client that goes away drops this future wherever it waits.
-        let mut lent = scopeguard::guard(lent, |lent| Arc::clone(pool).settle(lent, deadline));
-        let fetched = timeout_at(deadline, asked.ask(&mut lent.connection)).await;
+        let lent = lent?;
+        // A client that goes away drops this future wherever it waits, and one in haste waits no longer.
+        let settle = |lent| Arc::clone(pool).settle(lent, deadlines.database);
+        let mut lent = scopeguard::guard(lent, settle);
+        let fetched = timeout_at(deadlines.caller, asked.ask(&mut lent.connection)).await;
+        let fetched = fetched.map_err(|_| sqlx::Error::PoolTimedOut)?;
         let lent = ScopeGuard::into_inner(lent);
-        match fetched.unwrap_or(Err(sqlx::Error::PoolTimedOut)) {
+        match fetched {
             Err(error) if is_stale(&error) && tries_left > 0 => {
                 tries_left -= 1;
                 metrics.retries.inc();

@@ -68,10 +68,12 @@ where
         })
     }
 
-    /// The connection that was used last, or a new one. Waits for a place, and for a server that is not there yet, as
-    /// long as the caller does.
-    pub(super) async fn lend(&self) -> Result<Lent<C>, sqlx::Error> {
-        let place = Arc::clone(&self.places).acquire_owned().await;
+    /// The connection that was used last, or a new one. Waits until the deadline for a place, and for a server that is
+    /// not there yet; what it was that kept it waiting is the error.
+    pub(super) async fn lend(&self, deadline: Instant) -> Result<Lent<C>, sqlx::Error> {
+        let place = Arc::clone(&self.places).acquire_owned();
+        let place = timeout_at(deadline, place).await;
+        let place = place.map_err(|_| sqlx::Error::PoolTimedOut)?;
         let place = place.map_err(|_| sqlx::Error::PoolClosed)?;
         let idle = self.idle().pop();
         let (connection, made) = match idle {
@@ -79,7 +81,7 @@ where
                 connection, made, ..
             }) => (connection, made),
             // The future that connects is large and seldom needed: apart, it is not copied with all that hold it.
-            None => (Box::pin(self.connect()).await?, Instant::now()),
+            None => (Box::pin(self.connect(deadline)).await?, Instant::now()),
         };
         Ok(Lent {
             connection,
@@ -88,15 +90,21 @@ where
         })
     }
 
-    async fn connect(&self) -> Result<C, sqlx::Error> {
-        let mut pause = RETRY_PAUSE;
-        loop {
-            match self.options.connect().await {
-                Err(error) if is_passing(&error) => sleep(pause).await,
-                connected => return connected,
+    async fn connect(&self, deadline: Instant) -> Result<C, sqlx::Error> {
+        let mut failure = sqlx::Error::PoolTimedOut;
+        let connecting = async {
+            let mut pause = RETRY_PAUSE;
+            loop {
+                match self.options.connect().await {
+                    Err(error) if is_passing(&error) => failure = error,
+                    connected => return connected,
+                }
+                sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_RETRY_PAUSE);
             }
-            pause = (pause * 2).min(LONGEST_RETRY_PAUSE);
-        }
+        };
+        let connected = timeout_at(deadline, connecting).await;
+        connected.unwrap_or(Err(failure))
     }
 
     /// Takes a connection back whose question was answered.
@@ -175,6 +183,10 @@ mod tests {
         Pool::new(SqliteConnectOptions::new())
     }
 
+    async fn lend(pool: &Pool<SqliteConnection>) -> Result<Lent<SqliteConnection>, sqlx::Error> {
+        pool.lend(Instant::now() + Duration::from_millis(200)).await
+    }
+
     fn counts(pool: &Pool<SqliteConnection>) -> (usize, usize) {
         let Connections { used, idle } = pool.connections();
         (used, idle)
@@ -183,14 +195,14 @@ mod tests {
     #[tokio::test]
     async fn the_connection_that_was_used_last_is_lent_first() {
         let pool = pool();
-        let [mut one, other] = [pool.lend().await.unwrap(), pool.lend().await.unwrap()];
+        let [mut one, other] = [lend(&pool).await.unwrap(), lend(&pool).await.unwrap()];
         let mark = "CREATE TABLE mark (id INTEGER)";
         one.connection.execute(mark).await.unwrap();
         assert_eq!(counts(&pool), (2, 0));
         pool.give_back(other);
         pool.give_back(one);
         assert_eq!(counts(&pool), (0, 2));
-        let mut lent = pool.lend().await.unwrap();
+        let mut lent = lend(&pool).await.unwrap();
         assert_eq!(counts(&pool), (1, 1));
         // Each connection has a database of its own, so that the table is there already.
         lent.connection.execute(mark).await.unwrap_err();
@@ -203,16 +215,16 @@ mod tests {
         let pool = pool();
         let mut all = Vec::new();
         for _ in 0..MOST_CONNECTIONS {
-            all.push(pool.lend().await.unwrap());
+            all.push(lend(&pool).await.unwrap());
         }
-        let moment = Duration::from_millis(50);
-        assert!(timeout(moment, pool.lend()).await.is_err());
+        let none = lend(&pool).await.map(drop).unwrap_err();
+        assert!(matches!(none, sqlx::Error::PoolTimedOut), "{none}");
         // Dropped, it is closed, and another can be made in its place.
         all.pop();
         assert_eq!(counts(&pool), (MOST_CONNECTIONS - 1, 0));
-        let lent = timeout(moment, pool.lend()).await.unwrap().unwrap();
+        let lent = lend(&pool).await.unwrap();
         Arc::clone(&pool).settle(lent, Instant::now() + LONGEST_LIFE);
-        let lent = timeout(moment, pool.lend()).await.unwrap().unwrap();
+        let lent = lend(&pool).await.unwrap();
         assert_eq!(counts(&pool), (MOST_CONNECTIONS, 0));
         drop(lent);
     }
@@ -227,7 +239,7 @@ mod tests {
             (minute, LONGEST_LIFE, 0),
         ] {
             let pool = pool();
-            pool.give_back(pool.lend().await.unwrap());
+            pool.give_back(lend(&pool).await.unwrap());
             for idle in pool.idle().iter_mut() {
                 (idle.since, idle.made) = (ago(unused), ago(age));
             }
@@ -237,7 +249,7 @@ mod tests {
         // One that is used all the time is old when it comes back.
         for (age, kept) in [(LONGEST_LIFE - minute, 1), (LONGEST_LIFE, 0)] {
             let pool = pool();
-            let mut lent = pool.lend().await.unwrap();
+            let mut lent = lend(&pool).await.unwrap();
             lent.made = ago(age);
             pool.give_back(lent);
             assert_eq!(counts(&pool), (0, kept), "{age:?}");

@@ -15,11 +15,11 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 use tracing::{Instrument, Span, error, field, info, info_span, warn};
 
-use crate::core::admission::{Answer, BodyError, Decoded, Request, Task, decode, recordable};
+use crate::core::admission::{Act, Answer, BodyError, Decoded, Request, Task, decode, recordable};
 use crate::core::mode::{Resolution, Stored};
 use crate::core::patch::patch;
-use crate::core::plan::{Scope, plan};
-use crate::core::pod::{Pod, Text};
+use crate::core::plan::plan;
+use crate::core::pod::Text;
 use crate::core::policy::Policy;
 use crate::core::refusal::Refusal;
 use crate::core::warning::answered;
@@ -322,9 +322,8 @@ impl App {
     ) -> Result<Answer<'r>, Refusal> {
         let uid = request.uid.as_str();
         record.outcome = "untouched";
-        let (pod, scope): (&Pod<'_>, Scope<'_>) = match request.task()? {
-            Task::Plan(pod, scope) => (pod, scope),
-            Task::Untouched => return Ok(Answer::allowed(uid)),
+        let Task::Plan(pod, scope) = request.task()? else {
+            return Ok(Answer::allowed(uid));
         };
         record.workspace = recordable(workspace_id(&self.policy, pod)).to_owned();
         let resolution = match identify(&self.policy, pod, request.namespace())? {
@@ -339,14 +338,12 @@ impl App {
         };
         record.resolution = Some(resolution);
         let plan = info_span!("plan").in_scope(|| plan(&self.policy, resolution, pod, scope))?;
-        record.outcome = if plan.is_empty() {
-            "unchanged"
-        } else {
-            "patched"
-        };
+        record.outcome = "unchanged";
         if webhook == Webhook::Validate {
-            record.outcome = "unchanged";
             return plan.refusal().map_or(Ok(Answer::allowed(uid)), Err);
+        }
+        if !plan.is_empty() {
+            record.outcome = "patched";
         }
         let patch = patch(&plan, "");
         record.patch_operations = patch.operations;
@@ -400,9 +397,6 @@ impl App {
         let source = resolution.map_or("none", |resolution| resolution.source.as_str());
         let reason = resolution.map_or("none", |resolution| resolution.reason.as_str());
         let operation = request.map_or("", |request| request.operation.as_str());
-        let sub_resource = request
-            .and_then(|request| request.sub_resource.as_ref())
-            .map_or("", Text::as_str);
         let metadata = request.and_then(|request| request.object.as_ref()?.metadata.as_ref());
         let uid = clipped(decoded.uid(), LONGEST_NAME);
         let namespace = name(request.and_then(|request| request.namespace.as_ref()));
@@ -435,10 +429,10 @@ impl App {
             duration_ms = milliseconds(took),
             "admission"
         );
-        let operation = match (operation, sub_resource) {
-            ("CREATE", "") => "create",
-            ("UPDATE", "ephemeralcontainers") => "ephemeralcontainers",
-            _ => "other",
+        let operation = match request.and_then(|request| request.act()) {
+            Some(Act::Create) => "create",
+            Some(Act::AddEphemeralContainers) => "ephemeralcontainers",
+            None => "other",
         };
         let outcome = record.outcome;
         self.metrics.admission(

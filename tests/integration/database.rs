@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::support::load;
 use crate::support::postgres::{Cluster, PgBouncer, Postgres};
 use crate::support::program::{Authority, Start, Webhook, run, shown, wait_for};
 use crate::support::relay::Relay;
@@ -422,6 +423,45 @@ fn clients_that_go_away_before_the_answer_do_not_make_the_webhook_connect_again(
     let is_new = |session: &&str| !before.lines().any(|known| known == *session);
     assert_ne!(after, "");
     assert_eq!(after.lines().find(is_new), None, "{before}");
+}
+
+#[test]
+fn a_client_in_haste_costs_others_neither_their_lookups_nor_the_webhook_a_connection() {
+    let postgres = Postgres::with(&format!(
+        "{}; CREATE VIEW slow AS SELECT id, llm_billing_mode FROM workspaces, pg_sleep(0.3)",
+        load::schema()
+    ));
+    let query = "SELECT llm_billing_mode FROM slow WHERE id = $1";
+    let webhook = start(
+        &format!(
+            "lookup: {{timeout: {}, query: '{query}'}}\n{PROXY}",
+            load::PATIENT
+        ),
+        &postgres.url(),
+    );
+    let asker = webhook.asker("platform_managed");
+    asker.is_right();
+    let sessions = || {
+        postgres.query("SELECT pid FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()")
+    };
+    let before = sessions();
+    let review = create(&pod(ID, &json!([]))).to_string();
+    let in_haste = || {
+        let path = "/mutate?timeout=50ms";
+        let mut response = webhook.post(path, "application/json", review.as_bytes());
+        let answer = response.body_mut().read_to_string().unwrap();
+        assert!(answer.contains("\"lookup_error\""), "{answer}");
+    };
+    for _ in 0..3 {
+        in_haste();
+        std::thread::sleep(Duration::from_millis(600));
+    }
+    asker.is_right();
+    assert_eq!(sessions(), before);
+    in_haste();
+    // More than lookups may wait while the database is in doubt.
+    let tally = asker.ask_during("a client in haste", 64, || {});
+    assert_eq!(tally.right, 64, "{tally:?}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //!
 //! `scripts/faults` prints what each test counted: the table in docs/reliability.md.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::support::PROXY;
@@ -43,10 +44,27 @@ impl Program {
         })
     }
 
-    /// Asks during a fault that lets no lookup succeed.
-    fn fail_during(&self, name: &str, fault: impl FnOnce()) {
+    /// Asks during a fault that lets no lookup succeed. The log has the words, and nothing but `kind` is counted.
+    fn fail_during(&self, name: &str, kind: &str, words: &str, fault: impl FnOnce()) {
+        let before = self.lookups();
         let tally = self.asker.ask_during(name, CLIENTS, fault);
         assert_eq!(tally.right, 0, "{name}: {tally:?}");
+        self.webhook.wait_for_log(words);
+        let mut after = self.lookups();
+        after.retain(|kind, count| before.get(kind) != Some(count));
+        let kinds: Vec<String> = after.into_keys().collect();
+        assert_eq!(kinds, [kind], "{name}");
+    }
+
+    /// How many lookups ended in each way.
+    fn lookups(&self) -> BTreeMap<String, usize> {
+        let metrics = self.webhook.health("/metrics").1;
+        let count = |line: &str| {
+            let line = line.strip_prefix("llm_billing_lookup_duration_seconds_count{result=\"")?;
+            let (kind, count) = line.split_once("\"} ")?;
+            Some((kind.to_owned(), count.parse().unwrap()))
+        };
+        metrics.lines().filter_map(count).collect()
     }
 }
 
@@ -96,7 +114,12 @@ fn while_the_database_is_down_every_answer_is_as_the_policy_says() {
     }
     cluster.pg_ctl(&["stop", "--mode=immediate"]);
     for program in &programs {
-        program.fail_during("stopped: connections are refused", a_moment);
+        program.fail_during(
+            "stopped: connections are refused",
+            "unavailable",
+            "Connection refused",
+            a_moment,
+        );
     }
     cluster.pg_ctl(&["start"]);
     for program in &programs {
@@ -110,43 +133,61 @@ fn a_network_that_swallows_everything_holds_up_no_answer() {
     let postgres = Postgres::on(&cluster, &schema());
     let relay = Relay::to(cluster.port());
     let url = postgres.url_by(relay.port);
-    for program in Program::for_each_on_error(&url) {
+    let programs = Program::for_each_on_error(&url);
+    for program in &programs {
         program.asker.is_right();
+    }
+    for program in &programs {
         relay.swallow(true);
-        program.fail_during("a black hole: accepts, and says nothing", a_moment);
+        program.fail_during(
+            "a black hole: accepts, and says nothing",
+            "timeout",
+            "did not answer in time",
+            a_moment,
+        );
         relay.swallow(false);
         program.asker.is_right();
     }
 }
 
 #[test]
-fn while_lookups_hang_only_a_few_wait_and_the_others_are_answered_at_once() {
-    let postgres = Postgres::on(&Cluster::start(), &schema());
-    for program in Program::for_each_on_error(&postgres.url()) {
-        program.asker.is_right();
-        // Longer than two deadlines. The server ends what nobody waits for any more: else there would be
-        // 16 backends more with each deadline.
-        let lock = "BEGIN; LOCK TABLE workspaces; SELECT pg_sleep(4.5);
-            DO $$ BEGIN
-                ASSERT (SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader') <= 2 * 16;
-            END $$;
-            COMMIT";
-        program
-            .asker
-            .ask_during("the table is locked: lookups hang", 64, || {
-                postgres.execute(lock)
-            });
-        program.asker.is_right();
-        let metrics = program.webhook.health("/metrics").1;
-        let count = |result: &str| -> usize {
-            let name = format!("llm_billing_lookup_duration_seconds_count{{result=\"{result}\"}} ");
-            let line = metrics.lines().find_map(|line| line.strip_prefix(&name));
-            line.unwrap().parse().unwrap()
-        };
-        // All 64 wait in the first two seconds, 16 at a time from then on.
-        let (timeout, crowded) = (count("timeout"), count("crowded"));
-        assert!((64..=64 + 3 * 16).contains(&timeout), "{timeout}");
-        assert!(crowded > 64, "{crowded}");
+fn while_lookups_hang_or_find_no_database_only_a_few_wait_and_the_others_are_answered_at_once() {
+    let cluster = Cluster::start();
+    let postgres = Postgres::on(&cluster, &schema());
+    // Longer than two deadlines. The server ends what nobody waits for any more: else there would be 16 backends more
+    // with each deadline.
+    let lock = "BEGIN; LOCK TABLE workspaces; SELECT pg_sleep(4.5);
+        DO $$ BEGIN
+            ASSERT (SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader') <= 2 * 16;
+        END $$;
+        COMMIT";
+    let faults: [(&str, &str, &dyn Fn()); 2] = [
+        ("the table is locked: lookups hang", "timeout", &|| {
+            postgres.execute(lock)
+        }),
+        ("stopped, and asked by many", "unavailable", &|| {
+            cluster.pg_ctl(&["stop", "--mode=immediate"]);
+            std::thread::sleep(Duration::from_millis(4500));
+            cluster.pg_ctl(&["start"]);
+        }),
+    ];
+    for program in Program::for_each_on_error(&postgres.url_by(cluster.port())) {
+        for (name, kind, fault) in faults {
+            program.asker.is_right();
+            let before = program.lookups();
+            program.asker.ask_during(name, 64, fault);
+            program.asker.is_right();
+            let after = program.lookups();
+            let of = |lookups: &BTreeMap<String, usize>, kind| lookups.get(kind).copied();
+            let count =
+                |kind| of(&after, kind).unwrap_or_default() - of(&before, kind).unwrap_or_default();
+            // All 64 wait in the first two seconds, 16 at a time from then on. Those that wait for one of 16 places
+            // know nothing but the time.
+            let failed = count("timeout") + count("unavailable");
+            assert!((64..=64 + 3 * 16).contains(&failed), "{name}: {failed}");
+            assert!(count(kind) >= 16, "{name}: {after:?}");
+            assert!(count("crowded") > 64, "{name}: {after:?}");
+        }
     }
 }
 
@@ -155,7 +196,12 @@ fn a_slow_query_ends_at_the_deadline() {
     let postgres = Postgres::with(&schema());
     let slow = "SELECT CASE WHEN pg_sleep(20) IS NOT NULL THEN llm_billing_mode END FROM workspaces WHERE id = $1";
     for program in Program::for_each_on_error_with("2s", slow, &postgres.url()) {
-        program.fail_during("a slow query", a_moment);
+        program.fail_during(
+            "a slow query",
+            "timeout",
+            "did not answer in time",
+            a_moment,
+        );
     }
 }
 
@@ -167,7 +213,12 @@ fn a_database_without_a_free_connection_is_a_failed_lookup_and_then_none() {
             "ALTER ROLE reader CONNECTION LIMIT 0;
              SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader'",
         );
-        program.fail_during("no connection is free", a_moment);
+        program.fail_during(
+            "no connection is free",
+            "unavailable",
+            "too many connections for role",
+            a_moment,
+        );
         postgres.execute("ALTER ROLE reader CONNECTION LIMIT -1");
         program.asker.is_right();
     }
@@ -214,14 +265,9 @@ fn a_schema_that_is_gone_is_loud_and_once_it_is_back_the_next_answer_is_right() 
         for (name, fault, words, remedy) in table {
             program.asker.is_right();
             postgres.execute(fault);
-            program.fail_during(name, a_moment);
+            program.fail_during(name, "refused", words, a_moment);
             let line = program.webhook.wait_for_log(words);
             assert!(line.contains("\"ERROR\""), "{line}");
-            let metrics = program.webhook.health("/metrics").1;
-            assert!(
-                metrics.contains(r#"lookup_duration_seconds_count{result="refused"}"#),
-                "{metrics}"
-            );
             postgres.execute(remedy);
             program.asker.is_right();
         }
