@@ -113,12 +113,12 @@ impl Bench {
         let in_few = Subject::webhook(&few.url());
         let in_many = Subject::webhook(&many.url());
         println!(
-            "\n| {MANY} workspaces against {FEW} | throughput | p50 | p99 | CPU |\n|---|---|---|---|---|"
+            "\n| {MANY} workspaces against {FEW}, connections | throughput | p50 | p99 | CPU |\n|---|---|---|---|---|"
         );
         for connections in [1, 16] {
             let subjects = [(&in_many, MANY), (&in_few, FEW)];
             let [many, few] = self.by_turns(&self.small, connections, subjects);
-            println!("| {connections} connections | {} |", many.against(&few));
+            println!("| {connections} | {} |", many.against(&few));
         }
         in_few.did_its_work();
         in_many.did_its_work();

@@ -133,7 +133,8 @@ impl Measured {
 
 pub(crate) fn median(figures: &mut [f64]) -> f64 {
     figures.sort_by(f64::total_cmp);
-    figures[figures.len() / 2]
+    let [below, above] = [figures.len() - 1, figures.len()].map(|half| figures[half / 2]);
+    below.midpoint(above)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "counts of a few millions")]

@@ -51,7 +51,7 @@ pub(super) struct ServeArgs {
     /// Audits all running workspace pods, and again so long after each audit; needs the permission to list pods
     #[arg(long, env = "LLM_BILLING_AUDIT_INTERVAL", value_name = "DURATION", value_parser = humantime::parse_duration)]
     audit_interval: Option<Duration>,
-    /// Audits the namespaces that fit this label selector alone; needs the permission to list namespaces
+    /// Audits only the namespaces that fit this label selector; needs the permission to list namespaces
     #[arg(
         long,
         env = "LLM_BILLING_AUDIT_NAMESPACE_SELECTOR",
@@ -84,7 +84,7 @@ pub(super) struct TlsArgs {
     /// The certificate's private key in PEM; while serving, read again when it changes
     #[arg(long, env = "LLM_BILLING_TLS_KEY", value_name = "FILE")]
     tls_key: Option<PathBuf>,
-    /// Authorities in PEM whose clients alone may connect (mutual TLS); while serving, read again when it changes
+    /// Authorities in PEM: only their clients may connect (mutual TLS); while serving, read again when it changes
     #[arg(long, env = "LLM_BILLING_CLIENT_CA", value_name = "FILE")]
     client_ca: Option<PathBuf>,
 }

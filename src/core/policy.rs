@@ -1,5 +1,5 @@
 //! The policy file: its fields, defaults, validation with line and field, and JSON schema.
-//! Reading the file is cli's business; what the fields do is workspace.rs's, proxy.rs's and plan.rs's.
+//! Reading the file is cli's business; what the fields do is workspace.rs's, proxy.rs's, vendor_keys.rs's and plan.rs's.
 //!
 //! Nothing here derives `Debug` if it can hold a value of an env entry.
 
@@ -270,7 +270,7 @@ pub struct ProxySettings {
     pub exclude_containers: BTreeSet<String>,
 }
 
-/// The usage token: a reference, or a literal that everyone who may read pods can read.
+/// The usage token: a reference, or a literal, which whoever may read pods or reaches the webhook can read.
 #[derive(Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(from = "RawUsageToken")]
 #[schemars(with = "RawUsageToken")]
@@ -285,13 +285,13 @@ pub enum UsageToken {
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 enum RawUsageToken {
-    /// A key of a Secret in each workspace's own namespace.
+    /// A key of a Secret in each workspace's own namespace. Where it is missing, no container starts.
     SecretKeyRef(SecretKey),
-    /// The token itself, which everyone who may read pods can read.
+    /// The token itself, which whoever may read pods or reaches the webhook can read.
     Value(String),
 }
 
-/// A key of a Secret that must be there: a container must not start without the token.
+/// A key of a Secret that must be there.
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct SecretKey {
@@ -497,7 +497,7 @@ impl Policy {
         match &proxy.usage_token {
             Some(UsageToken::Reference(_)) => {}
             Some(UsageToken::Literal(token)) if !token.is_empty() => warnings.push(
-                "proxy.usageToken is a literal: everyone who may read pods or the API server's audit log can read it; \
+                "proxy.usageToken is a literal: whoever may read pods or the API server's audit log, or reaches the webhook, can read it; \
                  use secretKeyRef",
             ),
             Some(UsageToken::Literal(_)) | None => {

@@ -12,14 +12,28 @@ use crate::core::policy::{Parameter, ParameterType};
 use crate::core::workspace::ParameterValue;
 
 /// What is asked over one connection of a kind.
-pub(super) trait Ask<Connection> {
+pub(super) trait Ask<Connection: Send>: Sync {
     /// What it answers.
-    type Answer;
+    type Answer: Send;
 
-    fn ask(
+    fn once(
         &self,
         connection: &mut Connection,
     ) -> impl Future<Output = Result<Self::Answer, sqlx::Error>> + Send;
+
+    /// A column of a type that is new to the connection, such as an enum, makes sqlx ask what it is, and that takes an
+    /// unnamed statement's place. By the second time it is known.
+    fn ask(
+        &self,
+        connection: &mut Connection,
+    ) -> impl Future<Output = Result<Self::Answer, sqlx::Error>> + Send {
+        async {
+            match self.once(connection).await {
+                Err(error) if is_statement_gone(&error) => Box::pin(self.once(connection)).await,
+                answered => answered,
+            }
+        }
+    }
 }
 
 /// One workspace's mode, by the policy's query, in a transaction if `begin` is there to begin one.
@@ -32,29 +46,19 @@ pub(super) struct One<'a> {
 impl Ask<PgConnection> for One<'_> {
     type Answer = Stored;
 
-    async fn ask(&self, connection: &mut PgConnection) -> Result<Stored, sqlx::Error> {
+    async fn once(&self, connection: &mut PgConnection) -> Result<Stored, sqlx::Error> {
         let Self {
             query, parameters, ..
         } = self;
         let Some(begin) = self.begin else {
             return select(connection, query, parameters, true).await;
         };
-        let mut types_are_known = false;
-        loop {
-            let mut transaction = connection
-                .begin_with(AssertSqlSafe(Arc::clone(begin)))
-                .await?;
-            let selected = select(&mut transaction, query, parameters, false).await;
-            transaction.rollback().await?;
-            match selected {
-                // A column of a type that is new to it, such as an enum, makes sqlx ask what it is, and that
-                // takes the unnamed statement's place.
-                Err(error) if !types_are_known && is_statement_gone(&error) => {
-                    types_are_known = true;
-                }
-                selected => return selected,
-            }
-        }
+        let mut transaction = connection
+            .begin_with(AssertSqlSafe(Arc::clone(begin)))
+            .await?;
+        let selected = select(&mut transaction, query, parameters, false).await;
+        transaction.rollback().await?;
+        selected
     }
 }
 
@@ -69,7 +73,7 @@ pub(super) struct Many<'a> {
 impl Ask<PgConnection> for Many<'_> {
     type Answer = Vec<Stored>;
 
-    async fn ask(&self, connection: &mut PgConnection) -> Result<Vec<Stored>, sqlx::Error> {
+    async fn once(&self, connection: &mut PgConnection) -> Result<Vec<Stored>, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(self.query)).persistent(self.begin.is_none());
         for (place, parameter) in self.parameters.iter().enumerate() {
             let values = self.many.iter().map(|one| one.get(place));
@@ -191,7 +195,7 @@ fn mode(row: &PgRow) -> Result<Option<String>, sqlx::Error> {
 impl Ask<SqliteConnection> for One<'_> {
     type Answer = Stored;
 
-    async fn ask(&self, connection: &mut SqliteConnection) -> Result<Stored, sqlx::Error> {
+    async fn once(&self, connection: &mut SqliteConnection) -> Result<Stored, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(self.query)));
         for parameter in self.parameters {
             statement = match parameter {

@@ -1,11 +1,16 @@
 //! Why a lookup gave no answer, and what an error of the database means for the next try.
 
+use std::borrow::Cow;
 use std::io;
 
-use sqlx::postgres::PgDatabaseError;
+use sqlx::error::DatabaseError;
+use sqlx::postgres::{PgDatabaseError, PgSeverity};
 use thiserror::Error;
 
 use super::url::NO_PREPARED_STATEMENTS;
+
+/// With these words PgBouncer refuses a setting that prepared statements need.
+const UNSUPPORTED: &str = "unsupported startup parameter";
 
 /// Why a lookup gave no answer.
 #[derive(Debug, Error)]
@@ -57,12 +62,12 @@ impl From<sqlx::Error> for LookupError {
                     return Self::Timeout;
                 }
                 let words = refusal.message();
-                if words.starts_with("unsupported startup parameter") {
+                if words.starts_with(UNSUPPORTED) {
                     return Self::Refused(format!(
                         "{words}; behind PgBouncer, add {NO_PREPARED_STATEMENTS} to the database URL"
                     ));
                 }
-                if refuses_query(&code) {
+                if refuses_query(refusal.as_ref()) {
                     Self::Refused(words.to_owned())
                 } else if refuses_parameters(&code) {
                     Self::Unusable(words.to_owned())
@@ -81,18 +86,32 @@ impl From<sqlx::Error> for LookupError {
 
 /// Whether the database refuses user or password (class 28).
 pub(super) fn is_login_refused(error: &sqlx::Error) -> bool {
-    error
-        .as_database_error()
-        .and_then(|refusal| refusal.code())
-        .is_some_and(|code| code.starts_with("28"))
+    code(error).is_some_and(|code| code.starts_with("28"))
+}
+
+fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
+    error.as_database_error()?.code()
+}
+
+/// Whether the server ends the session with these words, for whatever reason: it shuts down, it has waited too long, it
+/// is full.
+fn ends_session(refusal: &dyn DatabaseError) -> bool {
+    let refusal = refusal.try_downcast_ref::<PgDatabaseError>();
+    refusal
+        .is_some_and(|refusal| matches!(refusal.severity(), PgSeverity::Fatal | PgSeverity::Panic))
 }
 
 /// Whether an error's code says that the query cannot be used. `PostgreSQL`: class 42 (undefined table or column, no
-/// permission, types that do not fit), 3F (no such schema), 08P01 (wrong number of parameters). `SQLite`: 1 (undefined
-/// table or column), 25 (wrong number of parameters).
-fn refuses_query(code: &str) -> bool {
-    let of_the_schema = code.starts_with("42") || code.starts_with("3F");
-    of_the_schema || ["08P01", "1", "25"].contains(&code)
+/// permission, types that do not fit), 3F (no such schema), 08P01 (wrong number of parameters; where it ends the session,
+/// it is PgBouncer's code for all that is its own). `SQLite`: 1 (undefined table or column), 25 (wrong number of
+/// parameters).
+fn refuses_query(refusal: &dyn DatabaseError) -> bool {
+    let code = refusal.code().unwrap_or_default();
+    match code.as_ref() {
+        "08P01" => !ends_session(refusal),
+        "1" | "25" => true,
+        code => code.starts_with("42") || code.starts_with("3F"),
+    }
 }
 
 /// Whether an error's code says that the parameters cannot be used (class 22).
@@ -105,10 +124,13 @@ fn refuses_parameters(code: &str) -> bool {
 pub(super) fn is_stale(error: &sqlx::Error) -> bool {
     let is_out_of_date =
         |refusal: &PgDatabaseError| refusal.routine() == Some("RevalidateCachedQuery");
-    let refusal = error.as_database_error();
-    matches!(error, sqlx::Error::Io(_))
-        || is_ended_by_server(error)
-        || refusal.is_some_and(|refusal| refusal.try_downcast_ref().is_some_and(is_out_of_date))
+    match error {
+        sqlx::Error::Io(_) => true,
+        sqlx::Error::Database(refusal) => {
+            ends_session(refusal.as_ref()) || refusal.try_downcast_ref().is_some_and(is_out_of_date)
+        }
+        _ => false,
+    }
 }
 
 /// Whether the question was answered, if not as hoped, so that the connection is fit for the next one.
@@ -116,15 +138,15 @@ pub(super) fn is_answer(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => true,
         sqlx::Error::Database(refusal) => {
-            let code = refusal.code().unwrap_or_default();
-            refuses_query(&code) || refuses_parameters(&code)
+            refuses_query(refusal.as_ref())
+                || refuses_parameters(&refusal.code().unwrap_or_default())
         }
         _ => false,
     }
 }
 
-/// Whether there may be a connection a little later: nobody listens yet, the server starts up or is full, or it ended
-/// the new connection before it could be used.
+/// Whether there may be a connection a little later: nobody listens yet, the server or PgBouncer starts up, shuts down or
+/// is full.
 pub(super) fn is_passing(error: &sqlx::Error) -> bool {
     use io::ErrorKind::{
         BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, UnexpectedEof,
@@ -135,20 +157,17 @@ pub(super) fn is_passing(error: &sqlx::Error) -> bool {
             BrokenPipe | ConnectionAborted | ConnectionRefused | ConnectionReset | UnexpectedEof
         ),
         sqlx::Error::Database(refusal) => {
-            refusal.is_transient_in_connect_phase() || is_ended_by_server(error)
+            let code = refusal.code().unwrap_or_default();
+            let is_passing = ["57P01", "57P02", "08000", "08003", "08006", "08P01"];
+            refusal.is_transient_in_connect_phase()
+                || is_passing.contains(&code.as_ref())
+                    && !refusal.message().starts_with(UNSUPPORTED)
         }
         _ => false,
     }
 }
 
-/// Whether the server says that it ends the connection (of class 08, and 57P01 to 57P02 for a shutdown).
-fn is_ended_by_server(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|refusal| refusal.code());
-    code.is_some_and(|code| ["57P01", "57P02", "08000", "08003", "08006"].contains(&code.as_ref()))
-}
-
 /// Whether a prepared statement is not there any more (26000).
 pub(super) fn is_statement_gone(error: &sqlx::Error) -> bool {
-    let code = error.as_database_error().and_then(|refusal| refusal.code());
-    code.is_some_and(|code| code == "26000")
+    code(error).is_some_and(|code| code == "26000")
 }

@@ -366,7 +366,11 @@ impl Database {
                 "it takes {expected} parameters, and lookup.parameters has {}",
                 parameters.len()
             ))),
-            _ => self.lookup(&parameters, None).await.map(|_| ()),
+            _ => match self.lookup(&parameters, None).await {
+                // The query was answered; it is the sample that it cannot use, such as one that casts text to a number.
+                Ok(_) | Err(LookupError::Unusable(_)) => Ok(()),
+                Err(error) => Err(error),
+            },
         }
     }
 

@@ -52,7 +52,7 @@ pub struct Places {
     pub mutating: Vec<String>,
     /// The same for ValidatingWebhookConfigurations.
     pub validating: Vec<String>,
-    /// A file with authorities whose clients alone may connect; read again when it changes.
+    /// A file with authorities: only their clients may connect; read again when it changes.
     pub client_ca: Option<PathBuf>,
 }
 

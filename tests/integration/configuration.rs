@@ -48,21 +48,45 @@ fn values(root: &Value, schema: &Value) -> String {
     if !constants.is_empty() {
         return constants.join(", ");
     }
-    match &schema["type"] {
-        Value::String(kind) if kind == "array" => {
-            format!("list of {}", values(root, &schema["items"]))
-        }
-        Value::String(kind) if kind == "object" => "fields".to_owned(),
-        Value::String(kind) => kind.clone(),
-        Value::Array(kinds) => kinds[0].as_str().unwrap().to_owned(),
-        _ => "one of its fields".to_owned(),
+    match kind(schema) {
+        Some("array") => format!("list of {}", values(root, &schema["items"])),
+        Some("object") => "fields".to_owned(),
+        Some(kind) => kind.to_owned(),
+        None => "one of its fields".to_owned(),
     }
+}
+
+/// A field's type, which may be left out or not.
+fn kind(schema: &Value) -> Option<&str> {
+    match &schema["type"] {
+        Value::Array(kinds) => kinds[0].as_str(),
+        kind => kind.as_str(),
+    }
+}
+
+/// What a field is for, and what each of its values means.
+fn meaning(root: &Value, alternative: &Value, field: &Value) -> String {
+    let whole = resolved(root, field);
+    let described = [field, alternative, whole].map(|schema| schema["description"].as_str());
+    let mut meaning = described
+        .into_iter()
+        .flatten()
+        .next()
+        .unwrap_or_default()
+        .to_owned();
+    for one in whole["oneOf"].as_array().into_iter().flatten() {
+        if let (Some(value), Some(means)) = (one["const"].as_str(), one["description"].as_str()) {
+            meaning += &format!(" `{value}`: {means}");
+        }
+    }
+    meaning.replace('\n', " ").replace('|', "\\|")
 }
 
 fn rows(root: &Value, defaults: &Value, schema: &Value, path: &str, text: &mut String) {
     let schema = resolved(root, schema);
     let alternatives = schema["oneOf"].as_array().into_iter().flatten();
-    for object in [schema].into_iter().chain(alternatives) {
+    let alternatives = alternatives.map(|one| (one, one));
+    for (object, alternative) in [(schema, &Value::Null)].into_iter().chain(alternatives) {
         for (name, field) in object["properties"].as_object().into_iter().flatten() {
             let path = format!("{path}{name}");
             let default = match defaults.pointer(&format!("/{}", path.replace('.', "/"))) {
@@ -70,16 +94,13 @@ fn rows(root: &Value, defaults: &Value, schema: &Value, path: &str, text: &mut S
                 Some(Value::Array(list)) if list.len() > 3 => "see `policy default`".to_owned(),
                 Some(default) => format!("`{default}`"),
             };
-            let described =
-                [field, resolved(root, field)].map(|schema| schema["description"].as_str());
-            let meaning = described.into_iter().flatten().next().unwrap_or_default();
-            let meaning = meaning.replace('\n', " ").replace('|', "\\|");
+            let meaning = meaning(root, alternative, field);
             *text += &format!(
                 "| `{path}` | {} | {default} | {meaning} |\n",
                 values(root, field)
             );
             let items = resolved(root, field);
-            if items["type"] == "array" {
+            if kind(items) == Some("array") {
                 rows(root, defaults, &items["items"], &format!("{path}[]."), text);
             } else {
                 rows(root, defaults, field, &format!("{path}."), text);

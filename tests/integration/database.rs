@@ -5,6 +5,10 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use llm_billing_webhook::core::mode::Stored;
+use llm_billing_webhook::core::policy::Policy;
+use llm_billing_webhook::core::workspace::ParameterValue;
+use llm_billing_webhook::database::{Database, UrlSource};
 use serde_json::{Value, json};
 
 use crate::support::load;
@@ -357,20 +361,26 @@ fn a_lookup_asks_the_database_once() {
 
 #[test]
 fn a_connection_that_went_stale_costs_one_silent_retry() {
-    let postgres = Postgres::with(&format!(
-        "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', 'byok')"
-    ));
-    let webhook = start(PROXY, &postgres.url());
+    let cluster = Cluster::start();
+    let postgres = Postgres::on(&cluster, &load::schema());
+    // By a socket, what is written to a closed connection fails; by TCP, the server's last words are read first.
+    for url in [postgres.url(), postgres.url_by(cluster.port())] {
+        survives_stale_connections(&postgres, &start(PROXY, &url));
+    }
+}
+
+fn survives_stale_connections(postgres: &Postgres, webhook: &Webhook) {
     let pod = pod(ID, &json!([]));
     let is_right = || {
         let right = ("byok".to_owned(), "override".to_owned());
-        assert_eq!(resolved(&webhook, &pod), right);
+        assert_eq!(resolved(webhook, &pod), right);
     };
     is_right();
     let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()";
     for fault in [
         terminate,
         "ALTER TABLE workspaces ALTER llm_billing_mode TYPE varchar(20)",
+        "ALTER TABLE workspaces ALTER llm_billing_mode TYPE text",
         terminate,
     ] {
         postgres.execute(fault);
@@ -385,7 +395,7 @@ fn a_connection_that_went_stale_costs_one_silent_retry() {
     is_right();
     std::thread::sleep(Duration::from_millis(600));
     is_right();
-    let log = webhook.log_to_its_end();
+    let log = webhook.log();
     assert!(!log.contains("lookup failed"), "{log}");
 }
 
@@ -678,4 +688,73 @@ fn a_pooler_in_transaction_mode_is_asked_in_transactions() {
     webhooks[0].wait_for_log("relation \\\"workspaces\\\" does not exist");
     postgres.execute("ALTER TABLE gone RENAME TO workspaces");
     assert_eq!(resolved(&webhooks[0], &pod).0, "byok");
+    // Many at once, over a connection that does not know the enum yet.
+    let policy = Policy::parse(PROXY).unwrap();
+    let source = UrlSource::Given(url.as_str().into());
+    let database = Database::connect_lazily(source, &policy.lookup).unwrap();
+    let many = [ID, "99999999-9999-4999-8999-999999999999"];
+    let many = many.map(|id| vec![ParameterValue::Uuid(id.parse().unwrap())]);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let stored = runtime.block_on(database.lookup_many(&many)).unwrap();
+    let stored: Vec<Stored> = stored.into_iter().map(Result::unwrap).collect();
+    assert_eq!(
+        stored,
+        [Stored::Row(Some("byok".to_owned())), Stored::NoRow]
+    );
+}
+
+#[test]
+fn a_pooler_that_is_full_or_ends_sessions_is_no_refusal_of_the_query() {
+    let cluster = Cluster::start();
+    let postgres = Postgres::on(&cluster, &load::schema());
+    let pooler = PgBouncer::with(&cluster, "max_client_conn = 1\nclient_idle_timeout = 3");
+    let url = postgres.url_by(pooler.port()) + "?statement-cache-capacity=0";
+    let is_right = |webhook: &Webhook| {
+        let right = ("byok".to_owned(), "override".to_owned());
+        assert_eq!(resolved(webhook, &pod(ID, &json!([]))), right);
+    };
+    let first = start(PROXY, &url);
+    is_right(&first);
+    // It has the only place until it has been idle for long enough.
+    let report = check(PROXY, &url);
+    let words = "the database could not be asked: no more connections allowed";
+    assert!(report.0 == 2 && report.1.contains(words), "{report:?}");
+    is_right(&first);
+    let patient = format!("lookup: {{timeout: 8s}}\n{PROXY}");
+    assert_eq!(check(&patient, &url).0, 0);
+    is_right(&first);
+    let webhook = start(PROXY, &url);
+    wait_for("it is ready", || {
+        (webhook.health("/readyz").0 == 200).then_some(())
+    });
+    drop(first);
+    std::thread::sleep(Duration::from_secs(5));
+    is_right(&webhook);
+    let log = webhook.log_to_its_end();
+    assert!(!log.contains("lookup"), "{log}");
+}
+
+#[test]
+fn a_query_that_casts_text_makes_the_webhook_ready_though_no_sample_fits() {
+    let postgres = Postgres::with(
+        "CREATE TABLE workspaces (id bigint, llm_billing_mode text); INSERT INTO workspaces VALUES (7, 'byok')",
+    );
+    let policy = format!(
+        "lookup:
+  query: SELECT llm_billing_mode FROM workspaces WHERE id = $1::bigint
+  parameters: [{{label: molecule.ai/workspace-id, type: text}}]
+{PROXY}"
+    );
+    let report = check(&policy, &postgres.url());
+    assert!(report.0 == 0, "{report:?}");
+    let webhook = start(&policy, &postgres.url());
+    wait_for("it is ready", || {
+        (webhook.health("/readyz").0 == 200).then_some(())
+    });
+    assert_eq!(resolved(&webhook, &pod("7", &json!([]))).0, "byok");
+    assert_eq!(
+        resolved(&webhook, &pod("seven", &json!([]))).1,
+        "lookup_error"
+    );
+    webhook.wait_for_log("cannot use the pod's parameters");
 }

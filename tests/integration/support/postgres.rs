@@ -261,6 +261,11 @@ pub(crate) struct PgBouncer {
 impl PgBouncer {
     /// Starts it.
     pub(crate) fn before(cluster: &Cluster) -> Self {
+        Self::with(cluster, "")
+    }
+
+    /// Starts it with further settings, one a line.
+    pub(crate) fn with(cluster: &Cluster, further: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         let port = free_port();
@@ -275,6 +280,7 @@ impl PgBouncer {
              auth_file = {}
              pool_mode = transaction
              default_pool_size = 4
+             {further}
              ",
             cluster.folder.display(),
             cluster.port,
