@@ -85,21 +85,12 @@ pub async fn run(cli: Cli) -> ExitCode {
     };
     match done {
         Ok(code) => code,
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // Nothing is left to do if stderr is gone.
             let _ = writeln!(io::stderr(), "error: {}", telemetry::chain(error.as_ref()));
             ExitCode::from(2)
         }
     }
-}
-
-/// Whether the reader of our output has seen enough.
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let io = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<io::Error>());
-    io.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
 fn completions(shell: Shell) -> anyhow::Result<ExitCode> {
@@ -147,14 +138,22 @@ fn is_coloured(choice: ColorChoice) -> bool {
 /// Writes a command's whole output.
 fn print(text: &str) -> anyhow::Result<ExitCode> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes())?;
-    stdout.flush()?;
+    let written = stdout.write_all(text.as_bytes());
+    unless_closed(written.and_then(|()| stdout.flush()))?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Writes a remark that is no part of a command's output.
 fn note(text: &str) -> io::Result<()> {
-    writeln!(io::stderr(), "{text}")
+    unless_closed(writeln!(io::stderr(), "{text}"))
+}
+
+/// A reader that has seen enough is no error, and changes no exit code.
+fn unless_closed(written: io::Result<()>) -> io::Result<()> {
+    match written {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
 }
 
 /// The policy file, for every command that needs one.

@@ -101,11 +101,15 @@ impl Plan<'_> {
         self.containers.is_empty() && self.annotations.is_empty()
     }
 
-    /// What the guard says of containers that are not settled: by name, never by value.
+    /// What the guard says of containers that are not settled: by name, never by value. Where the plan is of a fallback
+    /// because the database failed, they are not to blame: a pod may be settled for the mode that it really has.
     #[must_use]
-    pub fn refusal(&self) -> Option<Refusal> {
+    pub fn refusal(&self, reason: Reason) -> Option<Refusal> {
         if self.containers.is_empty() {
             return None;
+        }
+        if reason == Reason::LookupError {
+            return Some(Refusal::LookupFailed);
         }
         let findings = self.told(|told, name| {
             told.push_str(&format!("container {name:?} has not settled "));
@@ -512,7 +516,8 @@ mod tests {
                 Scope::Pod,
             )
             .unwrap();
-            plan.refusal().map(|refusal| refusal.to_string())
+            let refusal = plan.refusal(Reason::Override);
+            refusal.map(|refusal| refusal.to_string())
         };
         let remedy = "; remove what adds or changes these variables after the llm-billing-webhook \
                       (another mutating webhook, perhaps), then create the pod again";

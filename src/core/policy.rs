@@ -263,6 +263,7 @@ pub struct ProxySettings {
     #[serde(deserialize_with = "trimmed")]
     pub usage_url: Option<String>,
     /// What the proxy knows the platform's workspaces by. Without it there is no proxy.
+    #[serde(deserialize_with = "not_blank")]
     pub usage_token: Option<UsageToken>,
     /// Env entries to set besides; one here wins over the contract's of the same name.
     pub extra_env: Vec<ExtraEnv>,
@@ -277,7 +278,7 @@ pub struct ProxySettings {
 pub enum UsageToken {
     /// A key of a Secret in each workspace's own namespace.
     Reference(EnvSource),
-    /// The token itself, trimmed.
+    /// The token itself, trimmed, and never empty.
     Literal(String),
 }
 
@@ -496,11 +497,11 @@ impl Policy {
         }
         match &proxy.usage_token {
             Some(UsageToken::Reference(_)) => {}
-            Some(UsageToken::Literal(token)) if !token.is_empty() => warnings.push(
+            Some(UsageToken::Literal(_)) => warnings.push(
                 "proxy.usageToken is a literal: whoever may read pods or the API server's audit log, or reaches the webhook, can read it; \
                  use secretKeyRef",
             ),
-            Some(UsageToken::Literal(_)) | None => {
+            None => {
                 warnings.push("proxy.usageToken is absent or blank: every platform_managed pod will be refused");
             }
         }
@@ -580,6 +581,15 @@ fn trimmed<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<S
         .filter(|value| !value.is_empty()))
 }
 
+fn not_blank<'de, D: serde::Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<UsageToken>, D::Error> {
+    let token = Option::<UsageToken>::deserialize(deserializer)?;
+    let is_blank =
+        |token: &UsageToken| matches!(token, UsageToken::Literal(text) if text.is_empty());
+    Ok(token.filter(|token| !is_blank(token)))
+}
+
 fn query<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     let query = String::deserialize(deserializer)?;
     if query.trim().is_empty() {
@@ -588,12 +598,15 @@ fn query<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D:
     Ok(query)
 }
 
+/// No API server waits longer.
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(30);
+
 fn duration<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     match humantime::parse_duration(&text) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
+        Ok(duration) if !duration.is_zero() && duration <= LONGEST_TIMEOUT => Ok(duration),
         _ => Err(serde::de::Error::custom(
-            "expected a duration above zero, such as 2s or 500ms",
+            "expected a duration above zero and of 30s at most, such as 2s or 500ms",
         )),
     }
 }
@@ -709,12 +722,17 @@ mod tests {
             (
                 "lookup:\n  timeout: sk-secret",
                 2,
-                "expected a duration above zero, such as 2s or 500ms",
+                "expected a duration above zero and of 30s at most, such as 2s or 500ms",
+            ),
+            (
+                "lookup:\n  timeout: 30s 1ms",
+                2,
+                "expected a duration above zero and of 30s at most, such as 2s or 500ms",
             ),
             (
                 "lookup:\n  timeout: 0s",
                 2,
-                "expected a duration above zero, such as 2s or 500ms",
+                "expected a duration above zero and of 30s at most, such as 2s or 500ms",
             ),
             ("lookup:\n  query: ' '", 2, "the query must not be empty"),
             (

@@ -53,8 +53,8 @@ impl Contract {
         let literal = |text: &String| Value::Literal(text.clone());
         let base_url = literal(settings.base_url.as_ref()?);
         let token = match settings.usage_token.as_ref()? {
-            UsageToken::Literal(token) if token.is_empty() => return None,
-            UsageToken::Literal(token) => literal(token),
+            // The kubelet takes `$$` for a dollar, and `$(NAME)` for a reference.
+            UsageToken::Literal(token) => Value::Literal(token.replace('$', "$$")),
             UsageToken::Reference(source) => Value::Source(source.clone()),
         };
         let anthropic_base_url = settings.anthropic_base_url.as_ref().map(literal);
@@ -136,6 +136,20 @@ mod tests {
         assert_eq!(
             shown("{baseUrl: ' u ', anthropicBaseUrl: ' ', usageUrl: '', usageToken: {value: ' t\n'}}", "claude-code").unwrap(),
             r#"[{"name":"MOLECULE_LLM_BASE_URL","value":"u"},{"name":"MOLECULE_LLM_USAGE_TOKEN","value":"t"}]"#
+        );
+    }
+
+    #[test]
+    fn a_literal_token_reaches_the_container_as_it_is() {
+        let token = "{value: 'a$b$$c$(HOME)'}";
+        assert_eq!(
+            shown(&format!("{{baseUrl: u, usageToken: {token}}}"), "").unwrap(),
+            concat!(
+                r#"[{"name":"MOLECULE_LLM_BASE_URL","value":"u"},"#,
+                r#"{"name":"MOLECULE_LLM_USAGE_TOKEN","value":"a$$b$$$$c$$(HOME)"},"#,
+                r#"{"name":"OPENAI_API_KEY","value":"a$$b$$$$c$$(HOME)"},"#,
+                r#"{"name":"OPENAI_BASE_URL","value":"u"}]"#
+            )
         );
     }
 

@@ -31,7 +31,7 @@ pub enum Refusal {
         /// The label's key, from the policy.
         label: String,
     },
-    /// The database failed and the policy says `lookup.onError: deny`.
+    /// The database failed, and the policy says `lookup.onError: deny`, or the guard cannot tell whether a pod is settled.
     #[error(
         "LOOKUP_FAILED: the workspace's billing mode could not be looked up; try again, and if it stays, ask the platform's operators"
     )]

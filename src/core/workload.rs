@@ -171,8 +171,13 @@ impl Subject {
     /// The pod or pod template.
     ///
     /// # Errors
-    /// [`Refusal::Unreadable`] with the place of a value of the wrong type, or of the missing template.
+    /// [`Refusal::Unreadable`] with the place of a value of the wrong type, or of the missing template;
+    /// [`Refusal::NoObject`] for a request without it.
     pub fn pod(&self) -> Result<Pod<'_>, Refusal> {
+        // Only a request's object can be null.
+        if self.object.is_null() {
+            return Err(Refusal::NoObject);
+        }
         let missing = || Refusal::Unreadable {
             place: self.root().trim_start_matches('/').replace('/', "."),
         };
@@ -388,5 +393,8 @@ mod tests {
                 place: "oldObject.spec".to_owned()
             })
         );
+        let none = json!({"kind": "AdmissionReview", "request": {"resource": {"resource": "pods"}, "operation": "CREATE"}});
+        let none = subjects(none, "default").remove(0);
+        assert_eq!(none.pod().err(), Some(Refusal::NoObject));
     }
 }

@@ -11,6 +11,8 @@ use thiserror::Error;
 
 /// What a `PostgreSQL` URL says where connections are shared by a pooler that changes them between transactions.
 pub(super) const NO_PREPARED_STATEMENTS: &str = "statement-cache-capacity=0";
+/// What a `PostgreSQL` URL may say of TLS; sqlx would ignore the rest.
+const OF_TLS: [&str; 4] = ["sslmode", "sslrootcert", "sslcert", "sslkey"];
 
 /// Where the database is. Neither `Debug` nor `Display` shows user, password or options.
 #[derive(Clone)]
@@ -38,6 +40,11 @@ pub enum UrlError {
         "it has the wrong shape; expected postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=… or sqlite://FILE"
     )]
     Shape,
+    /// A setting of TLS that would be ignored.
+    #[error(
+        "it has a setting of TLS that is not supported; leave all out but {}", OF_TLS.join(", ")
+    )]
+    Tls,
 }
 
 impl FromStr for DatabaseUrl {
@@ -46,18 +53,24 @@ impl FromStr for DatabaseUrl {
     fn from_str(url: &str) -> Result<Self, UrlError> {
         match url.split_once("://").map(|(scheme, _)| scheme) {
             Some("postgres" | "postgresql") => {
+                let settings = url.split_once('?').map_or("", |(_, settings)| settings);
+                let mut settings = settings.split('&');
+                let is_ignored = |setting: &str| {
+                    let key = setting.split('=').next().unwrap_or_default();
+                    key.starts_with("ssl") && !OF_TLS.contains(&key)
+                };
+                if settings.clone().any(is_ignored) {
+                    return Err(UrlError::Tls);
+                }
                 let options = PgConnectOptions::from_str(url).map_err(|_| UrlError::Shape)?;
                 let options = options
                     .application_name(env!("CARGO_PKG_NAME"))
                     // No number is ever read, and PgBouncer refuses parameters that it does not know.
                     .extra_float_digits(None)
                     .disable_statement_logging();
-                let settings = url.split_once('?').map_or("", |(_, settings)| settings);
                 Ok(Self::Postgres {
                     options: Box::new(options),
-                    session: !settings
-                        .split('&')
-                        .any(|pair| pair == NO_PREPARED_STATEMENTS),
+                    session: settings.all(|setting| setting != NO_PREPARED_STATEMENTS),
                 })
             }
             Some("sqlite") => {
@@ -152,5 +165,34 @@ impl UrlSource {
     /// [`SourceError`]
     pub fn url(&self) -> Result<DatabaseUrl, SourceError> {
         Ok(self.read()?.0.parse()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_is_understood_or_refused_and_no_setting_of_tls_is_ignored() {
+        for (url, error) in [
+            ("postgres://h/d", None),
+            (
+                "postgresql://u:p@h:1/d?sslmode=verify-full&sslrootcert=/a&sslcert=/c&sslkey=/k",
+                None,
+            ),
+            ("postgres://h/d?connect_timeout=10", None),
+            ("postgres://h/d?sslmod=verify-full", Some(UrlError::Tls)),
+            ("postgres://h/d?a=b&ssl-mode=require", Some(UrlError::Tls)),
+            ("postgres://h/d?sslmode=always", Some(UrlError::Shape)),
+            ("postgres://h:port/d", Some(UrlError::Shape)),
+            ("sqlite://f", None),
+            ("sqlite://f?mode=none", Some(UrlError::Shape)),
+            ("mysql://h/d", Some(UrlError::Scheme)),
+            ("h/d", Some(UrlError::Scheme)),
+        ] {
+            assert_eq!(url.parse::<DatabaseUrl>().err(), error, "{url}");
+        }
+        let url = "postgres://u:p@h:1/d?options=x".parse::<DatabaseUrl>();
+        assert_eq!(format!("{:?}", url.unwrap()), "postgres://h:1/d");
     }
 }

@@ -340,7 +340,8 @@ impl App {
         let plan = info_span!("plan").in_scope(|| plan(&self.policy, resolution, pod, scope))?;
         record.outcome = "unchanged";
         if webhook == Webhook::Validate {
-            return plan.refusal().map_or(Ok(Answer::allowed(uid)), Err);
+            let refusal = plan.refusal(resolution.reason);
+            return refusal.map_or(Ok(Answer::allowed(uid)), Err);
         }
         if !plan.is_empty() {
             record.outcome = "patched";

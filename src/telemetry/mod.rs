@@ -57,10 +57,14 @@ pub fn start(format: LogFormat) -> Result<Telemetry, TelemetryError> {
     let lines = Lines::default();
     let writing = lines.write_to(io::stderr()).map_err(TelemetryError::Log)?;
     let traces = Traces::start()?;
-    // Spans are for traces. The client of the Kubernetes API logs answers that it cannot read, and they may hold keys.
+    // Spans are for traces. The client of the Kubernetes API logs answers that it cannot read, and they may hold keys;
+    // sqlx logs settings of a URL and lines of a password file that it does not know.
     let quotes_nothing = filter_fn(|metadata| {
-        let is_kube = metadata.target().starts_with("kube_client");
-        metadata.is_event() && (!is_kube || *metadata.level() == Level::ERROR)
+        let quotes = ["kube_client", "sqlx_postgres::options"];
+        let quotes = quotes
+            .iter()
+            .any(|target| metadata.target().starts_with(target));
+        metadata.is_event() && (!quotes || *metadata.level() == Level::ERROR)
     });
     let log = tracing_subscriber::fmt::layer().with_writer(lines.clone());
     let log = match format {

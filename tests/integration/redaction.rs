@@ -49,7 +49,7 @@ fn a_run_at_the_most_verbose_level_shows_no_secret() {
     let table = [
         postgres.url(),
         postgres.url_with("another-password-0123456789"),
-        "postgres://reader@localhost/x?host=/nonexistent".to_owned(),
+        format!("postgres://reader@localhost/x?host=/nonexistent&passwd={PASSWORD}"),
     ];
     for (index, database_url) in table.iter().enumerate() {
         let webhook = Start {
@@ -127,6 +127,11 @@ fn no_error_quotes_what_it_could_not_use() {
             "check".to_owned(),
             "--database-url".to_owned(),
             format!("postgres://u:{PASSWORD}@127.0.0.1:1/x?sslmode={PASSWORD}"),
+        ],
+        vec![
+            "check".to_owned(),
+            "--database-url".to_owned(),
+            format!("postgres://u:{PASSWORD}@127.0.0.1:1/x?sslmode=require&sslpassword={PASSWORD}"),
         ],
         vec![
             "check".to_owned(),

@@ -340,3 +340,21 @@ fn what_cannot_be_reviewed_is_named_with_its_place_and_nothing_else_is_lost() {
         "{stderr}"
     );
 }
+
+#[test]
+fn a_reader_that_has_seen_enough_does_not_change_the_verdict() {
+    let pod = "tests/fixtures/workloads/01-claude-code-pod.yaml";
+    for (arguments, code) in [
+        (&["review", "-f", pod, "--mode", "byok"][..], 1),
+        (&["review", "-f", pod, "--mode", "platform_managed"], 2),
+        (&["policy", "default"], 0),
+    ] {
+        let mut child = program(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop((child.stdout.take(), child.stderr.take()));
+        assert_eq!(child.wait().unwrap().code(), Some(code), "{arguments:?}");
+    }
+}

@@ -2,6 +2,8 @@
 
 use serde_json::json;
 
+use crate::support::load;
+use crate::support::postgres::Postgres;
 use crate::support::program::{Start, Webhook};
 use crate::support::{PROXY, create, patched, pod, recorded_reviews};
 
@@ -47,6 +49,35 @@ fn a_vendor_key_that_was_put_back_is_refused_by_container_and_name() {
     let status = json!({"code": 403, "reason": "Forbidden", "message": message});
     let response = json!({"uid": review["request"]["uid"], "allowed": false, "status": status, "auditAnnotations": annotations});
     assert_eq!(answer["response"], response);
+}
+
+#[test]
+fn while_the_database_fails_a_pod_that_may_be_right_is_to_be_sent_again() {
+    let postgres = Postgres::with(&load::schema());
+    let webhook = Start {
+        policy: PROXY,
+        database_url: &postgres.url(),
+        ..Start::default()
+    }
+    .start();
+    let review = create(&pod(
+        load::BYOK,
+        &json!([{"name": "XAI_API_KEY", "value": "own"}]),
+    ));
+    let settled = patched(&review, &webhook.mutate(&review));
+    postgres.execute("ALTER TABLE workspaces RENAME TO gone");
+    let answer = webhook.validate(&settled);
+    let annotations = json!({"mode": "platform_managed", "source": "constant_fallback", "reason": "lookup_error", "workspace": load::BYOK});
+    let message = "LOOKUP_FAILED: the workspace's billing mode could not be looked up; try again, and if it stays, \
+                   ask the platform's operators";
+    let status = json!({"code": 503, "reason": "ServiceUnavailable", "message": message});
+    let response = json!({"uid": review["request"]["uid"], "allowed": false, "status": status, "auditAnnotations": annotations});
+    assert_eq!(answer["response"], response);
+    // One that a fallback made is what the policy asks for.
+    let fallen_back = patched(&review, &webhook.mutate(&review));
+    assert_eq!(webhook.validate(&fallen_back)["response"]["allowed"], true);
+    postgres.execute("ALTER TABLE gone RENAME TO workspaces");
+    assert_eq!(webhook.validate(&settled)["response"]["allowed"], true);
 }
 
 #[test]
