@@ -104,7 +104,7 @@ pub struct Audited {
 }
 
 /// What a sweep saw.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default)]
 pub struct Swept {
     /// Pods that were audited.
     pub audited: usize,
@@ -113,8 +113,7 @@ pub struct Swept {
     /// Those that could not be audited, and why.
     pub not_audited: Vec<String>,
     /// Pods by the database's mode and by finding; a pod counts once for each of its findings.
-    #[serde(skip)]
-    pub by_finding: BTreeMap<(&'static str, Finding), usize>,
+    pub by_finding: BTreeMap<(BillingMode, Finding), usize>,
 }
 
 /// Why a sweep ended before its end.
@@ -289,7 +288,6 @@ async fn audit_page(
             pods.push(Err(format!("a pod in {place} cannot be read")));
             continue;
         };
-        let metadata: RunningMetadata<'_> = metadata;
         let Ok(pod) = serde_json::from_str::<Pod<'_>>(item.get()) else {
             pods.push(Err(format!("{}: it cannot be read", metadata.title())));
             continue;
@@ -373,7 +371,7 @@ impl Swept {
         self.audited += 1;
         self.drifted += usize::from(!audited.findings.is_empty());
         for finding in &audited.findings {
-            let key = (audited.mode.as_str(), *finding);
+            let key = (audited.mode, *finding);
             *self.by_finding.entry(key).or_default() += 1;
         }
     }

@@ -1,5 +1,5 @@
-//! The Kubernetes API as a client: how to reach it, and how its errors read. What is asked of it is the business
-//! of those who ask.
+//! The Kubernetes API as a client: how to reach it, how its errors read, and what commands ask of it: an object, an
+//! eviction, an event. Pods are listed by audit.rs; the certificate's Secret is server/shared.rs's.
 
 use std::time::Duration;
 

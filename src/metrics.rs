@@ -39,17 +39,17 @@ pub struct Admission {
 
 /// Labels of a duration of the whole admission.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Webhook {
+struct WebhookLabels {
     /// `mutate` or `validate`.
-    pub webhook: &'static str,
+    webhook: &'static str,
 }
 
 /// Labels by how something ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Ending {
+struct Ending {
     /// For lookups `found`, `not_found` or [`crate::database::LookupError::kind`]; for reloads and audits `ok` or
     /// `failed`.
-    pub result: &'static str,
+    result: &'static str,
 }
 
 /// A connection to the database by what it does.
@@ -68,11 +68,11 @@ struct WarningLabels {
 
 /// Labels of pods whose env is not true.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Drift {
+struct Drift {
     /// The mode that the database says.
-    pub mode: &'static str,
+    mode: &'static str,
     /// What was found, as [`crate::core::audit::Finding`] spells it.
-    pub finding: &'static str,
+    finding: &'static str,
 }
 
 /// What audits found: of one server, or of one run of `audit`.
@@ -109,7 +109,7 @@ impl AuditMetrics {
     pub fn record(&self, swept: &Swept, now: i64) {
         for mode in BillingMode::ALL {
             for finding in Finding::ALL {
-                let count = swept.by_finding.get(&(mode.as_str(), finding));
+                let count = swept.by_finding.get(&(mode, finding));
                 let drift = Drift {
                     mode: mode.as_str(),
                     finding: finding.as_str(),
@@ -162,14 +162,14 @@ const PREFIX: &str = "llm_billing";
 pub struct Metrics {
     registry: Registry,
     admissions: Family<Admission, Counter>,
-    admission_duration: Family<Webhook, Histogram, fn() -> Histogram>,
+    admission_duration: Family<WebhookLabels, Histogram, fn() -> Histogram>,
     lookup_duration: Family<Ending, Histogram, fn() -> Histogram>,
     certificate_reloads: Family<Ending, Counter>,
     certificate_expiry: Gauge<f64, AtomicU64>,
     in_flight: Gauge,
     warnings: Family<WarningLabels, Counter>,
     connections: Family<ConnectionState, Gauge>,
-    /// What its audits found; registered by [`Metrics::with_audits`].
+    /// What its audits found, if it audits.
     pub audits: AuditMetrics,
 }
 
@@ -178,8 +178,16 @@ fn buckets() -> Histogram {
     Histogram::new(exponential_buckets(0.000_5, 2.0, 15))
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
+impl Metrics {
+    /// Metrics of a server over this database: which program runs, which policy if its text is given, and how many of the
+    /// log's lines were lost. Audits are told of only `with_audits`: without them, zeros would be a lie.
+    #[must_use]
+    pub fn new(
+        policy_text: Option<&str>,
+        database: &ConnectionMetrics,
+        lines: Lines,
+        with_audits: bool,
+    ) -> Self {
         let mut registry = Registry::with_prefix(PREFIX);
         let admissions = Family::default();
         let admission_duration = Family::new_with_constructor(buckets as fn() -> Histogram);
@@ -232,6 +240,23 @@ impl Default for Metrics {
             "Connections to the database",
             connections.clone(),
         );
+        registry.register_collector(Box::new(LostLines(lines)));
+        let audits = AuditMetrics::default();
+        if with_audits {
+            audits.register(&mut registry);
+        }
+        register_build(&mut registry, policy_text);
+        registry.register(
+            "lookup_retries",
+            "Lookups tried again because their connection was of no use",
+            database.retries.clone(),
+        );
+        registry.register_with_unit(
+            "connection_wait",
+            "How long lookups waited for a connection",
+            Unit::Seconds,
+            database.wait.clone(),
+        );
         Self {
             registry,
             admissions,
@@ -242,57 +267,8 @@ impl Default for Metrics {
             in_flight,
             warnings,
             connections,
-            audits: AuditMetrics::default(),
+            audits,
         }
-    }
-}
-
-impl Metrics {
-    /// Metrics of a server that audits too: without audits, zeros would be a lie.
-    #[must_use]
-    pub fn with_audits(mut self) -> Self {
-        self.audits.register(&mut self.registry);
-        self
-    }
-
-    /// Counts the lines of the log that were lost.
-    #[must_use]
-    pub fn with_lost_lines(mut self, lines: Lines) -> Self {
-        self.registry.register_collector(Box::new(LostLines(lines)));
-        self
-    }
-
-    /// Tells which program runs and, if it may be shown, which policy, and counts what this database's connections do.
-    #[must_use]
-    pub fn of(mut self, policy_text: Option<&str>, database: &ConnectionMetrics) -> Self {
-        let version = [("version", env!("CARGO_PKG_VERSION"))];
-        self.registry.register(
-            "build",
-            "The program that runs",
-            Info::new(version.to_vec()),
-        );
-        if let Some(text) = policy_text {
-            let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
-            let bytes = digest.as_ref().iter();
-            let sha256: String = bytes.map(|byte| format!("{byte:02x}")).collect();
-            self.registry.register(
-                "policy",
-                "The policy file's SHA-256 checksum",
-                Info::new(vec![("sha256", sha256)]),
-            );
-        }
-        self.registry.register(
-            "lookup_retries",
-            "Lookups tried again because their connection was of no use",
-            database.retries.clone(),
-        );
-        self.registry.register_with_unit(
-            "connection_wait",
-            "How long lookups waited for a connection",
-            Unit::Seconds,
-            database.wait.clone(),
-        );
-        self
     }
 
     /// Counts an admission as one that is being answered, until what it returns is dropped.
@@ -309,7 +285,7 @@ impl Metrics {
 
     /// Counts an admission and its duration.
     pub fn admission(&self, admission: Admission, took: Duration) {
-        let webhook = Webhook {
+        let webhook = WebhookLabels {
             webhook: admission.webhook,
         };
         self.admission_duration
@@ -351,6 +327,26 @@ impl Metrics {
             connections.set(gauge(count));
         }
         encode(&self.registry)
+    }
+}
+
+/// Which program runs and, if it may be shown, which policy.
+fn register_build(registry: &mut Registry, policy_text: Option<&str>) {
+    let version = [("version", env!("CARGO_PKG_VERSION"))];
+    registry.register(
+        "build",
+        "The program that runs",
+        Info::new(version.to_vec()),
+    );
+    if let Some(text) = policy_text {
+        let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
+        let bytes = digest.as_ref().iter();
+        let sha256: String = bytes.map(|byte| format!("{byte:02x}")).collect();
+        registry.register(
+            "policy",
+            "The policy file's SHA-256 checksum",
+            Info::new(vec![("sha256", sha256)]),
+        );
     }
 }
 

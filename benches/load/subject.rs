@@ -113,10 +113,7 @@ pub(crate) fn ready_after(database_url: &str) -> Duration {
     let webhook = Subject::webhook(database_url);
     let health = webhook.health.expect("a webhook has it");
     wait_for("the webhook is ready", || {
-        (page(health, "/readyz")
-            == "ok
-")
-        .then_some(())
+        (page(health, "/readyz") == "ok\n").then_some(())
     });
     webhook.started.elapsed()
 }

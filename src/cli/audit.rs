@@ -11,6 +11,7 @@ use anyhow::{Context, bail};
 use clap::{Args, ColorChoice, ValueEnum};
 use kube::Client;
 use serde_json::json;
+use time::OffsetDateTime;
 
 use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print};
 use crate::audit::{Audited, Namespaces, Selection, SweepError, Swept, sweep};
@@ -18,7 +19,6 @@ use crate::cluster::{self, Evicted, PodName};
 use crate::core::audit::Finding;
 use crate::database::Database;
 use crate::metrics::AuditMetrics;
-use crate::server::health::now;
 use crate::telemetry;
 
 #[derive(Debug, Args)]
@@ -125,7 +125,7 @@ enum Output {
 }
 
 pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
-    let policy = args.policy.load()?.unwrap_or_default();
+    let policy = args.policy.load()?;
     let database = Database::connect_lazily(args.database.required()?, &policy.lookup)?;
     if args.eviction.evict
         && !args.eviction.dry_run
@@ -375,7 +375,7 @@ fn write_metrics(
         return Ok(());
     }
     let metrics = AuditMetrics::default();
-    metrics.record(swept, now());
+    metrics.record(swept, OffsetDateTime::now_utc().unix_timestamp());
     let mut new = file.as_os_str().to_owned();
     new.push(".new");
     let written = fs::write(&new, metrics.encode()?).and_then(|()| fs::rename(&new, file));

@@ -8,6 +8,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::{ApiResource, DynamicObject, PostParams};
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 use super::{DatabaseArgs, PolicyArgs, print};
@@ -15,7 +16,6 @@ use crate::cli::serve::TlsArgs;
 use crate::cluster::{self, ClusterError};
 use crate::core::policy::{MODE_VARIABLE, Policy};
 use crate::database::Database;
-use crate::server::health::now;
 use crate::server::tls::Certificate;
 use crate::telemetry;
 
@@ -75,7 +75,7 @@ pub(super) async fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
 
 fn check_policy(args: &PolicyArgs, report: &mut Report) -> Option<Policy> {
     let policy = match args.load() {
-        Ok(policy) => policy.unwrap_or_default(),
+        Ok(policy) => policy,
         Err(error) => {
             report.fail("policy", error.as_ref());
             return None;
@@ -106,7 +106,8 @@ fn check_certificate(args: &TlsArgs, report: &mut Report) {
     };
     match files.read().and_then(|pem| Certificate::from_pem(&pem)) {
         Err(error) => report.fail("certificate", &error),
-        Ok(certificate) => match certificate.not_after - now() {
+        Ok(certificate) => match certificate.not_after - OffsetDateTime::now_utc().unix_timestamp()
+        {
             ..=0 => {
                 report.failed = true;
                 report.line("error", "certificate", "it has expired; renew it");

@@ -47,13 +47,13 @@ const SAMPLES: [(Uuid, Option<BillingMode>); 4] = [
 /// Opens the file, and puts the samples into it if it has no workspace yet.
 pub(super) async fn database() -> anyhow::Result<UrlSource> {
     let url: DatabaseUrl = DEV_DATABASE.parse()?;
-    let embedded = Embedded::open(&url).await?;
+    let mut embedded = Embedded::open(&url).await?;
     if embedded.list().await?.is_empty() {
         for (id, mode) in SAMPLES {
             embedded.set(id, mode).await?;
         }
     }
-    embedded.close().await;
+    embedded.close().await?;
     Ok(UrlSource::Given(DEV_DATABASE.into()))
 }
 

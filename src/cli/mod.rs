@@ -165,9 +165,9 @@ struct PolicyArgs {
 }
 
 impl PolicyArgs {
-    fn load(&self) -> anyhow::Result<Option<Policy>> {
-        let text = self.read()?;
-        text.map(|text| self.parse(&text)).transpose()
+    /// The policy; without a file, the default one, which an empty text is.
+    fn load(&self) -> anyhow::Result<Policy> {
+        self.parse(&self.read()?.unwrap_or_default())
     }
 
     fn read(&self) -> anyhow::Result<Option<String>> {

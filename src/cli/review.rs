@@ -15,11 +15,11 @@ use similar::{ChangeTag, TextDiff};
 
 use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print, workspace};
 use crate::cluster;
-use crate::core::mode::{BillingMode, Resolution};
+use crate::core::mode::BillingMode;
 use crate::core::patch::patch;
 use crate::core::plan::plan;
+use crate::core::policy::Policy;
 use crate::core::workload::{Subject, subjects};
-use crate::core::workspace::{Identity, identify};
 use crate::database::Database;
 use crate::telemetry;
 
@@ -85,7 +85,7 @@ enum Output {
 
 pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
     let (shown, documents) = documents(&args).await?;
-    let policy = args.policy.load()?.unwrap_or_default();
+    let policy = args.policy.load()?;
     let source = args.database.source()?;
     let database = source
         .map(|source| Database::connect_lazily(source, &policy.lookup))
@@ -266,7 +266,7 @@ fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
 /// What the webhook would patch; empty for what it leaves alone.
 async fn patch_of(
     subject: &Subject,
-    policy: &crate::core::policy::Policy,
+    policy: &Policy,
     database: Option<&Database>,
     mode: Option<BillingMode>,
 ) -> anyhow::Result<Patch> {
@@ -279,15 +279,8 @@ async fn patch_of(
     if scope.is_empty(&pod) {
         return Ok(Patch::default());
     }
-    let resolution = match (mode, identify(policy, &pod, &subject.namespace)?) {
-        (Some(mode), Identity::LookUp(_)) => Some(Resolution::chosen(mode)),
-        (_, Identity::NotAWorkspace) => None,
-        (_, Identity::Resolved(resolution)) => Some(resolution),
-        (None, Identity::LookUp(_)) => {
-            workspace::resolution(policy, database, &pod, &subject.namespace).await?
-        }
-    };
-    let Some(resolution) = resolution else {
+    let resolution = workspace::resolution(policy, database, mode, &pod, &subject.namespace);
+    let Some(resolution) = resolution.await? else {
         note(&format!(
             "{title}: has no label {}, and stays as it is",
             policy.workspace_label.as_str()

@@ -185,7 +185,6 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let telemetry = telemetry::start(format)?;
     let policy_text = match args.policy.read()? {
         None if args.dev => dev::DEV_POLICY.to_owned(),
-        // Empty, it is the default policy.
         text => text.unwrap_or_default(),
     };
     let policy = args.policy.parse(&policy_text)?;
@@ -195,13 +194,8 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let audits = audits(&args, &policy).await?;
     // Even a checksum can tell whether a token was guessed.
     let policy_shown = (!policy.has_literal_token()).then_some(policy_text.as_str());
-    let metrics = Metrics::default()
-        .of(policy_shown, &database.metrics)
-        .with_lost_lines(telemetry.lines.clone());
-    let metrics = match audits {
-        Some(_) => metrics.with_audits(),
-        None => metrics,
-    };
+    let lines = telemetry.lines.clone();
+    let metrics = Metrics::new(policy_shown, &database.metrics, lines, audits.is_some());
     let host = if args.dev {
         Ipv4Addr::LOCALHOST
     } else {

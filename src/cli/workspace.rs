@@ -63,7 +63,7 @@ enum Output {
 }
 
 pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
-    let policy = args.policy.load()?.unwrap_or_default();
+    let policy = args.policy.load()?;
     let mut labels = BTreeMap::from([(policy.workspace_label.as_str(), args.workspace.as_str())]);
     for label in &args.label {
         let (key, value) = label.split_once('=').context("--label takes KEY=VALUE")?;
@@ -72,8 +72,8 @@ pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
     let pod = json!({"metadata": {"labels": labels}});
     let pod = Pod::deserialize(&pod)?;
     let database = Database::connect_lazily(args.database.required()?, &policy.lookup)?;
-    let Some(resolution) = resolution(&policy, Some(&database), &pod, &args.namespace).await?
-    else {
+    let found = resolution(&policy, Some(&database), None, &pod, &args.namespace);
+    let Some(resolution) = found.await? else {
         bail!("no workspace is named");
     };
     match args.output {
@@ -87,11 +87,12 @@ pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// The mode of a pod, for commands: here a failed lookup is an error, whatever the policy makes of it when
-/// a pod waits. `None` for a pod that is no workspace's.
+/// The mode of a pod, for commands: that which is given, or the database's. Here a failed lookup is an error, whatever
+/// the policy makes of it when a pod waits. `None` for a pod that is no workspace's.
 pub(super) async fn resolution(
     policy: &Policy,
     database: Option<&Database>,
+    given: Option<BillingMode>,
     pod: &Pod<'_>,
     namespace: &str,
 ) -> anyhow::Result<Option<Resolution>> {
@@ -99,11 +100,13 @@ pub(super) async fn resolution(
         Identity::NotAWorkspace => Ok(None),
         Identity::Resolved(resolution) => Ok(Some(resolution)),
         Identity::LookUp(parameters) => {
+            if let Some(mode) = given {
+                return Ok(Some(Resolution::chosen(mode)));
+            }
             let database = database
                 .context("no database is given; set --database-url, or --mode to do without")?;
-            Ok(Some(Resolution::from_stored(
-                &database.lookup(&parameters, None).await?,
-            )))
+            let stored = database.lookup(&parameters, None).await?;
+            Ok(Some(Resolution::from_stored(&stored)))
         }
     }
 }
@@ -170,25 +173,25 @@ pub(super) async fn workspace(command: WorkspaceCommand) -> anyhow::Result<ExitC
     };
     match command {
         WorkspaceCommand::List(embedded) => {
-            let embedded = embedded.open().await?;
+            let mut embedded = embedded.open().await?;
             let workspaces = embedded.list().await?;
-            embedded.close().await;
+            embedded.close().await?;
             let line = |(id, mode): (String, Option<String>)| {
                 format!("{id}  {}\n", mode.as_deref().unwrap_or("-"))
             };
             print(&workspaces.into_iter().map(line).collect::<String>())
         }
         WorkspaceCommand::Set { id, mode, embedded } => {
-            let embedded = embedded.open().await?;
+            let mut embedded = embedded.open().await?;
             embedded.set(id, Some(mode)).await?;
-            embedded.close().await;
+            embedded.close().await?;
             say(id, Some(mode))?;
             Ok(ExitCode::SUCCESS)
         }
         WorkspaceCommand::Clear { id, embedded } => {
-            let embedded = embedded.open().await?;
+            let mut embedded = embedded.open().await?;
             embedded.set(id, None).await?;
-            embedded.close().await;
+            embedded.close().await?;
             say(id, None)?;
             Ok(ExitCode::SUCCESS)
         }

@@ -14,7 +14,7 @@ use super::pod::{Pod, Text};
 use super::refusal::Refusal;
 
 /// The one version of the API that is spoken; the API server has sent it since Kubernetes 1.16.
-pub const API_VERSION: &str = "admission.k8s.io/v1";
+const API_VERSION: &str = "admission.k8s.io/v1";
 const KIND: &str = "AdmissionReview";
 
 /// Why a body gets no admission response.
@@ -260,7 +260,9 @@ pub fn decode(body: &[u8]) -> Result<Decoded<'_>, BodyError> {
 }
 
 /// The place where a value does not fit `T`, such as `spec.containers[0].env[2].value`.
-pub fn misfit<'de, T: Deserialize<'de>>(deserializer: impl serde::Deserializer<'de>) -> String {
+pub(super) fn misfit<'de, T: Deserialize<'de>>(
+    deserializer: impl serde::Deserializer<'de>,
+) -> String {
     let error = serde_path_to_error::deserialize::<_, T>(deserializer).err();
     let place = error
         .map(|error| error.path().to_string())

@@ -7,11 +7,11 @@ use serde::Serialize;
 
 use super::mode::{BillingMode, Resolution, Source};
 use super::plan::{ContainerPlan, Plan, Scope, plan};
-use super::pod::{ContainerList, Pod, Text};
+use super::pod::{Container, ContainerList, Pod, Text};
 use super::policy::{MODE_VARIABLE, Policy, RESOLVED_VARIABLE};
 
 /// Why a pod's env is not true.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finding {
     /// A container does not say the mode that the database says.
@@ -148,7 +148,7 @@ fn mode_in_env(pod: &Pod<'_>) -> String {
     let entries = lists
         .into_iter()
         .flat_map(|list| pod.containers(list))
-        .flat_map(|container| container.env.iter().flatten())
+        .flat_map(Container::entries)
         .filter(|entry| entry.name.as_str() == MODE_VARIABLE);
     let said: BTreeSet<&str> = entries
         .map(|entry| {

@@ -5,9 +5,9 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use super::json::object;
-use super::pod::{EnvEntry, EnvFrom};
-use super::policy::EnvSource;
+use super::json::{Object, object};
+use super::pod::{EnvEntry, EnvFrom, ValueFrom};
+use super::policy::{EnvSource, Name, OptionalKey};
 
 /// What a variable must be. No `Debug`: a literal may be a token.
 #[derive(Clone, PartialEq)]
@@ -79,6 +79,87 @@ impl Variable {
     }
 }
 
+impl EnvSource {
+    /// Writes the source as it stands in an env entry.
+    pub(super) fn write(&self, out: &mut String) {
+        let text = |members: &mut Object<'_>, name, value: &Option<Name>| {
+            if let Some(value) = value {
+                members.text(name, value.as_str());
+            }
+        };
+        let key = |out: &mut String, key: &OptionalKey| {
+            object(out, |members| {
+                members.text("name", key.name.as_str());
+                members.text("key", key.key.as_str());
+                if let Some(optional) = key.optional {
+                    members.plain("optional", optional);
+                }
+            });
+        };
+        object(out, |source| match self {
+            Self::SecretKeyRef(secret) => key(source.member("secretKeyRef"), secret),
+            Self::ConfigMapKeyRef(map) => key(source.member("configMapKeyRef"), map),
+            Self::FieldRef(field) => object(source.member("fieldRef"), |members| {
+                members.text("fieldPath", field.field_path.as_str());
+                text(members, "apiVersion", &field.api_version);
+            }),
+            Self::ResourceFieldRef(resource) => {
+                object(source.member("resourceFieldRef"), |members| {
+                    members.text("resource", resource.resource.as_str());
+                    text(members, "containerName", &resource.container_name);
+                    text(members, "divisor", &resource.divisor);
+                });
+            }
+        });
+    }
+
+    /// Whether a pod's entry has this source, as written here or after the API server's defaulting.
+    fn matches(&self, entry: &ValueFrom<'_>) -> bool {
+        let ValueFrom {
+            secret_key_ref,
+            config_map_key_ref,
+            field_ref,
+            resource_field_ref,
+        } = entry;
+        match (
+            self,
+            secret_key_ref,
+            config_map_key_ref,
+            field_ref,
+            resource_field_ref,
+        ) {
+            (Self::SecretKeyRef(own), Some(key), None, None, None)
+            | (Self::ConfigMapKeyRef(own), None, Some(key), None, None) => {
+                own.name.as_str() == key.name.as_str()
+                    && own.key.as_str() == key.key.as_str()
+                    && own.optional.unwrap_or_default() == key.optional.unwrap_or_default()
+            }
+            (Self::FieldRef(own), None, None, Some(field), None) => {
+                own.field_path.as_str() == field.field_path.as_str()
+                    && own.api_version.as_ref().map_or("v1", Name::as_str)
+                        == field
+                            .api_version
+                            .as_ref()
+                            .map_or("v1", |version| version.as_str())
+            }
+            (Self::ResourceFieldRef(own), None, None, None, Some(field)) => {
+                own.resource.as_str() == field.resource.as_str()
+                    && own.container_name.as_ref().map_or("", Name::as_str)
+                        == field
+                            .container_name
+                            .as_ref()
+                            .map_or("", |name| name.as_str())
+                    && own.divisor.as_ref().map_or("0", Name::as_str)
+                        == field
+                            .divisor
+                            .as_ref()
+                            .map_or("0", |divisor| divisor.as_str().unwrap_or_default())
+            }
+            _ => false,
+        }
+    }
+}
+
 /// What makes an env list settled.
 #[derive(Clone, PartialEq, Default)]
 pub struct Changes<'a> {
@@ -101,7 +182,7 @@ impl Changes<'_> {
 /// Finds what makes `entries` settled: each required variable once with its value, and none that
 /// `goes`. The first right entry of a required variable stays where it is; wrong and surplus ones go.
 #[must_use]
-pub fn settle<'a>(
+pub(super) fn settle<'a>(
     entries: &[EnvEntry<'_>],
     required: &[Cow<'a, Variable>],
     goes: impl Fn(&str) -> bool,
@@ -346,6 +427,115 @@ mod tests {
         ];
         for (text, expected) in table {
             assert_eq!(references(text).collect::<Vec<_>>(), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_source_equals_what_the_api_server_makes_of_it_and_nothing_else() {
+        let table = [
+            (
+                "{secretKeyRef: {name: a, key: b}}",
+                r#"{"secretKeyRef":{"name":"a","key":"b"}}"#,
+                true,
+            ),
+            (
+                "{secretKeyRef: {name: a, key: b}}",
+                r#"{"secretKeyRef":{"name":"a","key":"b","optional":false}}"#,
+                true,
+            ),
+            (
+                "{secretKeyRef: {name: a, key: b}}",
+                r#"{"secretKeyRef":{"name":"a","key":"b","optional":true}}"#,
+                false,
+            ),
+            (
+                "{secretKeyRef: {name: a, key: b}}",
+                r#"{"secretKeyRef":{"name":"x","key":"b"}}"#,
+                false,
+            ),
+            (
+                "{secretKeyRef: {name: a, key: b}}",
+                r#"{"secretKeyRef":{"name":"a","key":"x"}}"#,
+                false,
+            ),
+            (
+                "{secretKeyRef: {name: a, key: b}}",
+                r#"{"configMapKeyRef":{"name":"a","key":"b"}}"#,
+                false,
+            ),
+            ("{secretKeyRef: {name: a, key: b}}", "{}", false),
+            (
+                "{configMapKeyRef: {name: a, key: b, optional: true}}",
+                r#"{"configMapKeyRef":{"name":"a","key":"b","optional":true}}"#,
+                true,
+            ),
+            (
+                "{configMapKeyRef: {name: a, key: b}}",
+                r#"{"secretKeyRef":{"name":"a","key":"b"}}"#,
+                false,
+            ),
+            (
+                "{fieldRef: {fieldPath: p}}",
+                r#"{"fieldRef":{"fieldPath":"p","apiVersion":"v1"}}"#,
+                true,
+            ),
+            (
+                "{fieldRef: {fieldPath: p}}",
+                r#"{"fieldRef":{"fieldPath":"p"}}"#,
+                true,
+            ),
+            (
+                "{fieldRef: {fieldPath: p}}",
+                r#"{"fieldRef":{"fieldPath":"p","apiVersion":"v2"}}"#,
+                false,
+            ),
+            (
+                "{fieldRef: {fieldPath: p}}",
+                r#"{"fieldRef":{"fieldPath":"q"}}"#,
+                false,
+            ),
+            (
+                "{resourceFieldRef: {resource: r}}",
+                r#"{"resourceFieldRef":{"resource":"r","divisor":"0"}}"#,
+                true,
+            ),
+            (
+                "{resourceFieldRef: {resource: r}}",
+                r#"{"resourceFieldRef":{"resource":"r"}}"#,
+                true,
+            ),
+            (
+                "{resourceFieldRef: {resource: r}}",
+                r#"{"resourceFieldRef":{"resource":"r","divisor":"1Mi"}}"#,
+                false,
+            ),
+            (
+                "{resourceFieldRef: {resource: r}}",
+                r#"{"resourceFieldRef":{"resource":"r","containerName":"c"}}"#,
+                false,
+            ),
+            (
+                "{resourceFieldRef: {resource: r}}",
+                r#"{"resourceFieldRef":{"resource":"s"}}"#,
+                false,
+            ),
+            (
+                "{resourceFieldRef: {resource: r, containerName: c, divisor: 1Mi}}",
+                r#"{"resourceFieldRef":{"resource":"r","containerName":"c","divisor":"1Mi"}}"#,
+                true,
+            ),
+        ];
+        for (own, entry, expected) in table {
+            let source: EnvSource = serde_saphyr::from_str(own).unwrap();
+            let parsed: ValueFrom<'_> = serde_json::from_str(entry).unwrap();
+            assert_eq!(source.matches(&parsed), expected, "{own} {entry}");
+            // What is written into a pod equals itself when it comes back.
+            let mut written = String::new();
+            source.write(&mut written);
+            assert!(
+                source.matches(&serde_json::from_str(&written).unwrap()),
+                "{written}"
+            );
         }
     }
 }

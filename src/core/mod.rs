@@ -2,8 +2,7 @@
 //!
 //! Nothing here does IO, waits, logs, reads a clock or knows HTTP; what must be fetched is returned as a
 //! value ([`workspace::Identity::LookUp`]) for an edge to fetch. The order of use is the order of a
-//! request: [`admission::decode`], [`workspace::identify`],
-//! [`mode::Resolution::from_stored`], [`plan::plan`], [`patch::patch`].
+//! request: [`admission::decode`], [`workspace::identify`], [`mode::resolve`], [`plan::plan`], [`patch::patch`].
 
 #![warn(clippy::indexing_slicing)]
 

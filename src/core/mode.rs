@@ -1,12 +1,15 @@
-//! Billing modes and their resolution: what the lookup found → mode, source and reason.
+//! Billing modes and their resolution: what the lookup found → mode, source and reason, or a refusal.
 //! Which workspace is looked up is workspace.rs's business, and what a mode does to a pod is plan.rs's.
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+
+use super::policy::{OnError, Policy};
+use super::refusal::Refusal;
 
 /// Who pays for a workspace's LLM calls. The contract knows these three modes and no other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BillingMode {
     /// Calls go through the platform's metered proxy; vendor keys go.
@@ -56,7 +59,7 @@ pub enum Stored {
 }
 
 /// Where a mode comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
     /// The workspace's row names one of the three modes.
@@ -77,7 +80,7 @@ impl Source {
 }
 
 /// Which row of the contract's resolution table applied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// The row names one of the three modes.
@@ -153,6 +156,19 @@ impl Resolution {
             Stored::Row(None) => Self::fallback(Reason::NoOverride),
             Stored::NoRow => Self::fallback(Reason::WorkspaceNotFound),
             Stored::Failed => Self::fallback(Reason::LookupError),
+        }
+    }
+}
+
+/// The resolver's answer to what the lookup found.
+///
+/// # Errors
+/// [`Refusal::LookupFailed`] if the database failed and the policy says `lookup.onError: deny`.
+pub fn resolve(policy: &Policy, stored: &Stored) -> Result<Resolution, Refusal> {
+    match (stored, policy.lookup.on_error) {
+        (Stored::Failed, OnError::Deny) => Err(Refusal::LookupFailed),
+        (Stored::Failed, OnError::PlatformManaged) | (Stored::Row(_) | Stored::NoRow, _) => {
+            Ok(Resolution::from_stored(stored))
         }
     }
 }
@@ -262,5 +278,18 @@ mod tests {
         ] {
             assert_eq!(json(serde_json::to_value(reason).unwrap()), reason.as_str());
         }
+    }
+
+    #[test]
+    fn a_failed_lookup_falls_back_or_refuses_as_the_policy_says() {
+        let policy = |text| Policy::parse(text).unwrap();
+        let fallback = Ok(Resolution::fallback(Reason::LookupError));
+        assert_eq!(resolve(&policy(""), &Stored::Failed), fallback);
+        let deny = policy("lookup: {onError: deny}");
+        assert_eq!(resolve(&deny, &Stored::Failed), Err(Refusal::LookupFailed));
+        assert_eq!(
+            resolve(&deny, &Stored::NoRow),
+            Ok(Resolution::fallback(Reason::WorkspaceNotFound))
+        );
     }
 }

@@ -47,15 +47,9 @@ pub struct Pod<'a> {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Metadata<'a> {
-    /// Absent under `generateName`.
-    #[serde(borrow)]
-    pub name: Option<Text<'a>>,
     /// The name's beginning, where the API server chooses the rest.
     #[serde(borrow)]
     pub generate_name: Option<Text<'a>>,
-    /// Empty in a controller's pod template.
-    #[serde(borrow)]
-    pub namespace: Option<Text<'a>>,
     /// Which workspace and runtime.
     #[serde(borrow)]
     pub labels: Option<Labels<'a>>,

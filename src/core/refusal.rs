@@ -88,7 +88,7 @@ impl Refusal {
 
     /// The Kubernetes name of [`Self::status`].
     #[must_use]
-    pub const fn status_reason(&self) -> &'static str {
+    pub(super) const fn status_reason(&self) -> &'static str {
         match self.status() {
             400 => "BadRequest",
             503 => "ServiceUnavailable",

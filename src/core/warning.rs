@@ -14,7 +14,7 @@ const LONGEST_WARNING: usize = 256;
 const MOST_WARNINGS: usize = 15;
 
 /// What a warning is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WarningKind {
     /// The mode could not be looked up.
     LookupFailed,

@@ -3,9 +3,9 @@
 
 use uuid::Uuid;
 
-use super::mode::{Reason, Resolution, Stored};
+use super::mode::{Reason, Resolution};
 use super::pod::Pod;
-use super::policy::{OnError, Parameter, ParameterType, Policy, Unlabelled};
+use super::policy::{Parameter, ParameterType, Policy, Unlabelled};
 use super::refusal::Refusal;
 
 /// How a pod's mode is to be found.
@@ -75,19 +75,6 @@ pub fn identify(policy: &Policy, pod: &Pod<'_>, namespace: &str) -> Result<Ident
         values.push(value);
     }
     Ok(Identity::LookUp(values))
-}
-
-/// The resolver's answer to what the lookup found.
-///
-/// # Errors
-/// [`Refusal::LookupFailed`] if the database failed and the policy says `lookup.onError: deny`.
-pub fn resolve(policy: &Policy, stored: &Stored) -> Result<Resolution, Refusal> {
-    match (stored, policy.lookup.on_error) {
-        (Stored::Failed, OnError::Deny) => Err(Refusal::LookupFailed),
-        (Stored::Failed, OnError::PlatformManaged) | (Stored::Row(_) | Stored::NoRow, _) => {
-            Ok(Resolution::from_stored(stored))
-        }
-    }
 }
 
 #[cfg(test)]
@@ -179,19 +166,6 @@ mod tests {
             Ok(Identity::Resolved(Resolution::fallback(
                 Reason::MissingWorkspaceId
             )))
-        );
-    }
-
-    #[test]
-    fn a_failed_lookup_falls_back_or_refuses_as_the_policy_says() {
-        let policy = |text| Policy::parse(text).unwrap();
-        let fallback = Ok(Resolution::fallback(Reason::LookupError));
-        assert_eq!(resolve(&policy(""), &Stored::Failed), fallback);
-        let deny = policy("lookup: {onError: deny}");
-        assert_eq!(resolve(&deny, &Stored::Failed), Err(Refusal::LookupFailed));
-        assert_eq!(
-            resolve(&deny, &Stored::NoRow),
-            Ok(Resolution::fallback(Reason::WorkspaceNotFound))
         );
     }
 }

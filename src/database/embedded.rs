@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use sqlx::sqlite::SqlitePoolOptions;
-use sqlx::{Pool, Sqlite};
+use sqlx::sqlite::SqliteConnection;
+use sqlx::{ConnectOptions, Connection};
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -13,7 +13,7 @@ use crate::core::mode::BillingMode;
 /// The embedded SQLite database: the standard schema, made if absent.
 #[derive(Debug)]
 pub struct Embedded {
-    pool: Pool<Sqlite>,
+    connection: SqliteConnection,
 }
 
 /// Why the embedded database cannot be used.
@@ -46,19 +46,16 @@ impl Embedded {
         let path = options.get_filename().to_path_buf();
         let open = async {
             let options = options.as_ref().clone().create_if_missing(true);
-            let pool = SqlitePoolOptions::new()
-                .max_connections(1)
-                .connect_with(options)
-                .await?;
+            let mut connection = options.connect().await?;
             sqlx::query(
                 "CREATE TABLE IF NOT EXISTS workspaces (
                     id TEXT PRIMARY KEY,
                     llm_billing_mode TEXT CHECK (llm_billing_mode IN ('platform_managed', 'byok', 'disabled'))
                 )",
             )
-            .execute(&pool)
+            .execute(&mut connection)
             .await?;
-            Ok(Self { pool })
+            Ok(Self { connection })
         };
         open.await
             .map_err(|source| EmbeddedError::Sqlite { path, source })
@@ -68,9 +65,9 @@ impl Embedded {
     ///
     /// # Errors
     /// SQLite's.
-    pub async fn list(&self) -> Result<Vec<(String, Option<String>)>, sqlx::Error> {
+    pub async fn list(&mut self) -> Result<Vec<(String, Option<String>)>, sqlx::Error> {
         sqlx::query_as("SELECT id, llm_billing_mode FROM workspaces ORDER BY id")
-            .fetch_all(&self.pool)
+            .fetch_all(&mut self.connection)
             .await
     }
 
@@ -78,20 +75,23 @@ impl Embedded {
     ///
     /// # Errors
     /// SQLite's.
-    pub async fn set(&self, id: Uuid, mode: Option<BillingMode>) -> Result<(), sqlx::Error> {
+    pub async fn set(&mut self, id: Uuid, mode: Option<BillingMode>) -> Result<(), sqlx::Error> {
         sqlx::query(
             "INSERT INTO workspaces (id, llm_billing_mode) VALUES ($1, $2)
              ON CONFLICT (id) DO UPDATE SET llm_billing_mode = excluded.llm_billing_mode",
         )
         .bind(id.to_string())
         .bind(mode.map(BillingMode::as_str))
-        .execute(&self.pool)
+        .execute(&mut self.connection)
         .await?;
         Ok(())
     }
 
     /// Closes the file.
-    pub async fn close(self) {
-        self.pool.close().await;
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub async fn close(self) -> Result<(), sqlx::Error> {
+        self.connection.close().await
     }
 }

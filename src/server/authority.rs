@@ -153,7 +153,7 @@ impl Wanted {
     }
 
     fn is_due(&self, serving: &Serving, now: i64) -> bool {
-        let third = i64::try_from(self.certificate_lifetime.as_secs() / 3).unwrap_or(i64::MAX);
+        let third = seconds(self.certificate_lifetime / 3);
         serving.not_after.saturating_sub(now) < third || !serving.is_of_the_newest
     }
 
@@ -280,8 +280,7 @@ struct Authority {
 
 impl Authority {
     fn lasts(&self, now: i64, time: Duration) -> bool {
-        let time = i64::try_from(time.as_secs()).unwrap_or(i64::MAX);
-        self.not_after.saturating_sub(now) >= time
+        self.not_after.saturating_sub(now) >= seconds(time)
     }
 
     /// What signs as this authority, if the key is its own.
@@ -332,9 +331,12 @@ fn verifier(authorities: &[Authority]) -> Option<Arc<WebPkiServerVerifier>> {
         .ok()
 }
 
+fn seconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_secs()).unwrap_or(i64::MAX)
+}
+
 /// Sets when a certificate is valid; the end of it, in seconds since the epoch.
 fn validity(params: &mut CertificateParams, now: i64, lifetime: Duration) -> i64 {
-    let seconds = |duration: Duration| i64::try_from(duration.as_secs()).unwrap_or(i64::MAX);
     let at = |timestamp| OffsetDateTime::from_unix_timestamp(timestamp);
     let from = now.saturating_sub(seconds(BACKDATED.min(lifetime / 10)));
     let to = now.saturating_add(seconds(lifetime));

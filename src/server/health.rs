@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use time::OffsetDateTime;
 
 use crate::server::webhook::App;
 
@@ -49,7 +49,9 @@ impl Readiness {
     fn obstacle(&self) -> Option<&'static str> {
         if self.is_draining() {
             Some("draining")
-        } else if self.certificate_expiry.load(Ordering::Relaxed) <= now() {
+        } else if self.certificate_expiry.load(Ordering::Relaxed)
+            <= OffsetDateTime::now_utc().unix_timestamp()
+        {
             Some("the certificate has expired")
         } else if !self.database_answered() {
             Some("the database has not answered the policy's query yet")
@@ -57,14 +59,6 @@ impl Readiness {
             None
         }
     }
-}
-
-/// Seconds since the epoch.
-pub fn now() -> i64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 /// The routes.

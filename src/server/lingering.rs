@@ -17,7 +17,7 @@ const LINGER: Duration = Duration::from_secs(1);
 /// A TCP stream that ends as RFC 9112, section 9.6, has it: nothing more is sent, then what still comes is read and
 /// dropped until the client closes too.
 #[derive(Debug)]
-pub struct Lingering {
+pub(super) struct Lingering {
     stream: TcpStream,
     /// The connection's place among those that there may be.
     _place: OwnedSemaphorePermit,
@@ -28,7 +28,7 @@ pub struct Lingering {
 impl Lingering {
     /// For a stream of the server's, which keeps its place until it is gone.
     #[must_use]
-    pub const fn new(stream: TcpStream, place: OwnedSemaphorePermit) -> Self {
+    pub(super) const fn new(stream: TcpStream, place: OwnedSemaphorePermit) -> Self {
         Self {
             stream,
             _place: place,

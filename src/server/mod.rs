@@ -1,9 +1,9 @@
-//! The life of the server: bind both ports, serve, drain. What is served is webhook.rs's and health.rs's
-//! business.
+//! The life of the server: bind both ports, serve, drain; and what goes on beside it again and again: audits, the
+//! database's URL and its connections. What is served is webhook.rs's and health.rs's business.
 
 pub mod authority;
 pub mod health;
-pub mod lingering;
+mod lingering;
 pub mod shared;
 pub mod tls;
 pub mod webhook;
@@ -17,6 +17,7 @@ use std::time::Duration;
 use axum_server::accept::Accept;
 use axum_server::tls_rustls::RustlsAcceptor;
 use axum_server::{Handle, Server};
+use time::OffsetDateTime;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
@@ -85,7 +86,7 @@ pub struct Bound {
     /// Where the webhook will be; tells the port if 0 was asked for.
     pub webhook_address: SocketAddr,
     /// Where health and metrics will be.
-    pub health_address: SocketAddr,
+    health_address: SocketAddr,
 }
 
 impl Bound {
@@ -287,7 +288,8 @@ async fn audit(app: &App, audits: Option<Audits>) {
         let (database, policy) = (&app.database, &app.policy);
         match sweep(&client, database, policy, &selection, &mut swept, drop).await {
             Ok(()) if swept.not_audited.is_empty() => {
-                app.metrics.audits.record(&swept, health::now());
+                let now = OffsetDateTime::now_utc().unix_timestamp();
+                app.metrics.audits.record(&swept, now);
                 info!(audited = swept.audited, drifted = swept.drifted, "audit");
             }
             Ok(()) => {

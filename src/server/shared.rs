@@ -18,12 +18,12 @@ use kube::core::{ApiResource, DynamicObject, ObjectMeta};
 use kube::{Api, Client, Resource};
 use serde_json::Value;
 use thiserror::Error;
+use time::OffsetDateTime;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use super::authority::{Held, Wanted};
-use super::health::now;
 use super::tls::{self, Certificate, CertificatePem, Shown, TlsError};
 use crate::cluster::ClusterError;
 use crate::telemetry;
@@ -226,7 +226,7 @@ impl Shared {
             let kept = self.secrets.get_opt(&self.places.secret).await;
             let kept = kept.map_err(|error| failed(error.into()))?;
             let kept_held = kept.as_ref().map(held);
-            let now = now();
+            let now = OffsetDateTime::now_utc().unix_timestamp();
             let mut restored = Held::restored(kept_held.clone(), &self.held, now);
             if !restored.is_accepted(now) {
                 // There may be replicas, or a certificate of somebody else's, that are trusted by what is published.
@@ -377,17 +377,14 @@ impl Configuration {
                 return Ok(false);
             }
             let params = PostParams::default();
-            match self.api.replace(&self.name, &params, &found).await {
+            let replaced = self.api.replace(&self.name, &params, &found).await;
+            match replaced.map_err(ClusterError::from) {
                 Ok(_) => {
                     info!(name = self.name, "caBundle written");
                     return Ok(true);
                 }
-                Err(kube::Error::Api(status))
-                    if status.code == 409 && conflicts < MOST_CONFLICTS =>
-                {
-                    conflicts += 1;
-                }
-                Err(error) => return Err(error.into()),
+                Err(ClusterError::Conflict(_)) if conflicts < MOST_CONFLICTS => conflicts += 1,
+                Err(error) => return Err(error),
             }
         }
     }

@@ -16,14 +16,14 @@ use tokio::time::timeout;
 use tracing::{Instrument, Span, error, field, info, info_span, warn};
 
 use crate::core::admission::{Act, Answer, BodyError, Decoded, Request, Task, decode, recordable};
-use crate::core::mode::{Resolution, Stored};
+use crate::core::mode::{Resolution, Stored, resolve};
 use crate::core::patch::patch;
 use crate::core::plan::plan;
 use crate::core::pod::Text;
 use crate::core::policy::Policy;
 use crate::core::refusal::Refusal;
 use crate::core::warning::answered;
-use crate::core::workspace::{Identity, ParameterValue, identify, resolve, workspace_id};
+use crate::core::workspace::{Identity, ParameterValue, identify, workspace_id};
 use crate::database::{Database, LookupError};
 use crate::metrics::{Admission, Metrics};
 use crate::server::health::Readiness;

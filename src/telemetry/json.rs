@@ -5,11 +5,11 @@ use std::fmt::{self, Debug, Display, Write};
 use std::time::SystemTime;
 
 use humantime::format_rfc3339_micros;
+use tracing::Event;
 use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
-use tracing_subscriber::fmt::format::Writer;
-use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::Registry;
+use tracing_subscriber::fmt::format::{DefaultFields, Writer};
+use tracing_subscriber::fmt::{FmtContext, FormatEvent};
 
 use crate::core::json::{Object, object};
 
@@ -19,14 +19,10 @@ const A_LINE: usize = 1024;
 /// Writes events as JSON objects, one a line. Spans are not told.
 pub(super) struct JsonLines;
 
-impl<S, N> FormatEvent<S, N> for JsonLines
-where
-    S: Subscriber + for<'a> LookupSpan<'a>,
-    N: for<'a> FormatFields<'a> + 'static,
-{
+impl FormatEvent<Registry, DefaultFields> for JsonLines {
     fn format_event(
         &self,
-        _: &FmtContext<'_, S, N>,
+        _: &FmtContext<'_, Registry, DefaultFields>,
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {

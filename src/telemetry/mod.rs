@@ -66,7 +66,8 @@ pub fn start(format: LogFormat) -> Result<Telemetry, TelemetryError> {
             .any(|target| metadata.target().starts_with(target));
         metadata.is_event() && (!quotes || *metadata.level() == Level::ERROR)
     });
-    let log = tracing_subscriber::fmt::layer().with_writer(lines.clone());
+    let writer = lines.clone();
+    let log = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
     let log = match format {
         LogFormat::Json => log.event_format(JsonLines).boxed(),
         LogFormat::Pretty => log.with_target(false).boxed(),

@@ -23,11 +23,10 @@ use opentelemetry_sdk::trace::SdkTracerProvider;
 use rustls::{ClientConfig, RootCertStore};
 use thiserror::Error;
 use tokio::runtime::Handle;
-use tracing::{Span, Subscriber, warn};
+use tracing::{Span, warn};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
-use tracing_subscriber::Layer;
 use tracing_subscriber::filter::filter_fn;
-use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::{Layer, Registry};
 
 use super::chain;
 
@@ -90,10 +89,7 @@ impl Traces {
     }
 
     /// Makes this program's own spans traces. Events are the log's.
-    pub fn layer<S>(&self) -> impl Layer<S> + use<S>
-    where
-        S: Subscriber + for<'a> LookupSpan<'a>,
-    {
+    pub fn layer(&self) -> impl Layer<Registry> + use<> {
         let own = filter_fn(|metadata| {
             metadata.is_span() && metadata.target().starts_with(env!("CARGO_CRATE_NAME"))
         });

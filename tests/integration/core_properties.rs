@@ -4,12 +4,14 @@ use std::collections::BTreeSet;
 
 use llm_billing_webhook::core::policy::Policy;
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
-use proptest::sample::select;
+use proptest::sample::{Index, select};
 use proptest::{collection, option};
 use serde_json::{Value, json};
 
 use crate::support::in_process::{answer, answer_to, stored};
-use crate::support::{PROXY, RUNTIME_LABEL, WORKSPACE_LABEL, create, defaulted, patch_of, patched};
+use crate::support::{
+    PROXY, RUNTIME_LABEL, WORKSPACE_LABEL, create, defaulted, patch_of, patched, recorded,
+};
 
 const MODE: &str = "MOLECULE_LLM_BILLING_MODE";
 const RESOLVED: &str = "MOLECULE_LLM_BILLING_MODE_RESOLVED";
@@ -223,8 +225,12 @@ proptest! {
     }
 
     #[test]
-    fn any_json_gets_an_answer_or_an_error_and_no_panic(text in "[\\{\\}\\[\\]\",:a-z0-9 ]{0,200}") {
-        let _ = llm_billing_webhook::core::admission::decode(text.as_bytes());
-        let _ = Policy::parse(&text);
+    fn a_review_with_any_byte_changed_is_read_alike_behind_a_space(at in any::<Index>(), byte in any::<u8>()) {
+        let policy = Policy::parse(PROXY).unwrap();
+        let mut body = recorded("claude-code-pod").to_string().into_bytes();
+        let at = at.index(body.len());
+        body[at] = byte;
+        let ask = |body: &[u8]| answer_to(&policy, &stored("byok"), body).ok();
+        assert_eq!(ask(&body), ask(&[b" ", body.as_slice()].concat()));
     }
 }

@@ -1,13 +1,13 @@
 //! The core asked in process, with the lookup's outcome given: what the server does, without the server.
 
 use llm_billing_webhook::core::admission::{Answer, BodyError, Decoded, Task, decode};
-use llm_billing_webhook::core::mode::Stored;
+use llm_billing_webhook::core::mode::{Resolution, Stored, resolve};
 use llm_billing_webhook::core::patch::patch;
 use llm_billing_webhook::core::plan::plan;
 use llm_billing_webhook::core::policy::Policy;
 use llm_billing_webhook::core::refusal::Refusal;
 use llm_billing_webhook::core::warning::answered;
-use llm_billing_webhook::core::workspace::{Identity, identify, resolve, workspace_id};
+use llm_billing_webhook::core::workspace::{Identity, identify, workspace_id};
 use serde_json::Value;
 
 /// The answer to a review.
@@ -39,7 +39,10 @@ pub(crate) fn written(policy: &Policy, stored: &Stored, body: &[u8]) -> Result<S
         let resolution = match identify(policy, pod, request.namespace())? {
             Identity::NotAWorkspace => return Ok(Answer::allowed(uid)),
             Identity::Resolved(resolution) => resolution,
-            Identity::LookUp(_) => resolve(policy, stored)?,
+            Identity::LookUp(_) => {
+                known = Some((Resolution::from_stored(stored), workspace_id(policy, pod)));
+                resolve(policy, stored)?
+            }
         };
         known = Some((resolution, workspace_id(policy, pod)));
         let plan = plan(policy, resolution, pod, scope)?;
