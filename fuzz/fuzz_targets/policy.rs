@@ -14,7 +14,7 @@ const REVIEW: &[u8] =
 fuzz_target!(|text: &str| {
     match Policy::parse(text) {
         Ok(policy) => {
-            policy.warnings();
+            let _ = policy.warnings();
             let answered = in_process::answer_to(&policy, &in_process::stored("other"), REVIEW);
             assert!(answered.is_ok());
         }
