@@ -134,7 +134,7 @@ pub struct Lookup {
     pub query: String,
     /// What the query's $1, $2, … stand for, in that order.
     pub parameters: Vec<Parameter>,
-    /// Longest wait for one lookup, connecting included, such as `2s` or `500ms`. What the API server's
+    /// Longest wait for one lookup, connecting included, such as `2s` or `500ms`; 30s at most. What the API server's
     /// own time-out leaves may shorten it.
     #[serde(deserialize_with = "duration")]
     #[schemars(with = "String")]

@@ -21,6 +21,9 @@ pub(super) trait Ask<Connection: Send>: Sync {
         connection: &mut Connection,
     ) -> impl Future<Output = Result<Self::Answer, sqlx::Error>> + Send;
 
+    /// Whether it is asked in a transaction of its own.
+    fn begins(&self) -> bool;
+
     /// A column of a type that is new to the connection, such as an enum, makes sqlx ask what it is, and that takes an
     /// unnamed statement's place. By the second time it is known.
     fn ask(
@@ -45,6 +48,10 @@ pub(super) struct One<'a> {
 
 impl Ask<PgConnection> for One<'_> {
     type Answer = Stored;
+
+    fn begins(&self) -> bool {
+        self.begin.is_some()
+    }
 
     async fn once(&self, connection: &mut PgConnection) -> Result<Stored, sqlx::Error> {
         let Self {
@@ -72,6 +79,10 @@ pub(super) struct Many<'a> {
 
 impl Ask<PgConnection> for Many<'_> {
     type Answer = Vec<Stored>;
+
+    fn begins(&self) -> bool {
+        self.begin.is_some()
+    }
 
     async fn once(&self, connection: &mut PgConnection) -> Result<Vec<Stored>, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(self.query)).persistent(self.begin.is_none());
@@ -194,6 +205,10 @@ fn mode(row: &PgRow) -> Result<Option<String>, sqlx::Error> {
 
 impl Ask<SqliteConnection> for One<'_> {
     type Answer = Stored;
+
+    fn begins(&self) -> bool {
+        false
+    }
 
     async fn once(&self, connection: &mut SqliteConnection) -> Result<Stored, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(self.query)));

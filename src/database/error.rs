@@ -146,7 +146,7 @@ pub(super) fn is_answer(error: &sqlx::Error) -> bool {
 }
 
 /// Whether there may be a connection a little later: nobody listens yet, the server or PgBouncer starts up, shuts down or
-/// is full.
+/// is full. (PgBouncer's code is the same for a login or a database that it does not know.)
 pub(super) fn is_passing(error: &sqlx::Error) -> bool {
     use io::ErrorKind::{
         BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, UnexpectedEof,

@@ -419,9 +419,8 @@ fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sq
     Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
 }
 
-/// Fetches over one of the pool's connections. One that was not answered in time is closed, for its query may not have
-/// ended.
-/// A server that restarted leaves stale connections, at most as many as there are, and each shows itself only when it is
+/// Fetches over one of the pool's connections. One that has not answered by the database's deadline is closed, for its
+/// query may not have ended. A server that restarted leaves stale connections, at most as many as there are, and each shows itself only when it is
 /// used; then the next one is tried. To ask each before would cost every lookup a round trip.
 async fn fetch<C, A>(
     pool: &Arc<Pool<C>>,
@@ -441,7 +440,12 @@ where
         metrics.wait.observe(waits_since.elapsed().as_secs_f64());
         let lent = lent?;
         // A client that goes away drops this future wherever it waits, and one in haste waits no longer.
-        let settle = |lent| Arc::clone(pool).settle(lent, deadlines.database);
+        let settle = |lent| {
+            // A transaction that was only just begun would stay open.
+            if !asked.begins() {
+                Arc::clone(pool).settle(lent, deadlines.database);
+            }
+        };
         let mut lent = scopeguard::guard(lent, settle);
         let fetched = timeout_at(deadlines.caller, asked.ask(&mut lent.connection)).await;
         let fetched = fetched.map_err(|_| sqlx::Error::PoolTimedOut)?;

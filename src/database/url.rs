@@ -11,8 +11,18 @@ use thiserror::Error;
 
 /// What a `PostgreSQL` URL says where connections are shared by a pooler that changes them between transactions.
 pub(super) const NO_PREPARED_STATEMENTS: &str = "statement-cache-capacity=0";
-/// What a `PostgreSQL` URL may say of TLS; sqlx would ignore the rest.
-const OF_TLS: [&str; 4] = ["sslmode", "sslrootcert", "sslcert", "sslkey"];
+/// What sqlx heeds of TLS in a `PostgreSQL` URL. It ignores all else.
+const OF_TLS: [&str; 9] = [
+    "sslmode",
+    "ssl-mode",
+    "sslrootcert",
+    "ssl-root-cert",
+    "ssl-ca",
+    "sslcert",
+    "ssl-cert",
+    "sslkey",
+    "ssl-key",
+];
 
 /// Where the database is. Neither `Debug` nor `Display` shows user, password or options.
 #[derive(Clone)]
@@ -42,7 +52,7 @@ pub enum UrlError {
     Shape,
     /// A setting of TLS that would be ignored.
     #[error(
-        "it has a setting of TLS that is not supported; leave all out but {}", OF_TLS.join(", ")
+        "it has a setting of TLS that is not supported; leave all out but sslmode, sslrootcert, sslcert and sslkey"
     )]
     Tls,
 }
@@ -57,7 +67,7 @@ impl FromStr for DatabaseUrl {
                 let mut settings = settings.split('&');
                 let is_ignored = |setting: &str| {
                     let key = setting.split('=').next().unwrap_or_default();
-                    key.starts_with("ssl") && !OF_TLS.contains(&key)
+                    key.to_ascii_lowercase().contains("ssl") && !OF_TLS.contains(&key)
                 };
                 if settings.clone().any(is_ignored) {
                     return Err(UrlError::Tls);
@@ -182,7 +192,9 @@ mod tests {
             ),
             ("postgres://h/d?connect_timeout=10", None),
             ("postgres://h/d?sslmod=verify-full", Some(UrlError::Tls)),
-            ("postgres://h/d?a=b&ssl-mode=require", Some(UrlError::Tls)),
+            ("postgres://h/d?a=b&ssl-mode=require&ssl-ca=/a", None),
+            ("postgres://h/d?a=b&SSLMODE=require", Some(UrlError::Tls)),
+            ("postgres://h/d?requiressl=1", Some(UrlError::Tls)),
             ("postgres://h/d?sslmode=always", Some(UrlError::Shape)),
             ("postgres://h:port/d", Some(UrlError::Shape)),
             ("sqlite://f", None),
