@@ -598,6 +598,8 @@ mod tests {
         for field in schema["properties"].as_object().unwrap().keys() {
             assert!(DEFAULT_POLICY.contains(&format!("{field}:")), "{field}");
         }
+        let keys = &schema["properties"]["vendorKeys"]["default"];
+        assert_eq!(*keys, serde_json::json!(VENDOR_KEYS));
     }
 
     #[test]
