@@ -12,6 +12,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
+use time::OffsetDateTime;
 
 use crate::audit::Swept;
 use crate::core::audit::Finding;
@@ -105,8 +106,8 @@ impl AuditMetrics {
         );
     }
 
-    /// Records a whole audit that ended `now`, in seconds since the epoch.
-    pub fn record(&self, swept: &Swept, now: i64) {
+    /// Records a whole audit that has just ended.
+    pub fn record(&self, swept: &Swept) {
         for mode in BillingMode::ALL {
             for finding in Finding::ALL {
                 let count = swept.by_finding.get(&(mode, finding));
@@ -120,7 +121,7 @@ impl AuditMetrics {
             }
         }
         self.audited.set(gauge(swept.audited));
-        self.last.set(now);
+        self.last.set(OffsetDateTime::now_utc().unix_timestamp());
         self.ended("ok");
     }
 

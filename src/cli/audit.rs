@@ -11,7 +11,6 @@ use anyhow::{Context, bail};
 use clap::{Args, ColorChoice, ValueEnum};
 use kube::Client;
 use serde_json::json;
-use time::OffsetDateTime;
 
 use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print};
 use crate::audit::{Audited, Namespaces, Selection, SweepError, Swept, sweep};
@@ -375,7 +374,7 @@ fn write_metrics(
         return Ok(());
     }
     let metrics = AuditMetrics::default();
-    metrics.record(swept, OffsetDateTime::now_utc().unix_timestamp());
+    metrics.record(swept);
     let mut new = file.as_os_str().to_owned();
     new.push(".new");
     let written = fs::write(&new, metrics.encode()?).and_then(|()| fs::rename(&new, file));

@@ -94,7 +94,7 @@ pub fn subjects(document: Value, namespace: &str) -> Vec<Subject> {
 }
 
 fn metadata<'o>(object: &'o Value, field: &str) -> Option<&'o str> {
-    object.pointer("/metadata")?.get(field)?.as_str()
+    object.get("metadata")?.get(field)?.as_str()
 }
 
 /// What an object is called, or the beginning of its name if that is made later.

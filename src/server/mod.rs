@@ -17,7 +17,6 @@ use std::time::Duration;
 use axum_server::accept::Accept;
 use axum_server::tls_rustls::RustlsAcceptor;
 use axum_server::{Handle, Server};
-use time::OffsetDateTime;
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
@@ -288,8 +287,7 @@ async fn audit(app: &App, audits: Option<Audits>) {
         let (database, policy) = (&app.database, &app.policy);
         match sweep(&client, database, policy, &selection, &mut swept, drop).await {
             Ok(()) if swept.not_audited.is_empty() => {
-                let now = OffsetDateTime::now_utc().unix_timestamp();
-                app.metrics.audits.record(&swept, now);
+                app.metrics.audits.record(&swept);
                 info!(audited = swept.audited, drifted = swept.drifted, "audit");
             }
             Ok(()) => {

@@ -53,9 +53,7 @@ fn rolling_both_of_two_instances_over_during_fifty_creates_a_second_fails_none()
             instance.signal("TERM");
             assert_eq!(instance.wait().code(), Some(0));
             *instance = start(slot);
-            wait_for("it is ready", || {
-                (instance.health("/readyz").0 == 200).then_some(())
-            });
+            instance.wait_until_ready();
         }
     });
     let (created, took) = (world.pods().len(), began.elapsed().as_secs_f64());

@@ -269,9 +269,7 @@ fn a_database_that_is_down_at_start_is_waited_for_and_pods_are_answered_meanwhil
             "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT); INSERT INTO workspaces VALUES ('{ID}', 'byok')"
         ),
     );
-    wait_for("it is ready", || {
-        (webhook.health("/readyz").0 == 200).then_some(())
-    });
+    webhook.wait_until_ready();
     assert_eq!(
         resolved(&webhook, &pod),
         ("byok".to_owned(), "override".to_owned())
@@ -400,6 +398,13 @@ fn survives_stale_connections(postgres: &Postgres, webhook: Webhook) {
     assert!(!log.contains("lookup failed"), "{log}");
 }
 
+/// The webhook's sessions, one a line.
+fn sessions(postgres: &Postgres) -> String {
+    postgres.query(
+        "SELECT pid FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()",
+    )
+}
+
 #[test]
 fn clients_that_go_away_before_the_answer_do_not_make_the_webhook_connect_again() {
     let postgres = Postgres::with(&format!(
@@ -413,10 +418,7 @@ fn clients_that_go_away_before_the_answer_do_not_make_the_webhook_connect_again(
     );
     let pod = pod(ID, &json!([]));
     assert_eq!(resolved(&webhook, &pod).0, "byok");
-    let sessions = || {
-        postgres.query("SELECT pid FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()")
-    };
-    let before = sessions();
+    let before = sessions(&postgres);
     let body = create(&pod).to_string();
     for _ in 0..5 {
         let mut client = webhook.connect();
@@ -430,7 +432,7 @@ fn clients_that_go_away_before_the_answer_do_not_make_the_webhook_connect_again(
         std::thread::sleep(Duration::from_millis(400));
     }
     assert_eq!(resolved(&webhook, &pod).0, "byok");
-    let after = sessions();
+    let after = sessions(&postgres);
     let is_new = |session: &&str| !before.lines().any(|known| known == *session);
     assert_ne!(after, "");
     assert_eq!(after.lines().find(is_new), None, "{before}");
@@ -452,10 +454,7 @@ fn a_client_in_haste_costs_others_neither_their_lookups_nor_the_webhook_a_connec
     );
     let asker = webhook.asker("platform_managed");
     asker.is_right();
-    let sessions = || {
-        postgres.query("SELECT pid FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()")
-    };
-    let before = sessions();
+    let before = sessions(&postgres);
     let review = create(&pod(ID, &json!([]))).to_string();
     let in_haste = || {
         let path = "/mutate?timeout=50ms";
@@ -472,7 +471,7 @@ fn a_client_in_haste_costs_others_neither_their_lookups_nor_the_webhook_a_connec
         });
     }
     asker.is_right();
-    assert_eq!(sessions(), before);
+    assert_eq!(sessions(&postgres), before);
     in_haste();
     // More than lookups may wait while the database is in doubt.
     let tally = asker.ask_during("a client in haste", 64, || {});
@@ -766,9 +765,7 @@ fn a_pooler_that_is_full_or_ends_sessions_is_no_refusal_of_the_query() {
     assert_eq!(check(&patient, &url).0, 0);
     is_right(&first);
     let webhook = start(PROXY, &url);
-    wait_for("it is ready", || {
-        (webhook.health("/readyz").0 == 200).then_some(())
-    });
+    webhook.wait_until_ready();
     drop(first);
     std::thread::sleep(Duration::from_secs(5));
     is_right(&webhook);
@@ -790,9 +787,7 @@ fn a_query_that_casts_text_makes_the_webhook_ready_though_no_sample_fits() {
     let report = check(&policy, &postgres.url());
     assert!(report.0 == 0, "{report:?}");
     let webhook = start(&policy, &postgres.url());
-    wait_for("it is ready", || {
-        (webhook.health("/readyz").0 == 200).then_some(())
-    });
+    webhook.wait_until_ready();
     assert_eq!(resolved(&webhook, &pod("7", &json!([]))).0, "byok");
     assert_eq!(
         resolved(&webhook, &pod("seven", &json!([]))).1,

@@ -57,9 +57,7 @@ fn readiness_turns_off_at_once_and_new_requests_are_answered_until_the_delay_is_
         ..Start::default()
     }
     .start();
-    wait_for("it is ready", || {
-        (webhook.health("/readyz").0 == 200).then_some(())
-    });
+    webhook.wait_until_ready();
     webhook.signal("TERM");
     webhook.wait_for_log("\"draining\"");
     assert_eq!(

@@ -335,9 +335,7 @@ fn unusual_pods_are_answered_and_what_the_plan_does_not_own_stays() {
 #[test]
 fn health_and_metrics_say_what_is() {
     let (webhook, _folder) = start(&[]);
-    crate::support::program::wait_for("it is ready", || {
-        (webhook.health("/readyz").0 == 200).then_some(())
-    });
+    webhook.wait_until_ready();
     assert_eq!(webhook.health("/livez"), (200, "ok\n".to_owned()));
     assert_eq!(webhook.health("/readyz"), (200, "ok\n".to_owned()));
     webhook.mutate(&create(&pod(ID, &json!([]))));

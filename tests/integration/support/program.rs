@@ -358,6 +358,13 @@ impl Webhook {
         })
     }
 
+    /// Waits until there should be traffic.
+    pub(crate) fn wait_until_ready(&self) {
+        wait_for("it is ready", || {
+            (self.health("/readyz").0 == 200).then_some(())
+        });
+    }
+
     /// Sends a signal, such as `TERM`.
     pub(crate) fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
