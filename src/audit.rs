@@ -12,11 +12,12 @@ use thiserror::Error;
 
 use crate::cluster::ClusterError;
 use crate::core::audit::{Finding, Verdict, audit};
-use crate::core::mode::{BillingMode, Reason, Resolution, Source};
+use crate::core::decision::{Decision, Outcome, PodTarget, Step, Webhook, begin_pod};
+use crate::core::identity::ParameterValue;
+use crate::core::plan::Scope;
 use crate::core::pod::{Pod, Text};
 use crate::core::policy::{Policy, Unlabelled};
-use crate::core::refusal::Refusal;
-use crate::core::workspace::{Identity, ParameterValue, identify, workspace_id};
+use crate::core::resolution::{BillingMode, Reason, Resolution, Source};
 use crate::database::{Database, LookupError};
 
 /// Pods in one page, and workspaces in one query at most. kubectl asks for as many.
@@ -268,9 +269,6 @@ pub async fn sweep(
     Ok(())
 }
 
-/// A pod that runs, and how its mode is to be found.
-type Found<'a> = (RunningMetadata<'a>, Pod<'a>, Result<Identity, Refusal>);
-
 /// A pod's audit, or why there is none.
 type PodAudit = Result<Audited, String>;
 
@@ -280,73 +278,89 @@ async fn audit_page(
     policy: &Policy,
     place: &str,
 ) -> Result<Vec<PodAudit>, SweepError> {
-    let mut pods = Vec::new();
+    let pods: Vec<_> = page
+        .items
+        .iter()
+        .map(|item| running_pod(item, place))
+        .collect();
+    let mut begun = Vec::with_capacity(pods.len());
     // Each workspace is looked up once, however many pods it has.
-    let mut asked = BTreeSet::new();
-    for item in &page.items {
-        let Ok(Running { metadata }) = serde_json::from_str(item.get()) else {
-            pods.push(Err(format!("a pod in {place} cannot be read")));
-            continue;
-        };
-        let Ok(pod) = serde_json::from_str::<Pod<'_>>(item.get()) else {
-            pods.push(Err(format!("{}: it cannot be read", metadata.title())));
-            continue;
+    let mut lookups = BTreeSet::new();
+    for running in &pods {
+        let (metadata, pod) = match running {
+            Ok((metadata, pod)) => (metadata, pod),
+            Err(why) => {
+                begun.push(Err(why.clone()));
+                continue;
+            }
         };
         if metadata.deletion_timestamp.is_some() {
             continue;
         }
-        let identity = identify(policy, &pod, metadata.namespace.as_str());
-        match &identity {
-            Ok(Identity::NotAWorkspace) => continue,
-            Ok(Identity::LookUp(parameters)) => {
-                asked.insert(parameters.clone());
+        let target = PodTarget {
+            pod,
+            namespace: metadata.namespace.as_str(),
+            scope: Scope::Running,
+        };
+        let step = begin_pod(policy, Webhook::Mutate, target);
+        match &step {
+            Step::Done(decision) if decision.outcome == Outcome::NotAWorkspace => continue,
+            Step::Done(_) => {}
+            Step::Lookup(parameters, _) => {
+                lookups.insert(parameters.clone());
             }
-            Ok(Identity::Resolved(_)) | Err(_) => {}
         }
-        pods.push(Ok((metadata, pod, identity)));
+        begun.push(Ok((metadata, pod, step)));
     }
-    let asked: Vec<Vec<ParameterValue>> = asked.into_iter().collect();
-    let stored = database
-        .lookup_many(&asked)
+    let lookups: Vec<Vec<ParameterValue>> = lookups.into_iter().collect();
+    let outcomes = database
+        .lookup_many(&lookups)
         .await
         .map_err(|error| SweepError::Lookup(place.to_owned(), error))?;
-    let stored: BTreeMap<_, _> = asked.iter().zip(stored).collect();
-    let audit = |one: Result<Found<'_>, String>| -> PodAudit {
-        let (running, pod, identity) = one?;
-        let audit = |resolution| audited(policy, &running, &pod, resolution);
-        match identity {
-            Ok(Identity::Resolved(resolution)) => Ok(audit(resolution)),
-            Ok(Identity::LookUp(parameters)) => match stored.get(&parameters) {
-                Some(Ok(stored)) => Ok(audit(Resolution::from_stored(stored))),
-                Some(Err(error)) => Err(format!("{}: {error}", running.title())),
-                None => Err(format!("{}: it was not looked up", running.title())),
+    let outcomes: BTreeMap<_, _> = lookups.iter().zip(outcomes).collect();
+    let finish = |one: Result<(&RunningMetadata<'_>, &Pod<'_>, Step<'_>), String>| -> PodAudit {
+        let (metadata, pod, step) = one?;
+        let decision = match step {
+            Step::Done(decision) => decision,
+            Step::Lookup(parameters, pending) => match outcomes.get(&parameters) {
+                Some(Ok(outcome)) => pending.finish(outcome),
+                Some(Err(error)) => return Err(format!("{}: {error}", metadata.title())),
+                None => return Err(format!("{}: it was not looked up", metadata.title())),
             },
-            // Those that are no workspace's are left out above.
-            Ok(Identity::NotAWorkspace) => {
-                Err(format!("{}: it is no workspace's", running.title()))
-            }
-            Err(refusal) => {
-                let mut refused = audit(Resolution::fallback(Reason::MissingWorkspaceId));
-                refused.findings = vec![Finding::Refused];
-                refused.details = vec![refusal.to_string()];
-                Ok(refused)
-            }
-        }
+        };
+        Ok(audited(policy, metadata, pod, &decision))
     };
-    Ok(pods.into_iter().map(audit).collect())
+    Ok(begun.into_iter().map(finish).collect())
+}
+
+/// Reads one item of a page.
+fn running_pod<'a>(
+    item: &'a RawValue,
+    place: &str,
+) -> Result<(RunningMetadata<'a>, Pod<'a>), String> {
+    let Ok(Running { metadata }) = serde_json::from_str(item.get()) else {
+        return Err(format!("a pod in {place} cannot be read"));
+    };
+    match serde_json::from_str(item.get()) {
+        Ok(pod) => Ok((metadata, pod)),
+        Err(_) => Err(format!("{}: it cannot be read", metadata.title())),
+    }
 }
 
 fn audited(
     policy: &Policy,
     running: &RunningMetadata<'_>,
     pod: &Pod<'_>,
-    resolution: Resolution,
+    decision: &Decision<'_>,
 ) -> Audited {
     let Verdict {
         mode_in_env,
         findings,
         details,
-    } = audit(policy, resolution, pod);
+    } = audit(policy, decision, pod);
+    // A pod that is refused for its missing label has no resolution.
+    let missing = Resolution::fallback(Reason::MissingWorkspaceId);
+    let resolution = decision.resolution.unwrap_or(missing);
     let controller = running
         .owner_references
         .iter()
@@ -356,7 +370,7 @@ fn audited(
         pod: running.name.as_str().to_owned(),
         uid: running.uid.as_str().to_owned(),
         owner: controller.map(|owner| format!("{}/{}", owner.kind.as_str(), owner.name.as_str())),
-        workspace: workspace_id(policy, pod).to_owned(),
+        workspace: decision.workspace.to_owned(),
         mode: resolution.mode,
         source: resolution.source,
         reason: resolution.reason,

@@ -15,27 +15,28 @@ use prometheus_client::registry::{Registry, Unit};
 use time::OffsetDateTime;
 
 use crate::audit::Swept;
+use crate::core::admission::AdmissionTarget;
 use crate::core::audit::Finding;
-use crate::core::mode::BillingMode;
-use crate::core::warning::WarningKind;
+use crate::core::decision::{Decision, Labels, NONE, Webhook};
+use crate::core::resolution::BillingMode;
 use crate::database::{ConnectionMetrics, Connections};
 use crate::telemetry::lines::Lines;
 
 /// Labels of one admission.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Admission {
+struct Admission {
     /// `mutate` or `validate`.
-    pub webhook: &'static str,
+    webhook: &'static str,
     /// `create`, `ephemeralcontainers` or `other`.
-    pub operation: &'static str,
+    operation: &'static str,
     /// The resolved mode, or `none`.
-    pub mode: &'static str,
+    mode: &'static str,
     /// Where it comes from, or `none`.
-    pub source: &'static str,
+    source: &'static str,
     /// Which rule gave it, or `none`.
-    pub reason: &'static str,
+    reason: &'static str,
     /// `patched`, `unchanged`, `untouched`, `refused` or `bad_request`.
-    pub outcome: &'static str,
+    outcome: &'static str,
 }
 
 /// Labels of a duration of the whole admission.
@@ -63,7 +64,7 @@ struct ConnectionState {
 /// Labels of a warning.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct WarningLabels {
-    /// What it is about, as [`WarningKind`] spells it.
+    /// What it is about, as [`crate::core::warning::WarningKind`] spells it.
     kind: &'static str,
 }
 
@@ -278,14 +279,49 @@ impl Metrics {
         InFlight(&self.in_flight)
     }
 
-    /// Counts a warning.
-    pub fn warning(&self, kind: WarningKind) {
-        let kind = kind.as_str();
-        self.warnings.get_or_create(&WarningLabels { kind }).inc();
+    /// Counts a decision, its warnings, and how long the admission took.
+    pub fn admission(
+        &self,
+        webhook: Webhook,
+        target: AdmissionTarget,
+        decision: &Decision<'_>,
+        took: Duration,
+    ) {
+        for warning in decision.warnings() {
+            let kind = warning.kind.as_str();
+            self.warnings.get_or_create(&WarningLabels { kind }).inc();
+        }
+        let Labels {
+            mode,
+            source,
+            reason,
+            outcome,
+        } = decision.labels();
+        let admission = Admission {
+            webhook: webhook.as_str(),
+            operation: target.as_str(),
+            mode,
+            source,
+            reason,
+            outcome,
+        };
+        self.count(admission, took);
     }
 
-    /// Counts an admission and its duration.
-    pub fn admission(&self, admission: Admission, took: Duration) {
+    /// Counts a request that gets no decision, and how long its answer took.
+    pub fn bad_request(&self, webhook: Webhook, took: Duration) {
+        let admission = Admission {
+            webhook: webhook.as_str(),
+            operation: AdmissionTarget::NotApplicable.as_str(),
+            mode: NONE,
+            source: NONE,
+            reason: NONE,
+            outcome: "bad_request",
+        };
+        self.count(admission, took);
+    }
+
+    fn count(&self, admission: Admission, took: Duration) {
         let webhook = WebhookLabels {
             webhook: admission.webhook,
         };

@@ -10,7 +10,7 @@ use std::sync::LazyLock;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use libfuzzer_sys::fuzz_target;
-use llm_billing_webhook::core::mode::Stored;
+use llm_billing_webhook::core::resolution::LookupOutcome;
 use llm_billing_webhook::core::policy::Policy;
 use serde_json::Value;
 
@@ -18,7 +18,7 @@ static POLICY: LazyLock<Policy> =
     LazyLock::new(|| Policy::parse(include_str!("../../tests/fixtures/policy.yaml")).unwrap());
 
 fuzz_target!(|body: &[u8]| {
-    for stored in [Stored::NoRow, in_process::stored("byok")] {
+    for stored in [LookupOutcome::NoRow, in_process::stored("byok")] {
         let Ok(answer) = in_process::answer_to(&POLICY, &stored, body) else {
             return;
         };

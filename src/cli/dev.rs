@@ -8,8 +8,8 @@ use rcgen::{CertifiedKey, generate_simple_self_signed};
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::core::mode::BillingMode;
 use crate::core::policy::Policy;
+use crate::core::resolution::BillingMode;
 use crate::database::{DatabaseUrl, Embedded, UrlSource};
 use crate::server::tls::CertificatePem;
 

@@ -15,10 +15,10 @@ use similar::{ChangeTag, TextDiff};
 
 use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print, workspace};
 use crate::cluster;
-use crate::core::mode::BillingMode;
+use crate::core::decision::{Outcome, PodTarget};
 use crate::core::patch::patch;
-use crate::core::plan::plan;
 use crate::core::policy::Policy;
+use crate::core::resolution::BillingMode;
 use crate::core::workload::{Subject, subjects};
 use crate::database::Database;
 use crate::telemetry;
@@ -275,28 +275,36 @@ async fn patch_of(
     }
     let title = &subject.title;
     let (pod, old) = (subject.pod()?, subject.old_pod()?);
-    let scope = subject.scope(old.as_ref());
-    if scope.is_empty(&pod) {
-        return Ok(Patch::default());
-    }
-    let resolution = workspace::resolution(policy, database, mode, &pod, &subject.namespace);
-    let Some(resolution) = resolution.await? else {
-        note(&format!(
-            "{title}: has no label {}, and stays as it is",
-            policy.workspace_label.as_str()
-        ))?;
-        return Ok(Patch::default());
+    let target = PodTarget {
+        pod: &pod,
+        namespace: &subject.namespace,
+        scope: subject.scope(old.as_ref()),
     };
-    let plan = plan(policy, resolution, &pod, scope)?;
-    for warning in &plan.warnings {
+    let decision = workspace::decide(policy, database, mode, target).await?;
+    match decision.outcome {
+        Outcome::NotApplicable => return Ok(Patch::default()),
+        Outcome::NotAWorkspace => {
+            let label = policy.workspace_label.as_str();
+            note(&format!(
+                "{title}: has no label {label}, and stays as it is"
+            ))?;
+            return Ok(Patch::default());
+        }
+        Outcome::Refused(refusal) => return Err(refusal.into()),
+        Outcome::Unchanged | Outcome::Patched => {}
+    }
+    for warning in decision.warnings() {
         note(&format!("warning: {title}: {}", warning.text))?;
     }
-    let (source, reason) = (resolution.source.as_str(), resolution.reason.as_str());
-    note(&format!(
-        "{title}: {} ({source}, {reason})",
-        resolution.mode
-    ))?;
-    Ok(serde_json::from_str(&patch(&plan, subject.root()).json)?)
+    if let Some(resolution) = decision.resolution {
+        let (source, reason) = (resolution.source.as_str(), resolution.reason.as_str());
+        let mode = resolution.mode;
+        note(&format!("{title}: {mode} ({source}, {reason})"))?;
+    }
+    let Some(plan) = &decision.plan else {
+        return Ok(Patch::default());
+    };
+    Ok(serde_json::from_str(&patch(plan, subject.root()).json)?)
 }
 
 fn yaml(object: &Value) -> anyhow::Result<String> {

@@ -11,10 +11,11 @@ use uuid::Uuid;
 
 use super::dev::DEV_DATABASE;
 use super::{DatabaseArgs, PolicyArgs, note, print};
-use crate::core::mode::{BillingMode, Resolution};
+use crate::core::decision::{Decision, PodTarget, Step, Webhook, begin_pod};
+use crate::core::plan::Scope;
 use crate::core::pod::Pod;
 use crate::core::policy::Policy;
-use crate::core::workspace::{Identity, identify};
+use crate::core::resolution::{BillingMode, LookupOutcome};
 use crate::database::{Database, DatabaseUrl, Embedded};
 
 #[derive(Debug, Args)]
@@ -72,10 +73,14 @@ pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
     let pod = json!({"metadata": {"labels": labels}});
     let pod = Pod::deserialize(&pod)?;
     let database = Database::connect_lazily(args.database.required()?, &policy.lookup)?;
-    let found = resolution(&policy, Some(&database), None, &pod, &args.namespace);
-    let Some(resolution) = found.await? else {
-        bail!("no workspace is named");
+    let target = PodTarget {
+        pod: &pod,
+        namespace: &args.namespace,
+        scope: Scope::Pod,
     };
+    let decision = decide(&policy, Some(&database), None, target).await?;
+    // The pod has a workspace label, so it has a resolution even if it is refused.
+    let resolution = decision.resolution.context("no workspace is named")?;
     match args.output {
         Output::Json => print(&format!("{}\n", serde_json::to_string(&resolution)?)),
         Output::Text => print(&format!(
@@ -87,28 +92,24 @@ pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// The mode of a pod, for commands: that which is given, or the database's. Here a failed lookup is an error, whatever
-/// the policy makes of it when a pod waits. `None` for a pod that is no workspace's.
-pub(super) async fn resolution(
-    policy: &Policy,
+/// Returns the decision about a pod for a command, with the mode that is given or that the database has. A failed
+/// lookup is an error here, whatever the policy says about `lookup.onError`.
+pub(super) async fn decide<'a>(
+    policy: &'a Policy,
     database: Option<&Database>,
     given: Option<BillingMode>,
-    pod: &Pod<'_>,
-    namespace: &str,
-) -> anyhow::Result<Option<Resolution>> {
-    match identify(policy, pod, namespace)? {
-        Identity::NotAWorkspace => Ok(None),
-        Identity::Resolved(resolution) => Ok(Some(resolution)),
-        Identity::LookUp(parameters) => {
-            if let Some(mode) = given {
-                return Ok(Some(Resolution::chosen(mode)));
-            }
-            let database = database
-                .context("no database is given; set --database-url, or --mode to do without")?;
-            let stored = database.lookup(&parameters, None).await?;
-            Ok(Some(Resolution::from_stored(&stored)))
-        }
-    }
+    target: PodTarget<'a>,
+) -> anyhow::Result<Decision<'a>> {
+    let (parameters, pending) = match begin_pod(policy, Webhook::Mutate, target) {
+        Step::Done(decision) => return Ok(decision),
+        Step::Lookup(parameters, pending) => (parameters, pending),
+    };
+    let outcome = match (given, database) {
+        (Some(mode), _) => LookupOutcome::Row(Some(mode.as_str().to_owned())),
+        (None, Some(database)) => database.lookup(&parameters, None).await?,
+        (None, None) => bail!("no database is given; set --database-url, or --mode to do without"),
+    };
+    Ok(pending.finish(&outcome))
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,21 +1,16 @@
-//! The admission review: its decoding, which pod and containers it is about, and the response.
-//! HTTP around it is server/webhook.rs's business.
+//! The admission review: its decoding, and what its request is about. The response is response.rs's business, and HTTP
+//! around both is server/webhook.rs's.
 
-use base64_simd::STANDARD;
 use serde::Deserialize;
 use thiserror::Error;
 
 use super::compact;
-use super::json::{Object, list, object, text};
-use super::mode::Resolution;
-use super::patch::Patch;
-use super::plan::Scope;
 use super::pod::{Pod, Text};
 use super::refusal::Refusal;
 
 /// The one version of the API that is spoken; the API server has sent it since Kubernetes 1.16.
-const API_VERSION: &str = "admission.k8s.io/v1";
-const KIND: &str = "AdmissionReview";
+pub(super) const API_VERSION: &str = "admission.k8s.io/v1";
+pub(super) const KIND: &str = "AdmissionReview";
 
 /// Why a body gets no admission response.
 #[derive(Debug, PartialEq, Eq, Error)]
@@ -86,68 +81,47 @@ pub struct Resource<'a> {
     pub resource: Text<'a>,
 }
 
-/// What the webhook acts on.
+/// What a request is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Act {
+pub enum AdmissionTarget {
     /// A pod is created.
-    Create,
+    PodCreation,
     /// A running pod gets ephemeral containers.
-    AddEphemeralContainers,
+    NewEphemeralContainers,
+    /// Anything else: another resource, or an update that cannot change env.
+    NotApplicable,
 }
 
-impl Act {
-    /// `None` for every other request: another resource, or an update that cannot change env.
-    pub(super) fn of(
-        group: &str,
-        resource: &str,
-        sub_resource: &str,
-        operation: &str,
-    ) -> Option<Self> {
+impl AdmissionTarget {
+    pub(super) fn of(group: &str, resource: &str, sub_resource: &str, operation: &str) -> Self {
         match (group, resource, sub_resource, operation) {
-            ("", "pods", "", "CREATE") => Some(Self::Create),
-            ("", "pods", "ephemeralcontainers", "UPDATE") => Some(Self::AddEphemeralContainers),
-            _ => None,
+            ("", "pods", "", "CREATE") => Self::PodCreation,
+            ("", "pods", "ephemeralcontainers", "UPDATE") => Self::NewEphemeralContainers,
+            _ => Self::NotApplicable,
+        }
+    }
+
+    /// Returns the target as metrics spell it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::PodCreation => "create",
+            Self::NewEphemeralContainers => "ephemeralcontainers",
+            Self::NotApplicable => "other",
         }
     }
 }
 
-/// What a request asks for.
-#[derive(Clone, Copy, Debug)]
-pub enum Task<'r> {
-    /// A pod is to be planned.
-    Plan(&'r Pod<'r>, Scope<'r>),
-    /// Nothing that the webhook acts on.
-    Untouched,
-}
-
 impl Request<'_> {
-    /// What the webhook acts on, if it does.
+    /// Returns what the request is about.
     #[must_use]
-    pub fn act(&self) -> Option<Act> {
-        let Resource { group, resource } = self.resource.as_ref()?;
+    pub fn target(&self) -> AdmissionTarget {
+        let Some(Resource { group, resource }) = &self.resource else {
+            return AdmissionTarget::NotApplicable;
+        };
         let sub_resource = self.sub_resource.as_ref().map_or("", Text::as_str);
         let operation = self.operation.as_str();
-        Act::of(group.as_str(), resource.as_str(), sub_resource, operation)
-    }
-
-    /// What the request asks for.
-    ///
-    /// # Errors
-    /// [`Refusal::NoObject`] if there is something to plan and the pod is not there.
-    pub fn task(&self) -> Result<Task<'_>, Refusal> {
-        let Some(act) = self.act() else {
-            return Ok(Task::Untouched);
-        };
-        let pod = self.object.as_ref().ok_or(Refusal::NoObject)?;
-        let scope = match act {
-            Act::Create => Scope::Pod,
-            Act::AddEphemeralContainers => Scope::NewEphemeralContainers(self.old_object.as_ref()),
-        };
-        Ok(if scope.is_empty(pod) {
-            Task::Untouched
-        } else {
-            Task::Plan(pod, scope)
-        })
+        AdmissionTarget::of(group.as_str(), resource.as_str(), sub_resource, operation)
     }
 
     /// The pod's namespace.
@@ -210,6 +184,15 @@ pub enum Decoded<'a> {
 }
 
 impl Decoded<'_> {
+    /// Returns the request, if it can be read.
+    #[must_use]
+    pub fn request(&self) -> Option<&Request<'_>> {
+        match self {
+            Self::Request(request) => Some(request),
+            Self::Unreadable { .. } => None,
+        }
+    }
+
     /// What the response must echo.
     #[must_use]
     pub fn uid(&self) -> &str {
@@ -268,119 +251,6 @@ pub(super) fn misfit<'de, T: Deserialize<'de>>(
         .map(|error| error.path().to_string())
         .filter(|place| place != ".");
     place.unwrap_or_else(|| "the object".to_owned())
-}
-
-/// Most answers have no more bytes beside their patch.
-const MOST_BESIDES_PATCH: usize = 512;
-
-/// An admission review as it is sent back.
-pub struct Answer<'a> {
-    uid: &'a str,
-    refusal: Option<Refusal>,
-    warnings: Vec<String>,
-    /// The resolution, and whose it is.
-    resolution: Option<(Resolution, &'a str)>,
-    patch: Option<Patch>,
-}
-
-impl<'a> Answer<'a> {
-    /// Allows the request as it is.
-    #[must_use]
-    pub const fn allowed(uid: &'a str) -> Self {
-        Self {
-            uid,
-            refusal: None,
-            warnings: Vec::new(),
-            resolution: None,
-            patch: None,
-        }
-    }
-
-    /// Refuses the request.
-    #[must_use]
-    pub fn refused(uid: &'a str, refusal: Refusal) -> Self {
-        let mut answer = Self::allowed(uid);
-        answer.refusal = Some(refusal);
-        answer
-    }
-
-    /// Adds a patch, unless it has no operations.
-    #[must_use]
-    pub fn with_patch(mut self, patch: Patch) -> Self {
-        self.patch = (patch.operations > 0).then_some(patch);
-        self
-    }
-
-    /// Adds what the user should know.
-    #[must_use]
-    pub fn with_warnings(mut self, warnings: Vec<String>) -> Self {
-        self.warnings = warnings;
-        self
-    }
-
-    /// Records the resolution in the API server's audit log.
-    #[must_use]
-    pub fn with_resolution(mut self, resolution: Resolution, workspace_id: &'a str) -> Self {
-        self.resolution = Some((resolution, recordable(workspace_id)));
-        self
-    }
-
-    /// The answer in the bytes that are sent.
-    #[must_use]
-    pub fn written(&self) -> String {
-        let patch = self.patch.as_ref().map_or(0, |patch| patch.json.len());
-        let patch = STANDARD.encoded_length(patch);
-        let mut out = String::with_capacity(MOST_BESIDES_PATCH + patch);
-        object(&mut out, |review| {
-            review.text("apiVersion", API_VERSION);
-            review.text("kind", KIND);
-            let response = review.member("response");
-            object(response, |response| self.write_response(response));
-        });
-        out
-    }
-
-    fn write_response(&self, response: &mut Object<'_>) {
-        response.text("uid", self.uid);
-        response.plain("allowed", self.refusal.is_none());
-        if let Some(refusal) = &self.refusal {
-            object(response.member("status"), |status| {
-                status.plain("code", refusal.status());
-                status.text("reason", refusal.status_reason());
-                status.text("message", &refusal.to_string());
-            });
-        }
-        if !self.warnings.is_empty() {
-            list(
-                response.member("warnings"),
-                &self.warnings,
-                |out, warning| text(out, warning),
-            );
-        }
-        if let Some((resolution, workspace_id)) = &self.resolution {
-            object(response.member("auditAnnotations"), |annotations| {
-                annotations.text("mode", resolution.mode.as_str());
-                annotations.text("reason", resolution.reason.as_str());
-                annotations.text("source", resolution.source.as_str());
-                annotations.text("workspace", workspace_id);
-            });
-        }
-        if let Some(patch) = &self.patch {
-            response.text("patchType", "JSONPatch");
-            // Base64 has nothing to escape.
-            let out = response.member("patch");
-            out.push('"');
-            STANDARD.encode_append(&patch.json, out);
-            out.push('"');
-        }
-    }
-}
-
-/// A workspace id as it may be recorded: Kubernetes allows a label 63 bytes, but what arrives has not been
-/// validated yet.
-#[must_use]
-pub fn recordable(workspace_id: &str) -> &str {
-    &workspace_id[..workspace_id.floor_char_boundary(63)]
 }
 
 #[cfg(test)]
@@ -517,110 +387,6 @@ mod tests {
     }
 
     #[test]
-    fn only_new_pods_and_new_ephemeral_containers_are_planned() {
-        let pods = json!({"group": "", "version": "v1", "resource": "pods"});
-        let debugged = json!({"spec": {"ephemeralContainers": [{"name": "d"}]}});
-        let task = |request: Value| {
-            let body = review(&request);
-            let Ok(Decoded::Request(request)) = decode(&body) else {
-                panic!()
-            };
-            request.task().map(|task| match task {
-                Task::Plan(_, Scope::Pod) => "pod",
-                Task::Plan(_, Scope::NewEphemeralContainers(_)) => "ephemeral",
-                Task::Plan(_, Scope::Running) => "running",
-                Task::Untouched => "untouched",
-            })
-        };
-        let request = |resource: &Value,
-                       sub: Value,
-                       operation: &str,
-                       object: &Value,
-                       old: &Value| {
-            json!({"uid": "u", "resource": resource, "subResource": sub, "operation": operation, "object": object, "oldObject": old})
-        };
-        let (pod, none) = (json!({}), json!(null));
-        let other = json!({"group": "apps", "resource": "pods"});
-        let deployments = json!({"group": "", "resource": "deployments"});
-        let table = [
-            (
-                request(&pods, none.clone(), "CREATE", &pod, &none),
-                Ok("pod"),
-            ),
-            (request(&pods, json!(""), "CREATE", &pod, &none), Ok("pod")),
-            (
-                request(&pods, none.clone(), "CREATE", &none, &none),
-                Err(Refusal::NoObject),
-            ),
-            (
-                request(&pods, none.clone(), "UPDATE", &pod, &pod),
-                Ok("untouched"),
-            ),
-            (
-                request(&pods, none.clone(), "DELETE", &none, &pod),
-                Ok("untouched"),
-            ),
-            (
-                request(&pods, json!("exec"), "CONNECT", &none, &none),
-                Ok("untouched"),
-            ),
-            (
-                request(&pods, json!("binding"), "CREATE", &pod, &none),
-                Ok("untouched"),
-            ),
-            (
-                request(
-                    &pods,
-                    json!("ephemeralcontainers"),
-                    "UPDATE",
-                    &debugged,
-                    &pod,
-                ),
-                Ok("ephemeral"),
-            ),
-            (
-                request(
-                    &pods,
-                    json!("ephemeralcontainers"),
-                    "UPDATE",
-                    &debugged,
-                    &none,
-                ),
-                Ok("ephemeral"),
-            ),
-            (
-                request(
-                    &pods,
-                    json!("ephemeralcontainers"),
-                    "UPDATE",
-                    &debugged,
-                    &debugged,
-                ),
-                Ok("untouched"),
-            ),
-            (
-                request(&pods, json!("ephemeralcontainers"), "UPDATE", &none, &pod),
-                Err(Refusal::NoObject),
-            ),
-            (
-                request(&other, none.clone(), "CREATE", &pod, &none),
-                Ok("untouched"),
-            ),
-            (
-                request(&deployments, none.clone(), "CREATE", &pod, &none),
-                Ok("untouched"),
-            ),
-            (
-                request(&none, none.clone(), "CREATE", &pod, &none),
-                Ok("untouched"),
-            ),
-        ];
-        for (request, expected) in table {
-            assert_eq!(task(request.clone()), expected, "{request}");
-        }
-    }
-
-    #[test]
     fn the_namespace_is_that_of_the_request() {
         for (request, expected) in [
             (json!({"uid": "u", "namespace": "ws-acme"}), "ws-acme"),
@@ -631,61 +397,6 @@ mod tests {
                 panic!()
             };
             assert_eq!(request.namespace(), expected);
-        }
-    }
-
-    #[test]
-    fn a_recorded_workspace_id_has_the_length_of_a_label_at_most() {
-        assert_eq!(recordable("short"), "short");
-        assert_eq!(recordable(&"x".repeat(64)), "x".repeat(63));
-        assert_eq!(recordable(&"é".repeat(40)), "é".repeat(31));
-    }
-
-    #[test]
-    fn a_refusal_has_status_and_reason_and_no_patch() {
-        let answer = |refusal| -> Value {
-            let written = Answer::refused("u", refusal).written();
-            serde_json::from_str(&written).unwrap()
-        };
-        let status = |code: u16, reason: &str, refusal: &Refusal| {
-            json!({
-                "apiVersion": API_VERSION,
-                "kind": KIND,
-                "response": {"uid": "u", "allowed": false, "status": {"code": code, "reason": reason, "message": refusal.to_string()}},
-            })
-        };
-        for (code, reason, refusal) in [
-            (403, "Forbidden", Refusal::MissingPlatformProxy),
-            (
-                403,
-                "Forbidden",
-                Refusal::EnvFromVendorKey {
-                    container: "c".into(),
-                    keys: "k".into(),
-                },
-            ),
-            (
-                403,
-                "Forbidden",
-                Refusal::MissingWorkspaceLabel { label: "l".into() },
-            ),
-            (
-                403,
-                "Forbidden",
-                Refusal::NotSettled {
-                    findings: "f".into(),
-                },
-            ),
-            (503, "ServiceUnavailable", Refusal::LookupFailed),
-            (400, "BadRequest", Refusal::NoObject),
-            (400, "BadRequest", Refusal::Unreadable { place: "p".into() }),
-        ] {
-            assert_eq!(answer(refusal.clone()), status(code, reason, &refusal));
-            assert!(
-                refusal
-                    .to_string()
-                    .starts_with(&format!("{}: ", refusal.code()))
-            );
         }
     }
 }

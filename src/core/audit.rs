@@ -5,10 +5,11 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-use super::mode::{BillingMode, Resolution, Source};
-use super::plan::{ContainerPlan, Plan, Scope, plan};
+use super::decision::Decision;
+use super::plan::{ContainerPlan, Plan};
 use super::pod::{Container, ContainerList, Pod, Text};
 use super::policy::{MODE_VARIABLE, Policy, RESOLVED_VARIABLE};
+use super::resolution::{BillingMode, Resolution, Source};
 
 /// Why a pod's env is not true.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -64,18 +65,29 @@ pub struct Verdict {
     pub details: Vec<String>,
 }
 
-/// Audits a running pod of a workspace whose mode is resolved.
+/// Returns the verdict on a running pod for the webhook's own decision about it.
 #[must_use]
-pub fn audit(policy: &Policy, resolution: Resolution, pod: &Pod<'_>) -> Verdict {
+pub fn audit(policy: &Policy, decision: &Decision<'_>, pod: &Pod<'_>) -> Verdict {
     let mut findings = BTreeSet::new();
     let mut details = Vec::new();
-    match plan(policy, resolution, pod, Scope::Running) {
-        Ok(plan) => find_in(&plan, policy, &mut findings, &mut details),
-        Err(refusal) => {
-            findings.insert(Finding::Refused);
-            details.push(refusal.to_string());
-        }
+    if let Some(plan) = &decision.plan {
+        find_in(plan, policy, &mut findings, &mut details);
     }
+    if let Some(refusal) = decision.outcome.refusal() {
+        findings.insert(Finding::Refused);
+        details.push(refusal.to_string());
+    }
+    if let Some(resolution) = decision.resolution {
+        find_in_annotations(resolution, pod, &mut findings);
+    }
+    Verdict {
+        mode_in_env: mode_in_env(pod),
+        findings,
+        details,
+    }
+}
+
+fn find_in_annotations(resolution: Resolution, pod: &Pod<'_>, findings: &mut BTreeSet<Finding>) {
     let annotations = pod
         .metadata
         .as_ref()
@@ -93,11 +105,6 @@ pub fn audit(policy: &Policy, resolution: Resolution, pod: &Pod<'_>) -> Verdict 
             findings.insert(Finding::FallbackInForce);
         }
         _ => {}
-    }
-    Verdict {
-        mode_in_env: mode_in_env(pod),
-        findings,
-        details,
     }
 }
 
@@ -168,14 +175,30 @@ mod tests {
 
     use super::super::pod::{MODE_ANNOTATION, SOURCE_ANNOTATION};
     use super::*;
-    use crate::core::mode::Reason;
+    use crate::core::decision::{PodTarget, Webhook, begin_pod};
+    use crate::core::plan::Scope;
+    use crate::core::resolution::LookupOutcome;
 
     const PROXY: &str = "proxy: {baseUrl: u, usageToken: {value: t}}";
 
-    fn verdict(policy: &str, resolution: Resolution, pod: &Value) -> Verdict {
+    fn verdict(policy: &str, lookup: &LookupOutcome, pod: &Value) -> Verdict {
+        let mut pod = pod.clone();
+        let id = "88888888-8888-8888-8888-888888888888";
+        pod["metadata"]["labels"] = json!({"molecule.ai/workspace-id": id});
         let text = pod.to_string();
         let pod = serde_json::from_str(&text).unwrap();
-        audit(&Policy::parse(policy).unwrap(), resolution, &pod)
+        let policy = Policy::parse(policy).unwrap();
+        let target = PodTarget {
+            pod: &pod,
+            namespace: "ws-acme",
+            scope: Scope::Running,
+        };
+        let decision = begin_pod(&policy, Webhook::Mutate, target).finish(lookup);
+        audit(&policy, &decision, &pod)
+    }
+
+    fn row(mode: BillingMode) -> LookupOutcome {
+        LookupOutcome::Row(Some(mode.as_str().to_owned()))
     }
 
     fn variable(name: &str, value: &str) -> Value {
@@ -212,8 +235,8 @@ mod tests {
 
     #[test]
     fn each_way_in_which_env_is_not_true_has_a_finding_that_names_container_and_variables() {
-        let managed_mode = Resolution::chosen(BillingMode::PlatformManaged);
-        let byok = Resolution::chosen(BillingMode::Byok);
+        let managed_mode = row(BillingMode::PlatformManaged);
+        let byok = row(BillingMode::Byok);
         let with = |more: Value| [managed(), vec![more]].concat();
         let without = |name: &str| {
             let mut env = managed();
@@ -224,40 +247,40 @@ mod tests {
         own_key[4] = variable("OPENAI_API_KEY", "sk-own");
         let mut other_url = managed();
         other_url[2] = variable("MOLECULE_LLM_BASE_URL", "http://other");
-        let table: [(Resolution, Value, &[Finding], &[&str]); 10] = [
-            (managed_mode, pod(CHOSEN, &managed()), &[], &[]),
+        let table: [(&LookupOutcome, Value, &[Finding], &[&str]); 10] = [
+            (&managed_mode, pod(CHOSEN, &managed()), &[], &[]),
             (
-                byok,
+                &byok,
                 pod(("byok", "workspace_override"), &mode("byok")),
                 &[],
                 &[],
             ),
             (
-                managed_mode,
+                &managed_mode,
                 pod(CHOSEN, &with(variable("HF_TOKEN", "x"))),
                 &[Finding::VendorKey],
                 &[r#"container "agent": HF_TOKEN"#],
             ),
             (
-                managed_mode,
+                &managed_mode,
                 pod(CHOSEN, &own_key),
                 &[Finding::VendorKey],
                 &[r#"container "agent": OPENAI_API_KEY"#],
             ),
             (
-                managed_mode,
+                &managed_mode,
                 pod(CHOSEN, &without("OPENAI_API_KEY")),
                 &[Finding::ProxyVariable],
                 &[r#"container "agent": OPENAI_API_KEY"#],
             ),
             (
-                managed_mode,
+                &managed_mode,
                 pod(CHOSEN, &other_url),
                 &[Finding::ProxyVariable],
                 &[r#"container "agent": MOLECULE_LLM_BASE_URL"#],
             ),
             (
-                byok,
+                &byok,
                 pod(CHOSEN, &managed()),
                 &[Finding::WrongMode],
                 &[
@@ -265,7 +288,7 @@ mod tests {
                 ],
             ),
             (
-                byok,
+                &byok,
                 pod(FELL_BACK, &managed()),
                 &[Finding::WrongMode, Finding::FallbackInForce],
                 &[
@@ -273,16 +296,16 @@ mod tests {
                 ],
             ),
             // The fallback is what the database says by now.
-            (managed_mode, pod(FELL_BACK, &managed()), &[], &[]),
+            (&managed_mode, pod(FELL_BACK, &managed()), &[], &[]),
             (
-                byok,
+                &byok,
                 json!({"spec": {"containers": [{"name": "agent", "env": mode("byok")}]}}),
                 &[Finding::NotSeen],
                 &[],
             ),
         ];
-        for (resolution, pod, findings, details) in table {
-            let verdict = verdict(PROXY, resolution, &pod);
+        for (lookup, pod, findings, details) in table {
+            let verdict = verdict(PROXY, lookup, &pod);
             assert_eq!(
                 verdict.findings,
                 findings.iter().copied().collect(),
@@ -294,15 +317,15 @@ mod tests {
 
     #[test]
     fn a_key_that_env_from_could_bring_is_a_vendor_key_and_debug_containers_are_audited_too() {
-        let resolution = Resolution::chosen(BillingMode::PlatformManaged);
+        let lookup = row(BillingMode::PlatformManaged);
         let mut running = pod(CHOSEN, &managed());
         running["spec"]["containers"][0]["envFrom"] =
             json!([{"prefix": "HF_", "secretRef": {"name": "s"}}]);
         let expected = BTreeSet::from([Finding::VendorKey]);
-        assert_eq!(verdict(PROXY, resolution, &running).findings, expected);
+        assert_eq!(verdict(PROXY, &lookup, &running).findings, expected);
         let mut running = pod(CHOSEN, &managed());
         running["spec"]["ephemeralContainers"] = json!([{"name": "debugger"}]);
-        let verdict = verdict(PROXY, resolution, &running);
+        let verdict = verdict(PROXY, &lookup, &running);
         let expected = BTreeSet::from([Finding::WrongMode, Finding::ProxyVariable]);
         assert_eq!(verdict.findings, expected);
         assert!(verdict.details[0].starts_with(r#"container "debugger": "#));
@@ -310,8 +333,8 @@ mod tests {
 
     #[test]
     fn a_pod_that_the_webhook_would_refuse_is_found_with_its_reason() {
-        let resolution = Resolution::fallback(Reason::WorkspaceNotFound);
-        let verdict = verdict("", resolution, &pod(FELL_BACK, &managed()));
+        let lookup = LookupOutcome::NoRow;
+        let verdict = verdict("", &lookup, &pod(FELL_BACK, &managed()));
         assert_eq!(verdict.findings, BTreeSet::from([Finding::Refused]));
         assert!(verdict.details[0].starts_with("MISSING_PLATFORM_PROXY: "));
     }
@@ -327,7 +350,7 @@ mod tests {
                 })
                 .collect();
             let pod = json!({"spec": {"containers": containers}});
-            verdict("", Resolution::chosen(BillingMode::Byok), &pod).mode_in_env
+            verdict("", &row(BillingMode::Byok), &pod).mode_in_env
         };
         assert_eq!(said(&[]), "-");
         assert_eq!(said(&[None]), "-");

@@ -170,9 +170,9 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::core::mode::{BillingMode, Resolution};
     use crate::core::plan::{Scope, plan};
     use crate::core::policy::Policy;
+    use crate::core::resolution::{BillingMode, Resolution};
 
     /// The operations for a pod whose mode is byok.
     fn patch(pod: &Value, root: &str) -> Value {
@@ -181,6 +181,7 @@ mod tests {
         let policy = Policy::default();
         let plan = plan(
             &policy,
+            "",
             Resolution::chosen(BillingMode::Byok),
             &pod,
             Scope::Pod,

@@ -7,13 +7,12 @@ use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
 use super::env::{Changes, Lengths, Value, Variable, could_bring, settle};
-use super::mode::{BillingMode, Reason, Resolution};
 use super::pod::{Container, ContainerList, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text};
 use super::policy::{EnvFromRule, MODE_VARIABLE, Policy, RESOLVED_VARIABLE};
 use super::refusal::Refusal;
+use super::resolution::{BillingMode, Reason, Resolution};
 use super::vendor_keys::VendorKeys;
 use super::warning::{Warning, of_container};
-use super::workspace::workspace_id;
 
 /// Which of a pod's containers are planned.
 #[derive(Clone, Copy, Debug)]
@@ -101,20 +100,12 @@ impl Plan<'_> {
         self.containers.is_empty() && self.annotations.is_empty()
     }
 
-    /// What the guard says of containers that are not settled: by name, never by value. Where the plan is of a fallback
-    /// because the database failed, they are not to blame: a pod may be settled for the mode that it really has.
+    /// Returns the containers and variables that must change, as a refusal names them: by name, never by value.
     #[must_use]
-    pub fn refusal(&self, reason: Reason) -> Option<Refusal> {
-        if self.containers.is_empty() {
-            return None;
-        }
-        if reason == Reason::LookupError {
-            return Some(Refusal::LookupFailed);
-        }
-        let findings = self.told(|told, name| {
+    pub fn findings(&self) -> String {
+        self.told(|told, name| {
             told.push_str(&format!("container {name:?} has not settled "));
-        });
-        Some(Refusal::NotSettled { findings })
+        })
     }
 
     /// Which variables change in which container: by name, never by value.
@@ -145,17 +136,18 @@ impl Plan<'_> {
     }
 }
 
-/// Plans a pod.
+/// Plans a pod of `workspace`, the id that the pod claims.
 ///
 /// # Errors
 /// [`Refusal::MissingPlatformProxy`] and [`Refusal::EnvFromVendorKey`].
 pub fn plan<'a>(
     policy: &'a Policy,
+    workspace: &str,
     resolution: Resolution,
     pod: &'a Pod<'a>,
     scope: Scope<'_>,
 ) -> Result<Plan<'a>, Refusal> {
-    let rules = Rules::of(policy, resolution.mode, pod)?;
+    let rules = Rules::of(policy, workspace, resolution.mode, pod)?;
     let mut warnings = Vec::new();
     if resolution.reason == Reason::LookupError {
         warnings.push(Warning::of_failed_lookup());
@@ -281,7 +273,12 @@ fn of_mode(mode: BillingMode) -> &'static [Variable; OF_MODE] {
 }
 
 impl<'a> Rules<'a> {
-    fn of(policy: &'a Policy, mode: BillingMode, pod: &Pod<'_>) -> Result<Self, Refusal> {
+    fn of(
+        policy: &'a Policy,
+        workspace: &str,
+        mode: BillingMode,
+        pod: &Pod<'_>,
+    ) -> Result<Self, Refusal> {
         let mut rules = Self {
             required: of_mode(mode).iter().map(Cow::Borrowed).collect(),
             excluded: None,
@@ -291,7 +288,7 @@ impl<'a> Rules<'a> {
         if mode == BillingMode::PlatformManaged {
             let runtime = pod.label(policy.runtime_label.as_str()).unwrap_or_default();
             let proxy = policy.proxy.as_ref().ok_or(Refusal::MissingPlatformProxy)?;
-            let of_proxy = proxy.variables(runtime, workspace_id(policy, pod));
+            let of_proxy = proxy.variables(runtime, workspace);
             rules
                 .required
                 .extend(of_proxy.ok_or(Refusal::MissingPlatformProxy)?);
@@ -381,6 +378,7 @@ mod tests {
         let pod = serde_json::from_str(&text).unwrap();
         let plan = plan(
             policy,
+            "",
             Resolution::chosen(BillingMode::PlatformManaged),
             &pod,
             Scope::Pod,
@@ -486,7 +484,7 @@ mod tests {
             let text = pod.to_string();
             let pod = serde_json::from_str(&text).unwrap();
             let managed = Resolution::chosen(BillingMode::PlatformManaged);
-            let plan = plan(&policy, managed, &pod, Scope::Pod).unwrap();
+            let plan = plan(&policy, id, managed, &pod, Scope::Pod).unwrap();
             patch(&plan, "").json
         };
         let patch: json_patch::Patch = serde_json::from_str(&patch_of(&pod)).unwrap();
@@ -503,7 +501,7 @@ mod tests {
     fn the_guard_names_containers_and_variables_and_no_values() {
         let policy = policy("", "");
         let env = json!([{"name": "XAI_API_KEY", "value": "sk-secret"}, {"name": "HF_TOKEN"}, {"name": "XAI_API_KEY"}]);
-        let refusal = |count: usize| {
+        let findings = |count: usize| {
             let containers: Vec<Value> = (0..count)
                 .map(|index| json!({"name": format!("c{index}"), "env": env}))
                 .collect();
@@ -511,16 +509,14 @@ mod tests {
             let pod = serde_json::from_str(&pod).unwrap();
             let plan = plan(
                 &policy,
+                "",
                 Resolution::chosen(BillingMode::PlatformManaged),
                 &pod,
                 Scope::Pod,
             )
             .unwrap();
-            let refusal = plan.refusal(Reason::Override);
-            refusal.map(|refusal| refusal.to_string())
+            plan.findings()
         };
-        let remedy = "; remove what adds or changes these variables after the llm-billing-webhook \
-                      (another mutating webhook, perhaps), then create the pod again";
         let finding = |container: &str| {
             format!(
                 "container \"{container}\" has not settled XAI_API_KEY, HF_TOKEN, \
@@ -528,27 +524,18 @@ mod tests {
                  MOLECULE_LLM_USAGE_TOKEN, MOLECULE_LLM_ANTHROPIC_BASE_URL, OPENAI_API_KEY and 1 more"
             )
         };
-        assert_eq!(refusal(0), None);
-        assert_eq!(
-            refusal(1).unwrap(),
-            format!("ENV_NOT_SETTLED: {}{remedy}", finding("c0"))
-        );
+        assert_eq!(findings(0), "");
+        assert_eq!(findings(1), finding("c0"));
         let three = [finding("c0"), finding("c1"), finding("c2")].join("; ");
-        assert_eq!(
-            refusal(3).unwrap(),
-            format!("ENV_NOT_SETTLED: {three}{remedy}")
-        );
-        assert_eq!(
-            refusal(5).unwrap(),
-            format!("ENV_NOT_SETTLED: {three}; and 2 more containers{remedy}")
-        );
+        assert_eq!(findings(3), three);
+        assert_eq!(findings(5), format!("{three}; and 2 more containers"));
         // The log tells the same.
         let pod =
             json!({"spec": {"initContainers": [{"name": "i"}], "containers": [{"name": "c"}]}})
                 .to_string();
         let pod = serde_json::from_str(&pod).unwrap();
         let byok = Resolution::chosen(BillingMode::Byok);
-        let plan = plan(&policy, byok, &pod, Scope::Pod).unwrap();
+        let plan = plan(&policy, "", byok, &pod, Scope::Pod).unwrap();
         let modes = "MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED";
         assert_eq!(plan.changed(), format!("i: {modes}; c: {modes}"));
         let listed = |names: &[&str]| {
@@ -580,7 +567,14 @@ mod tests {
         let policy = policy("", "");
         let planned = |old| {
             let scope = Scope::NewEphemeralContainers(old);
-            let plan = plan(&policy, Resolution::chosen(BillingMode::Byok), &new, scope).unwrap();
+            let plan = plan(
+                &policy,
+                "",
+                Resolution::chosen(BillingMode::Byok),
+                &new,
+                scope,
+            )
+            .unwrap();
             assert_eq!(plan.annotations, []);
             assert_eq!(plan.is_empty(), scope.is_empty(&new));
             plan.containers

@@ -171,10 +171,10 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::core::mode::{BillingMode, Reason, Resolution};
     use crate::core::plan::{Scope, plan};
     use crate::core::pod::Pod;
     use crate::core::policy::Policy;
+    use crate::core::resolution::{BillingMode, Reason, Resolution};
 
     fn policy(fields: &str, proxy_fields: &str) -> Policy {
         let proxy = "proxy: {baseUrl: u, anthropicBaseUrl: a, usageToken: {value: t}";
@@ -191,6 +191,7 @@ mod tests {
         let pod = serde_json::from_str(&pod).unwrap();
         let warnings = plan(
             policy,
+            "",
             Resolution::chosen(BillingMode::PlatformManaged),
             &pod,
             Scope::Pod,
@@ -271,6 +272,7 @@ mod tests {
         let policy = policy("", "");
         let managed = plan(
             &policy,
+            "",
             Resolution::chosen(BillingMode::PlatformManaged),
             &pod,
             Scope::Pod,
@@ -279,6 +281,7 @@ mod tests {
         assert_eq!(managed.warnings, []);
         let byok = plan(
             &policy,
+            "",
             Resolution::chosen(BillingMode::Byok),
             &pod,
             Scope::Pod,
@@ -292,7 +295,7 @@ mod tests {
         let policy = policy("", "");
         let pod = Pod::default();
         let warnings = |reason| {
-            let plan = plan(&policy, Resolution::fallback(reason), &pod, Scope::Pod).unwrap();
+            let plan = plan(&policy, "", Resolution::fallback(reason), &pod, Scope::Pod).unwrap();
             answered(&plan.warnings)
         };
         assert_eq!(
@@ -316,7 +319,7 @@ mod tests {
         let pod = serde_json::from_str(&text).unwrap();
         let policy = policy("", "");
         let resolution = Resolution::fallback(Reason::LookupError);
-        let plan = plan(&policy, resolution, &pod, Scope::Pod).unwrap();
+        let plan = plan(&policy, "", resolution, &pod, Scope::Pod).unwrap();
         let kinds: Vec<&str> = plan.warnings.iter().map(|one| one.kind.as_str()).collect();
         let expected = [
             "lookup_failed",

@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::admission::{Act, misfit};
+use super::admission::{AdmissionTarget, misfit};
 use super::plan::Scope;
 use super::pod::Pod;
 use super::refusal::Refusal;
@@ -122,7 +122,7 @@ fn of_request(mut review: Value, namespace: &str) -> Subject {
             .unwrap_or_default()
             .to_owned()
     };
-    let act = Act::of(
+    let target = AdmissionTarget::of(
         &text("/request/resource/group"),
         &text("/request/resource/resource"),
         &text("/request/subResource"),
@@ -133,10 +133,10 @@ fn of_request(mut review: Value, namespace: &str) -> Subject {
         .unwrap_or(namespace.to_owned());
     let mut take = |pointer: &str| review.pointer_mut(pointer).map_or(Value::Null, Value::take);
     let (object, old) = (take("/request/object"), take("/request/oldObject"));
-    let pods = match act {
-        Some(Act::Create) => Pods::At(""),
-        Some(Act::AddEphemeralContainers) => Pods::Update(old),
-        None => Pods::Untouched,
+    let pods = match target {
+        AdmissionTarget::PodCreation => Pods::At(""),
+        AdmissionTarget::NewEphemeralContainers => Pods::Update(old),
+        AdmissionTarget::NotApplicable => Pods::Untouched,
     };
     Subject {
         title: format!("Pod {namespace}/{}", name_of(&object)),

@@ -7,9 +7,9 @@ use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Connection, Row, TypeInfo, ValueRef};
 
 use super::error::is_statement_gone;
-use crate::core::mode::Stored;
+use crate::core::identity::ParameterValue;
 use crate::core::policy::{Parameter, ParameterType};
-use crate::core::workspace::ParameterValue;
+use crate::core::resolution::LookupOutcome;
 
 /// What is asked over one connection of a kind.
 pub(super) trait Ask<Connection: Send>: Sync {
@@ -47,13 +47,13 @@ pub(super) struct One<'a> {
 }
 
 impl Ask<PgConnection> for One<'_> {
-    type Answer = Stored;
+    type Answer = LookupOutcome;
 
     fn begins(&self) -> bool {
         self.begin.is_some()
     }
 
-    async fn once(&self, connection: &mut PgConnection) -> Result<Stored, sqlx::Error> {
+    async fn once(&self, connection: &mut PgConnection) -> Result<LookupOutcome, sqlx::Error> {
         let Self {
             query, parameters, ..
         } = self;
@@ -78,13 +78,13 @@ pub(super) struct Many<'a> {
 }
 
 impl Ask<PgConnection> for Many<'_> {
-    type Answer = Vec<Stored>;
+    type Answer = Vec<LookupOutcome>;
 
     fn begins(&self) -> bool {
         self.begin.is_some()
     }
 
-    async fn once(&self, connection: &mut PgConnection) -> Result<Vec<Stored>, sqlx::Error> {
+    async fn once(&self, connection: &mut PgConnection) -> Result<Vec<LookupOutcome>, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(self.query)).persistent(self.begin.is_none());
         for (place, parameter) in self.parameters.iter().enumerate() {
             let values = self.many.iter().map(|one| one.get(place));
@@ -114,8 +114,8 @@ impl Ask<PgConnection> for Many<'_> {
             }
         };
         let stored = |row: &PgRow| match row.try_get(1)? {
-            Some(true) => Ok(Stored::Row(mode(row)?)),
-            _ => Ok(Stored::NoRow),
+            Some(true) => Ok(LookupOutcome::Row(mode(row)?)),
+            _ => Ok(LookupOutcome::NoRow),
         };
         rows.iter().map(stored).collect()
     }
@@ -177,7 +177,7 @@ async fn select(
     query: &Arc<str>,
     parameters: &[ParameterValue],
     prepared: bool,
-) -> Result<Stored, sqlx::Error> {
+) -> Result<LookupOutcome, sqlx::Error> {
     // The operator's query from the policy file; what pods bring is bound, never spliced.
     let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(query))).persistent(prepared);
     for parameter in parameters {
@@ -187,9 +187,9 @@ async fn select(
         };
     }
     let Some(row) = statement.fetch_optional(connection).await? else {
-        return Ok(Stored::NoRow);
+        return Ok(LookupOutcome::NoRow);
     };
-    Ok(Stored::Row(mode(&row)?))
+    Ok(LookupOutcome::Row(mode(&row)?))
 }
 
 /// The first column of a row.
@@ -204,13 +204,13 @@ fn mode(row: &PgRow) -> Result<Option<String>, sqlx::Error> {
 }
 
 impl Ask<SqliteConnection> for One<'_> {
-    type Answer = Stored;
+    type Answer = LookupOutcome;
 
     fn begins(&self) -> bool {
         false
     }
 
-    async fn once(&self, connection: &mut SqliteConnection) -> Result<Stored, sqlx::Error> {
+    async fn once(&self, connection: &mut SqliteConnection) -> Result<LookupOutcome, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(self.query)));
         for parameter in self.parameters {
             statement = match parameter {
@@ -220,7 +220,7 @@ impl Ask<SqliteConnection> for One<'_> {
             };
         }
         let Some(row) = statement.fetch_optional(connection).await? else {
-            return Ok(Stored::NoRow);
+            return Ok(LookupOutcome::NoRow);
         };
         let value = row.try_get_raw(0)?;
         if !value.is_null() && value.type_info().name() != "TEXT" {
@@ -229,6 +229,6 @@ impl Ask<SqliteConnection> for One<'_> {
                 source: "not text".into(),
             });
         }
-        Ok(Stored::Row(row.try_get(0)?))
+        Ok(LookupOutcome::Row(row.try_get(0)?))
     }
 }

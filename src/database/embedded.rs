@@ -8,7 +8,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use super::url::DatabaseUrl;
-use crate::core::mode::BillingMode;
+use crate::core::resolution::BillingMode;
 
 /// The embedded SQLite database: the standard schema, made if absent.
 #[derive(Debug)]

@@ -31,9 +31,9 @@ use self::error::{is_answer, is_login_refused, is_stale};
 pub use self::pool::Connections;
 use self::pool::{MOST_CONNECTIONS, Pool};
 pub use self::url::{DatabaseUrl, SourceError, UrlError, UrlSource, UrlText};
-use crate::core::mode::Stored;
+use crate::core::identity::ParameterValue;
 use crate::core::policy::{Lookup, Parameter, ParameterType};
-use crate::core::workspace::ParameterValue;
+use crate::core::resolution::LookupOutcome;
 
 /// Lookups at most that run or wait for a connection. Over a thousand pods at once are more than the API servers
 /// of a large cluster ask about, and their lookups are over in a fraction of a second.
@@ -141,7 +141,7 @@ impl Current {
         parameters: &[ParameterValue],
         deadlines: Deadlines,
         metrics: &ConnectionMetrics,
-    ) -> Result<Stored, sqlx::Error> {
+    ) -> Result<LookupOutcome, sqlx::Error> {
         let one = |begin| One {
             query,
             parameters,
@@ -259,7 +259,7 @@ impl Database {
         &self,
         parameters: &[ParameterValue],
         limit: Option<Duration>,
-    ) -> Result<Stored, LookupError> {
+    ) -> Result<LookupOutcome, LookupError> {
         let _place = self.crowd.enter().ok_or(LookupError::Crowded)?;
         let deadlines = Deadlines::of(self.timeout, limit);
         let result = self.lookup_uncrowded(parameters, deadlines).await;
@@ -280,7 +280,7 @@ impl Database {
         &self,
         parameters: &[ParameterValue],
         deadlines: Deadlines,
-    ) -> Result<Stored, LookupError> {
+    ) -> Result<LookupOutcome, LookupError> {
         let used = self.current();
         let mut result = used
             .fetch(&self.query, parameters, deadlines, &self.metrics)
@@ -308,7 +308,7 @@ impl Database {
     pub async fn lookup_many(
         &self,
         many: &[Vec<ParameterValue>],
-    ) -> Result<Vec<Result<Stored, LookupError>>, LookupError> {
+    ) -> Result<Vec<Result<LookupOutcome, LookupError>>, LookupError> {
         if let AnyPool::Postgres { pool, begin } = &self.current().pool
             && let Some(query) = query_of_many(&self.query, &self.parameters)
         {

@@ -1,5 +1,5 @@
-//! `/mutate` and `/validate`: HTTP around the core. Decode, look up, plan, respond, record; every decision
-//! is core's.
+//! `/mutate` and `/validate`: HTTP around the core. Reads the body, executes the lookup, responds, logs and counts;
+//! every decision is core/decision.rs's.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,17 +15,17 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::timeout;
 use tracing::{Instrument, Span, error, field, info, info_span, warn};
 
-use crate::core::admission::{Act, Answer, BodyError, Decoded, Request, Task, decode, recordable};
-use crate::core::mode::{Resolution, Stored, resolve};
-use crate::core::patch::patch;
-use crate::core::plan::plan;
+use crate::core::admission::{AdmissionTarget, BodyError, Decoded, Request, decode};
+use crate::core::decision::{Decision, Labels, Step, Webhook, begin};
+use crate::core::identity::ParameterValue;
+use crate::core::plan::Plan;
 use crate::core::pod::Text;
 use crate::core::policy::Policy;
 use crate::core::refusal::Refusal;
-use crate::core::warning::answered;
-use crate::core::workspace::{Identity, ParameterValue, identify, workspace_id};
+use crate::core::resolution::LookupOutcome;
+use crate::core::response::{Response as AdmissionResponse, recorded_workspace, truncate};
 use crate::database::{Database, LookupError};
-use crate::metrics::{Admission, Metrics};
+use crate::metrics::Metrics;
 use crate::server::health::Readiness;
 use crate::telemetry::traces;
 
@@ -69,15 +69,6 @@ impl Bodies {
     }
 }
 
-/// The two webhooks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Webhook {
-    /// Patches a pod.
-    Mutate,
-    /// Refuses a pod that is not settled.
-    Validate,
-}
-
 /// The routes.
 pub fn routes(app: Arc<App>) -> Router {
     Router::new()
@@ -108,24 +99,11 @@ fn refused(status: StatusCode, sentence: &str) -> Response {
     (status, format!("{sentence}\n")).into_response()
 }
 
-/// What is logged and counted of one admission.
-#[derive(Debug, Default)]
-struct Record {
-    workspace: String,
-    resolution: Option<Resolution>,
-    /// What changes, by container and variable.
-    changed: String,
-    patch_operations: usize,
-    outcome: &'static str,
-    /// Of a refusal.
-    code: &'static str,
-}
-
 async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpRequest) -> Response {
     let span = info_span!(
         "admission",
         otel.kind = "server",
-        webhook = webhook.name(),
+        webhook = webhook.as_str(),
         uid = field::Empty,
         namespace = field::Empty,
         workspace = field::Empty,
@@ -161,25 +139,18 @@ async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response 
             return app.bad_request(webhook, arrived, status, &error.to_string());
         }
     };
-    let mut record = Record::default();
-    let decision = match &decoded {
-        Decoded::Request(request) => {
-            let limit = patience.map(|patience| left(patience, arrived));
-            app.decide(webhook, request, limit, &mut record).await
-        }
-        Decoded::Unreadable { refusal, .. } => Err(refusal.clone()),
-    };
-    let mut answer = decision.unwrap_or_else(|refusal| {
-        record.outcome = "refused";
-        record.code = refusal.code();
-        Answer::refused(decoded.uid(), refusal)
-    });
-    if let Some(resolution) = record.resolution {
-        answer = answer.with_resolution(resolution, &record.workspace);
-    }
-    app.record(webhook, &decoded, &record, arrived.elapsed());
-    let json = info_span!("encode").in_scope(|| answer.written());
-    ([(header::CONTENT_TYPE, "application/json")], json).into_response()
+    let limit = patience.map(|patience| left(patience, arrived));
+    let decision = app.decide(webhook, &decoded, limit).await;
+    let response =
+        info_span!("encode").in_scope(|| AdmissionResponse::new(decoded.uid(), &decision));
+    app.record(
+        webhook,
+        &decoded,
+        &decision,
+        response.patch_operations,
+        arrived.elapsed(),
+    );
+    ([(header::CONTENT_TYPE, "application/json")], response.json).into_response()
 }
 
 /// To the microsecond; what is finer would be noise.
@@ -313,47 +284,20 @@ impl App {
         response
     }
 
-    async fn decide<'r>(
-        &self,
+    async fn decide<'a>(
+        &'a self,
         webhook: Webhook,
-        request: &'r Request<'r>,
+        review: &'a Decoded<'a>,
         limit: Option<Duration>,
-        record: &mut Record,
-    ) -> Result<Answer<'r>, Refusal> {
-        let uid = request.uid.as_str();
-        record.outcome = "untouched";
-        let Task::Plan(pod, scope) = request.task()? else {
-            return Ok(Answer::allowed(uid));
-        };
-        record.workspace = recordable(workspace_id(&self.policy, pod)).to_owned();
-        let resolution = match identify(&self.policy, pod, request.namespace())? {
-            Identity::NotAWorkspace => return Ok(Answer::allowed(uid)),
-            Identity::Resolved(resolution) => resolution,
-            Identity::LookUp(parameters) => {
-                let looked_up = self.look_up(uid, &parameters, limit);
-                let stored = looked_up.instrument(info_span!("lookup")).await;
-                record.resolution = Some(Resolution::from_stored(&stored));
-                resolve(&self.policy, &stored)?
+    ) -> Decision<'a> {
+        match begin(&self.policy, webhook, review) {
+            Step::Done(decision) => decision,
+            Step::Lookup(parameters, pending) => {
+                let lookup = self.look_up(review.uid(), &parameters, limit);
+                let outcome = lookup.instrument(info_span!("lookup")).await;
+                info_span!("plan").in_scope(|| pending.finish(&outcome))
             }
-        };
-        record.resolution = Some(resolution);
-        let plan = info_span!("plan").in_scope(|| plan(&self.policy, resolution, pod, scope))?;
-        record.outcome = "unchanged";
-        if webhook == Webhook::Validate {
-            let refusal = plan.refusal(resolution.reason);
-            return refusal.map_or(Ok(Answer::allowed(uid)), Err);
         }
-        if !plan.is_empty() {
-            record.outcome = "patched";
-        }
-        let patch = patch(&plan, "");
-        record.patch_operations = patch.operations;
-        record.changed = plan.changed();
-        let answer = Answer::allowed(uid).with_patch(patch);
-        for warning in &plan.warnings {
-            self.metrics.warning(warning.kind);
-        }
-        Ok(answer.with_warnings(answered(&plan.warnings)))
     }
 
     async fn look_up(
@@ -361,92 +305,85 @@ impl App {
         uid: &str,
         parameters: &[ParameterValue],
         limit: Option<Duration>,
-    ) -> Stored {
-        let uid = clipped(uid, LONGEST_NAME);
+    ) -> LookupOutcome {
+        let uid = truncate(uid, MAX_NAME_BYTES);
         let started = Instant::now();
         let looked_up = self.database.lookup(parameters, limit).await;
         let result = match &looked_up {
-            Ok(Stored::NoRow) => "not_found",
+            Ok(LookupOutcome::NoRow) => "not_found",
             Ok(_) => "found",
             Err(error) => error.kind(),
         };
         self.metrics.lookup(result, started.elapsed());
         match looked_up {
-            Ok(stored) => {
+            Ok(outcome) => {
                 self.readiness.set_database_answered();
-                stored
+                outcome
             }
             Err(refused @ LookupError::Refused(_)) => {
                 error!(uid, error = %refused, "lookup refused; correct the policy's query, the schema or the role's permissions");
-                Stored::Failed
+                LookupOutcome::Failed
             }
             Err(failed) => {
                 warn!(uid, error = %failed, "lookup failed");
-                Stored::Failed
+                LookupOutcome::Failed
             }
         }
     }
 
-    /// One line and one count for each admission. Nothing of it is a value of an env entry.
-    fn record(&self, webhook: Webhook, decoded: &Decoded<'_>, record: &Record, took: Duration) {
-        let request = match decoded {
-            Decoded::Request(request) => Some(request),
-            Decoded::Unreadable { .. } => None,
-        };
-        let resolution = record.resolution.as_ref();
-        let mode = resolution.map_or("none", |resolution| resolution.mode.as_str());
-        let source = resolution.map_or("none", |resolution| resolution.source.as_str());
-        let reason = resolution.map_or("none", |resolution| resolution.reason.as_str());
+    /// Writes one log line and one count for each admission, without any value of an env entry.
+    fn record(
+        &self,
+        webhook: Webhook,
+        review: &Decoded<'_>,
+        decision: &Decision<'_>,
+        patch_operations: usize,
+        took: Duration,
+    ) {
+        let request = review.request();
+        let Labels {
+            mode,
+            source,
+            reason,
+            outcome,
+        } = decision.labels();
+        let workspace = recorded_workspace(decision);
         let operation = request.map_or("", |request| request.operation.as_str());
         let metadata = request.and_then(|request| request.object.as_ref()?.metadata.as_ref());
-        let uid = clipped(decoded.uid(), LONGEST_NAME);
+        let uid = truncate(review.uid(), MAX_NAME_BYTES);
         let namespace = name(request.and_then(|request| request.namespace.as_ref()));
+        let changed = decision.plan.as_ref().map(Plan::changed);
         let span = Span::current();
         span.record("uid", uid)
             .record("namespace", namespace)
-            .record("workspace", &record.workspace)
+            .record("workspace", workspace)
             .record("mode", mode)
             .record("reason", reason)
-            .record("outcome", record.outcome);
+            .record("outcome", outcome);
         info!(
             uid,
             trace_id = traces::id(&span),
-            webhook = webhook.name(),
-            operation = clipped(operation, LONGEST_NAME),
+            webhook = webhook.as_str(),
+            operation = truncate(operation, MAX_NAME_BYTES),
             namespace,
             name = name(request.and_then(|request| request.name.as_ref())),
             generate_name = name(metadata.and_then(|metadata| metadata.generate_name.as_ref())),
             dry_run = request
                 .and_then(|request| request.dry_run)
                 .unwrap_or_default(),
-            workspace = record.workspace,
+            workspace,
             mode,
             source,
             reason,
-            outcome = record.outcome,
-            code = record.code,
-            changed = clipped(&record.changed, MOST_TOLD),
-            patch_operations = record.patch_operations,
+            outcome,
+            code = decision.outcome.refusal().map_or("", Refusal::code),
+            changed = truncate(changed.as_deref().unwrap_or_default(), MAX_CHANGED_BYTES),
+            patch_operations,
             duration_ms = milliseconds(took),
             "admission"
         );
-        let operation = match request.and_then(|request| request.act()) {
-            Some(Act::Create) => "create",
-            Some(Act::AddEphemeralContainers) => "ephemeralcontainers",
-            None => "other",
-        };
-        let outcome = record.outcome;
-        self.metrics.admission(
-            Admission {
-                webhook: webhook.name(),
-                operation,
-                mode,
-                source,
-                reason,
-                outcome,
-            },
-            took,
-        );
+        let target = request.map_or(AdmissionTarget::NotApplicable, Request::target);
+        self.metrics.admission(webhook, target, decision, took);
     }
 
     fn bad_request(
@@ -458,44 +395,23 @@ impl App {
     ) -> Response {
         let took = arrived.elapsed();
         warn!(
-            webhook = webhook.name(),
+            webhook = webhook.as_str(),
             status = status.as_u16(),
             error = sentence,
             "bad request"
         );
-        let admission = Admission {
-            webhook: webhook.name(),
-            operation: "other",
-            mode: "none",
-            source: "none",
-            reason: "none",
-            outcome: "bad_request",
-        };
-        self.metrics.admission(admission, took);
+        self.metrics.bad_request(webhook, took);
         refused(status, sentence)
     }
 }
 
-impl Webhook {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Mutate => "mutate",
-            Self::Validate => "validate",
-        }
-    }
-}
+/// Length of a name in the log, at most. What a request brings may be of any length until the API server has validated
+/// it.
+const MAX_NAME_BYTES: usize = 253;
+/// Length of the summary of changes in the log, at most.
+const MAX_CHANGED_BYTES: usize = 1024;
 
-/// A name has so many bytes at most.
-const LONGEST_NAME: usize = 253;
-/// So many bytes tell what changed, at most.
-const MOST_TOLD: usize = 1024;
-
-/// A name as it is logged, empty if there is none.
+/// Returns a name as it is logged, empty if there is none.
 fn name<'a>(text: Option<&'a Text<'_>>) -> &'a str {
-    text.map_or("", |text| clipped(text.as_str(), LONGEST_NAME))
-}
-
-/// What a request brings may be of any length until the API server has validated it.
-fn clipped(text: &str, longest: usize) -> &str {
-    &text[..text.floor_char_boundary(longest)]
+    text.map_or("", |text| truncate(text.as_str(), MAX_NAME_BYTES))
 }

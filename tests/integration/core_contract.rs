@@ -1,7 +1,7 @@
 //! The contract's vectors, in process. Over the wire and with real databases: contract.rs.
 
-use llm_billing_webhook::core::mode::Stored;
 use llm_billing_webhook::core::policy::Policy;
+use llm_billing_webhook::core::resolution::LookupOutcome;
 use serde_json::{Value, json};
 
 use crate::support::in_process::answer;
@@ -10,12 +10,12 @@ use crate::support::{
 };
 
 /// What a vector says that the lookup finds.
-fn stored(vector: &Value) -> Stored {
+fn stored(vector: &Value) -> LookupOutcome {
     let stored = &vector["stored"];
     match (stored["lookup_error"].as_bool(), stored["row"].as_bool()) {
-        (Some(true), _) => Stored::Failed,
-        (_, Some(true)) => Stored::Row(stored["mode"].as_str().map(str::to_owned)),
-        _ => Stored::NoRow,
+        (Some(true), _) => LookupOutcome::Failed,
+        (_, Some(true)) => LookupOutcome::Row(stored["mode"].as_str().map(str::to_owned)),
+        _ => LookupOutcome::NoRow,
     }
 }
 
@@ -43,7 +43,7 @@ fn every_vector_gives_the_env_that_it_expects_and_is_settled_by_it() {
 #[test]
 fn the_reason_names_the_row_of_the_table_that_applied() {
     let policy = Policy::parse("unlabelled: platform_managed").unwrap();
-    let reason = |workspace: &Value, stored: &Stored| {
+    let reason = |workspace: &Value, stored: &LookupOutcome| {
         let pod = json!({"metadata": {"labels": {"molecule.ai/workspace-id": workspace}}});
         let answer = answer(&policy, stored, &crate::support::create(&pod));
         answer["response"]["auditAnnotations"]["reason"]
@@ -52,13 +52,13 @@ fn the_reason_names_the_row_of_the_table_that_applied() {
             .to_owned()
     };
     let id = json!("88888888-8888-8888-8888-888888888888");
-    let row = |mode: &str| Stored::Row(Some(mode.to_owned()));
+    let row = |mode: &str| LookupOutcome::Row(Some(mode.to_owned()));
     let table = [
         (&id, row("byok"), "override"),
-        (&id, Stored::Row(None), "no_override"),
+        (&id, LookupOutcome::Row(None), "no_override"),
         (&id, row("x"), "unknown_mode"),
-        (&id, Stored::NoRow, "workspace_not_found"),
-        (&id, Stored::Failed, "lookup_error"),
+        (&id, LookupOutcome::NoRow, "workspace_not_found"),
+        (&id, LookupOutcome::Failed, "lookup_error"),
         (&json!("x"), row("byok"), "invalid_workspace_id"),
         (&json!(""), row("byok"), "missing_workspace_id"),
         (&json!(null), row("byok"), "missing_workspace_id"),

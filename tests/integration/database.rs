@@ -5,9 +5,9 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use llm_billing_webhook::core::mode::Stored;
+use llm_billing_webhook::core::identity::ParameterValue;
 use llm_billing_webhook::core::policy::Policy;
-use llm_billing_webhook::core::workspace::ParameterValue;
+use llm_billing_webhook::core::resolution::LookupOutcome;
 use llm_billing_webhook::database::{Database, UrlSource};
 use serde_json::{Value, json};
 
@@ -737,10 +737,13 @@ fn a_pooler_in_transaction_mode_is_asked_in_transactions() {
     let many = many.map(|id| vec![ParameterValue::Uuid(id.parse().unwrap())]);
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let stored = runtime.block_on(database.lookup_many(&many)).unwrap();
-    let stored: Vec<Stored> = stored.into_iter().map(Result::unwrap).collect();
+    let stored: Vec<LookupOutcome> = stored.into_iter().map(Result::unwrap).collect();
     assert_eq!(
         stored,
-        [Stored::Row(Some("byok".to_owned())), Stored::NoRow]
+        [
+            LookupOutcome::Row(Some("byok".to_owned())),
+            LookupOutcome::NoRow
+        ]
     );
 }
 

@@ -1,12 +1,9 @@
-//! Billing modes and their resolution: what the lookup found → mode, source and reason, or a refusal.
-//! Which workspace is looked up is workspace.rs's business, and what a mode does to a pod is plan.rs's.
+//! Billing modes and the contract's resolution table: lookup outcome → mode, source and reason.
+//! Which workspace is looked up is identity.rs's business, and what a mode does to a pod is plan.rs's.
 
 use std::fmt;
 
 use serde::Serialize;
-
-use super::policy::{OnError, Policy};
-use super::refusal::Refusal;
 
 /// Who pays for a workspace's LLM calls. The contract knows these three modes and no other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -47,9 +44,9 @@ impl fmt::Display for BillingMode {
     }
 }
 
-/// What the lookup found in the database.
+/// What the database returned for a workspace.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Stored {
+pub enum LookupOutcome {
     /// The workspace has a row; `None` is NULL, which means that nobody chose a mode.
     Row(Option<String>),
     /// No row has this workspace.
@@ -147,28 +144,15 @@ impl Resolution {
         }
     }
 
-    /// The contract's resolution table, for a workspace that was looked up.
+    /// Returns the row of the contract's resolution table for a lookup's outcome.
     #[must_use]
-    pub fn from_stored(stored: &Stored) -> Self {
-        match stored {
-            Stored::Row(Some(mode)) => BillingMode::from_column(mode)
+    pub fn from_lookup(outcome: &LookupOutcome) -> Self {
+        match outcome {
+            LookupOutcome::Row(Some(mode)) => BillingMode::from_column(mode)
                 .map_or(Self::fallback(Reason::UnknownMode), Self::chosen),
-            Stored::Row(None) => Self::fallback(Reason::NoOverride),
-            Stored::NoRow => Self::fallback(Reason::WorkspaceNotFound),
-            Stored::Failed => Self::fallback(Reason::LookupError),
-        }
-    }
-}
-
-/// The resolver's answer to what the lookup found.
-///
-/// # Errors
-/// [`Refusal::LookupFailed`] if the database failed and the policy says `lookup.onError: deny`.
-pub fn resolve(policy: &Policy, stored: &Stored) -> Result<Resolution, Refusal> {
-    match (stored, policy.lookup.on_error) {
-        (Stored::Failed, OnError::Deny) => Err(Refusal::LookupFailed),
-        (Stored::Failed, OnError::PlatformManaged) | (Stored::Row(_) | Stored::NoRow, _) => {
-            Ok(Resolution::from_stored(stored))
+            LookupOutcome::Row(None) => Self::fallback(Reason::NoOverride),
+            LookupOutcome::NoRow => Self::fallback(Reason::WorkspaceNotFound),
+            LookupOutcome::Failed => Self::fallback(Reason::LookupError),
         }
     }
 }
@@ -179,7 +163,7 @@ mod tests {
 
     #[test]
     fn a_stored_value_resolves_as_the_table_says() {
-        let row = |mode: &str| Stored::Row(Some(mode.to_owned()));
+        let row = |mode: &str| LookupOutcome::Row(Some(mode.to_owned()));
         let table = [
             (
                 row("platform_managed"),
@@ -225,26 +209,26 @@ mod tests {
                 "unknown_mode",
             ),
             (
-                Stored::Row(None),
+                LookupOutcome::Row(None),
                 "platform_managed",
                 "constant_fallback",
                 "no_override",
             ),
             (
-                Stored::NoRow,
+                LookupOutcome::NoRow,
                 "platform_managed",
                 "constant_fallback",
                 "workspace_not_found",
             ),
             (
-                Stored::Failed,
+                LookupOutcome::Failed,
                 "platform_managed",
                 "constant_fallback",
                 "lookup_error",
             ),
         ];
         for (stored, mode, source, reason) in table {
-            let resolution = Resolution::from_stored(&stored);
+            let resolution = Resolution::from_lookup(&stored);
             assert_eq!(
                 (
                     resolution.mode.as_str(),
@@ -278,18 +262,5 @@ mod tests {
         ] {
             assert_eq!(json(serde_json::to_value(reason).unwrap()), reason.as_str());
         }
-    }
-
-    #[test]
-    fn a_failed_lookup_falls_back_or_refuses_as_the_policy_says() {
-        let policy = |text| Policy::parse(text).unwrap();
-        let fallback = Ok(Resolution::fallback(Reason::LookupError));
-        assert_eq!(resolve(&policy(""), &Stored::Failed), fallback);
-        let deny = policy("lookup: {onError: deny}");
-        assert_eq!(resolve(&deny, &Stored::Failed), Err(Refusal::LookupFailed));
-        assert_eq!(
-            resolve(&deny, &Stored::NoRow),
-            Ok(Resolution::fallback(Reason::WorkspaceNotFound))
-        );
     }
 }

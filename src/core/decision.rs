@@ -1,0 +1,541 @@
+//! One decision: the only place that puts identify, look up, resolve and plan in sequence. The webhook, `review`,
+//! `resolve`, `audit`, the benchmarks and the tests call it, and write the [`Decision`] in their own form.
+//! The lookup itself is an edge's business (database/); what each step does is in its own file.
+
+use super::admission::{AdmissionTarget, Decoded, Request};
+use super::identity::{Identity, ParameterValue, identify};
+use super::plan::{Plan, Scope, plan};
+use super::pod::Pod;
+use super::policy::{OnError, Policy};
+use super::refusal::Refusal;
+use super::resolution::{LookupOutcome, Reason, Resolution};
+use super::warning::Warning;
+
+/// The webhook that is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Webhook {
+    /// Patches a pod.
+    Mutate,
+    /// Rejects a pod that `Mutate` would still patch.
+    Validate,
+}
+
+impl Webhook {
+    /// Returns the name in logs, traces and metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Mutate => "mutate",
+            Self::Validate => "validate",
+        }
+    }
+}
+
+/// What is decided about one pod.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The request is about something else than new containers of a pod; it is allowed.
+    NotApplicable,
+    /// The pod belongs to no workspace; it is allowed.
+    NotAWorkspace,
+    /// The pod is as it must be; it is allowed.
+    Unchanged,
+    /// The pod is allowed with the plan's changes.
+    Patched,
+    /// The pod is refused.
+    Refused(Refusal),
+}
+
+impl Outcome {
+    /// Returns the outcome as logs, traces and metrics spell it.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::NotApplicable | Self::NotAWorkspace => "untouched",
+            Self::Unchanged => "unchanged",
+            Self::Patched => "patched",
+            Self::Refused(_) => "refused",
+        }
+    }
+
+    /// Returns why the pod is refused, if it is.
+    #[must_use]
+    pub const fn refusal(&self) -> Option<&Refusal> {
+        match self {
+            Self::Refused(refusal) => Some(refusal),
+            Self::NotApplicable | Self::NotAWorkspace | Self::Unchanged | Self::Patched => None,
+        }
+    }
+}
+
+/// The whole answer to one review. No `Debug`: the plan may hold a token.
+pub struct Decision<'a> {
+    /// The workspace id that the pod claims, of any length; empty if it claims none.
+    pub workspace: &'a str,
+    /// The resolved mode, unless the decision was made without one.
+    pub resolution: Option<Resolution>,
+    /// What is decided.
+    pub outcome: Outcome,
+    /// How the pod changes, and the warnings; `None` if nothing was planned or the webhook is
+    /// [`Webhook::Validate`].
+    pub plan: Option<Plan<'a>>,
+}
+
+/// A decision as logs, traces and metrics spell it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Labels {
+    /// The resolved mode, or [`NONE`].
+    pub mode: &'static str,
+    /// Where the mode comes from, or [`NONE`].
+    pub source: &'static str,
+    /// Which rule gave the mode, or [`NONE`].
+    pub reason: &'static str,
+    /// The outcome.
+    pub outcome: &'static str,
+}
+
+/// The label of a mode, source or reason that a decision was made without.
+pub const NONE: &str = "none";
+
+impl Decision<'_> {
+    /// Returns what the person who creates the pod should know.
+    #[must_use]
+    pub fn warnings(&self) -> &[Warning] {
+        let plan = self.plan.as_ref();
+        plan.map_or(&[], |plan| &plan.warnings)
+    }
+
+    /// Returns the decision as logs, traces and metrics spell it.
+    #[must_use]
+    pub fn labels(&self) -> Labels {
+        let (mode, source, reason) = match &self.resolution {
+            None => (NONE, NONE, NONE),
+            Some(resolution) => (
+                resolution.mode.as_str(),
+                resolution.source.as_str(),
+                resolution.reason.as_str(),
+            ),
+        };
+        Labels {
+            mode,
+            source,
+            reason,
+            outcome: self.outcome.as_str(),
+        }
+    }
+
+    pub(super) const fn without_plan(outcome: Outcome) -> Self {
+        Self {
+            workspace: "",
+            resolution: None,
+            outcome,
+            plan: None,
+        }
+    }
+}
+
+/// The first step's result.
+pub enum Step<'a> {
+    /// No lookup is needed.
+    Done(Decision<'a>),
+    /// Execute the policy's query with these parameters, then call [`Pending::finish`].
+    Lookup(Vec<ParameterValue>, Pending<'a>),
+}
+
+impl<'a> Step<'a> {
+    /// Returns the decision for a lookup whose outcome is known without executing it.
+    #[must_use]
+    pub fn finish(self, outcome: &LookupOutcome) -> Decision<'a> {
+        match self {
+            Self::Done(decision) => decision,
+            Self::Lookup(_, pending) => pending.finish(outcome),
+        }
+    }
+}
+
+/// A pod to decide about.
+#[derive(Clone, Copy)]
+pub struct PodTarget<'a> {
+    /// The pod or pod template.
+    pub pod: &'a Pod<'a>,
+    /// The namespace that it runs in.
+    pub namespace: &'a str,
+    /// The containers to plan.
+    pub scope: Scope<'a>,
+}
+
+/// A decision that waits for its lookup.
+pub struct Pending<'a> {
+    policy: &'a Policy,
+    webhook: Webhook,
+    target: PodTarget<'a>,
+    workspace: &'a str,
+}
+
+/// Begins the decision about a decoded review.
+#[must_use]
+pub fn begin<'a>(policy: &'a Policy, webhook: Webhook, review: &'a Decoded<'a>) -> Step<'a> {
+    let target = match review {
+        Decoded::Request(request) => pod_target(request),
+        Decoded::Unreadable { refusal, .. } => Err(refusal.clone()),
+    };
+    match target {
+        Ok(Some(target)) => begin_pod(policy, webhook, target),
+        Ok(None) => Step::Done(Decision::without_plan(Outcome::NotApplicable)),
+        Err(refusal) => Step::Done(Decision::without_plan(Outcome::Refused(refusal))),
+    }
+}
+
+fn pod_target<'a>(request: &'a Request<'a>) -> Result<Option<PodTarget<'a>>, Refusal> {
+    let scope = match request.target() {
+        AdmissionTarget::NotApplicable => return Ok(None),
+        AdmissionTarget::PodCreation => Scope::Pod,
+        AdmissionTarget::NewEphemeralContainers => {
+            Scope::NewEphemeralContainers(request.old_object.as_ref())
+        }
+    };
+    Ok(Some(PodTarget {
+        pod: request.object.as_ref().ok_or(Refusal::NoObject)?,
+        namespace: request.namespace(),
+        scope,
+    }))
+}
+
+/// Begins the decision about a pod that comes from elsewhere than a review: a manifest, a cluster, a label.
+#[must_use]
+pub fn begin_pod<'a>(policy: &'a Policy, webhook: Webhook, target: PodTarget<'a>) -> Step<'a> {
+    if target.scope.is_empty(target.pod) {
+        return Step::Done(Decision::without_plan(Outcome::NotApplicable));
+    }
+    let pending = |workspace| Pending {
+        policy,
+        webhook,
+        target,
+        workspace,
+    };
+    match identify(policy, target.pod, target.namespace) {
+        Ok(Identity::NotAWorkspace) => Step::Done(Decision::without_plan(Outcome::NotAWorkspace)),
+        Ok(Identity::Fallback { workspace, reason }) => {
+            Step::Done(pending(workspace).decide(Resolution::fallback(reason)))
+        }
+        Ok(Identity::Lookup {
+            workspace,
+            parameters,
+        }) => Step::Lookup(parameters, pending(workspace)),
+        Err(refusal) => Step::Done(Decision::without_plan(Outcome::Refused(refusal))),
+    }
+}
+
+impl<'a> Pending<'a> {
+    /// Returns the decision for what the lookup returned.
+    #[must_use]
+    pub fn finish(self, outcome: &LookupOutcome) -> Decision<'a> {
+        let resolution = Resolution::from_lookup(outcome);
+        match (outcome, self.policy.lookup.on_error) {
+            (LookupOutcome::Failed, OnError::Deny) => Decision {
+                workspace: self.workspace,
+                resolution: Some(resolution),
+                outcome: Outcome::Refused(Refusal::LookupFailed),
+                plan: None,
+            },
+            (LookupOutcome::Failed, OnError::PlatformManaged)
+            | (LookupOutcome::Row(_) | LookupOutcome::NoRow, _) => self.decide(resolution),
+        }
+    }
+
+    fn decide(self, resolution: Resolution) -> Decision<'a> {
+        let PodTarget { pod, scope, .. } = self.target;
+        let planned = plan(self.policy, self.workspace, resolution, pod, scope);
+        let (outcome, plan) = match (self.webhook, planned) {
+            (_, Err(refusal)) => (Outcome::Refused(refusal), None),
+            (Webhook::Validate, Ok(plan)) => (validate(&plan, resolution.reason), None),
+            (Webhook::Mutate, Ok(plan)) if plan.is_empty() => (Outcome::Unchanged, Some(plan)),
+            (Webhook::Mutate, Ok(plan)) => (Outcome::Patched, Some(plan)),
+        };
+        Decision {
+            workspace: self.workspace,
+            resolution: Some(resolution),
+            outcome,
+            plan,
+        }
+    }
+}
+
+/// Rejects a pod whose containers must still change. If the plan is a fallback because the lookup failed, no other
+/// webhook is to blame: the pod's env may match the mode that it really has.
+fn validate(plan: &Plan<'_>, reason: Reason) -> Outcome {
+    if plan.containers.is_empty() {
+        return Outcome::Unchanged;
+    }
+    Outcome::Refused(if reason == Reason::LookupError {
+        Refusal::LookupFailed
+    } else {
+        Refusal::NotSettled {
+            findings: plan.findings(),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::core::admission::decode;
+
+    const ID: &str = "88888888-8888-8888-8888-888888888888";
+    const PROXY: &str = "proxy: {baseUrl: u, usageToken: {value: t}}";
+
+    /// A decision in words: workspace, reason, outcome or refusal, warning kinds.
+    fn summary(decision: &Decision<'_>) -> String {
+        let reason = decision
+            .resolution
+            .map_or("-", |resolution| resolution.reason.as_str());
+        let outcome = match &decision.outcome {
+            Outcome::NotApplicable => "not applicable",
+            Outcome::NotAWorkspace => "not a workspace",
+            Outcome::Refused(refusal) => refusal.code(),
+            other => other.as_str(),
+        };
+        let plan = match &decision.plan {
+            None => "no plan".to_owned(),
+            Some(plan) => format!("{} containers", plan.containers.len()),
+        };
+        format!("{:?} {reason}: {outcome}, {plan}", decision.workspace)
+    }
+
+    fn create(pod: &Value) -> Value {
+        json!({"uid": "u", "operation": "CREATE", "resource": {"resource": "pods"}, "object": pod})
+    }
+
+    fn decide(policy: &str, webhook: Webhook, request: &Value, lookup: &LookupOutcome) -> String {
+        let review = json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request});
+        let body = review.to_string();
+        let review = decode(body.as_bytes()).unwrap();
+        let policy = Policy::parse(policy).unwrap();
+        summary(&begin(&policy, webhook, &review).finish(lookup))
+    }
+
+    fn pod(labels: &Value, env: &Value) -> Value {
+        let annotations = json!({
+            "molecule.ai/llm-billing-mode": "byok",
+            "molecule.ai/llm-billing-source": "workspace_override",
+        });
+        json!({
+            "metadata": {"labels": labels, "annotations": annotations},
+            "spec": {"containers": [{"name": "c", "env": env}]},
+        })
+    }
+
+    #[test]
+    fn decision_names_workspace_reason_outcome_and_plan() {
+        use LookupOutcome::{Failed, NoRow};
+        use Webhook::{Mutate, Validate};
+        let byok = LookupOutcome::Row(Some("byok".to_owned()));
+        let label = |id: &str| json!({"molecule.ai/workspace-id": id});
+        let mode = [
+            "MOLECULE_LLM_BILLING_MODE",
+            "MOLECULE_LLM_BILLING_MODE_RESOLVED",
+        ]
+        .map(|name| json!({"name": name, "value": "byok"}));
+        let settled = create(&pod(&label(ID), &json!(mode)));
+        let mut unseen = settled.clone();
+        unseen["object"]["metadata"]["annotations"] = json!({});
+        let bare = create(&pod(&label(ID), &json!([])));
+        let invalid = create(&pod(&label("x"), &json!([])));
+        let empty = create(&pod(&label(""), &json!([])));
+        let unlabelled = create(&pod(&json!({}), &json!([])));
+        let deny = &format!("{{lookup: {{onError: deny}}, {PROXY}}}");
+        let none = json!({"uid": "u", "operation": "DELETE", "resource": {"resource": "pods"}});
+        let unreadable = json!({"uid": "u", "object": 7});
+        let id = |rest: &str| format!("{ID:?} {rest}");
+        let table = [
+            (
+                PROXY,
+                Mutate,
+                &none,
+                &byok,
+                r#""" -: not applicable, no plan"#.to_owned(),
+            ),
+            (
+                PROXY,
+                Mutate,
+                &unreadable,
+                &byok,
+                r#""" -: UNREADABLE_REQUEST, no plan"#.to_owned(),
+            ),
+            (
+                PROXY,
+                Mutate,
+                &unlabelled,
+                &byok,
+                r#""" -: not a workspace, no plan"#.to_owned(),
+            ),
+            (
+                "unlabelled: deny",
+                Mutate,
+                &unlabelled,
+                &byok,
+                r#""" -: MISSING_WORKSPACE_LABEL, no plan"#.to_owned(),
+            ),
+            (
+                PROXY,
+                Mutate,
+                &empty,
+                &byok,
+                r#""" missing_workspace_id: patched, 1 containers"#.to_owned(),
+            ),
+            (
+                PROXY,
+                Mutate,
+                &invalid,
+                &byok,
+                r#""x" invalid_workspace_id: patched, 1 containers"#.to_owned(),
+            ),
+            (
+                PROXY,
+                Mutate,
+                &bare,
+                &byok,
+                id("override: patched, 1 containers"),
+            ),
+            (
+                PROXY,
+                Mutate,
+                &settled,
+                &byok,
+                id("override: unchanged, 0 containers"),
+            ),
+            (
+                PROXY,
+                Mutate,
+                &unseen,
+                &byok,
+                id("override: patched, 0 containers"),
+            ),
+            (
+                PROXY,
+                Mutate,
+                &bare,
+                &NoRow,
+                id("workspace_not_found: patched, 1 containers"),
+            ),
+            (
+                PROXY,
+                Mutate,
+                &bare,
+                &Failed,
+                id("lookup_error: patched, 1 containers"),
+            ),
+            (
+                "",
+                Mutate,
+                &bare,
+                &Failed,
+                id("lookup_error: MISSING_PLATFORM_PROXY, no plan"),
+            ),
+            (
+                deny,
+                Mutate,
+                &bare,
+                &Failed,
+                id("lookup_error: LOOKUP_FAILED, no plan"),
+            ),
+            (
+                deny,
+                Mutate,
+                &bare,
+                &NoRow,
+                id("workspace_not_found: patched, 1 containers"),
+            ),
+            (
+                PROXY,
+                Validate,
+                &settled,
+                &byok,
+                id("override: unchanged, no plan"),
+            ),
+            (
+                PROXY,
+                Validate,
+                &unseen,
+                &byok,
+                id("override: unchanged, no plan"),
+            ),
+            (
+                PROXY,
+                Validate,
+                &bare,
+                &byok,
+                id("override: ENV_NOT_SETTLED, no plan"),
+            ),
+            (
+                PROXY,
+                Validate,
+                &bare,
+                &Failed,
+                id("lookup_error: LOOKUP_FAILED, no plan"),
+            ),
+        ];
+        for (policy, webhook, request, lookup, expected) in table {
+            assert_eq!(
+                decide(policy, webhook, request, lookup),
+                expected,
+                "{webhook:?} {lookup:?} {policy} {request}"
+            );
+        }
+    }
+
+    #[test]
+    fn pod_target_is_new_pods_and_new_ephemeral_containers() {
+        let debugged = json!({"spec": {"ephemeralContainers": [{"name": "d"}]}});
+        let (pod, none) = (json!({}), json!(null));
+        let pods = json!({"group": "", "version": "v1", "resource": "pods"});
+        let other = json!({"group": "apps", "resource": "pods"});
+        let deployments = json!({"group": "", "resource": "deployments"});
+        let ephemeral = json!("ephemeralcontainers");
+        let (empty, binding, exec) = (json!(""), json!("binding"), json!("exec"));
+        let table = [
+            (&pods, &none, "CREATE", &pod, &none, "pod"),
+            (&pods, &empty, "CREATE", &pod, &none, "pod"),
+            (&pods, &none, "CREATE", &none, &none, "NO_OBJECT"),
+            (&pods, &none, "UPDATE", &pod, &pod, "not applicable"),
+            (&pods, &none, "DELETE", &none, &pod, "not applicable"),
+            (&pods, &exec, "CONNECT", &none, &none, "not applicable"),
+            (&pods, &binding, "CREATE", &pod, &none, "not applicable"),
+            (&pods, &ephemeral, "UPDATE", &debugged, &pod, "ephemeral"),
+            (&pods, &ephemeral, "UPDATE", &debugged, &none, "ephemeral"),
+            (
+                &pods,
+                &ephemeral,
+                "UPDATE",
+                &debugged,
+                &debugged,
+                "not applicable",
+            ),
+            (&pods, &ephemeral, "UPDATE", &none, &pod, "NO_OBJECT"),
+            (&other, &none, "CREATE", &pod, &none, "not applicable"),
+            (&deployments, &none, "CREATE", &pod, &none, "not applicable"),
+            (&none, &none, "CREATE", &pod, &none, "not applicable"),
+        ];
+        let policy = Policy::parse(&format!("{{unlabelled: platform_managed, {PROXY}}}")).unwrap();
+        for (resource, sub_resource, operation, object, old, expected) in table {
+            let review = json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": {
+                "uid": "u", "resource": resource, "subResource": sub_resource, "operation": operation,
+                "object": object, "oldObject": old,
+            }});
+            let body = review.to_string();
+            let decoded = decode(body.as_bytes()).unwrap();
+            let decision = begin(&policy, Webhook::Mutate, &decoded).finish(&LookupOutcome::NoRow);
+            let target = match (&decision.outcome, &decision.plan) {
+                (Outcome::NotApplicable, None) => "not applicable",
+                (Outcome::Refused(refusal), None) => refusal.code(),
+                // Only a pod that is created gets annotations; only an ephemeral container is planned here.
+                (Outcome::Patched, Some(plan)) if plan.containers.is_empty() => "pod",
+                (Outcome::Patched, Some(plan)) if plan.annotations.is_empty() => "ephemeral",
+                _ => "other",
+            };
+            assert_eq!(target, expected, "{review}");
+        }
+    }
+}
