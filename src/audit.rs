@@ -11,12 +11,13 @@ use serde_json::value::RawValue;
 use thiserror::Error;
 
 use crate::cluster::ClusterError;
-use crate::core::audit::{Finding, Verdict, audit};
+use crate::core::audit::{Finding, Swept, Verdict, audit};
 use crate::core::decision::{Decision, Outcome, PodTarget, Step, Webhook, begin_pod};
 use crate::core::identity::ParameterValue;
 use crate::core::plan::Scope;
 use crate::core::pod::{Pod, Text};
-use crate::core::policy::{Policy, Unlabelled};
+use crate::core::policy::Policy;
+use crate::core::policy_file::Unlabelled;
 use crate::core::resolution::{BillingMode, Reason, Resolution, Source};
 use crate::database::{Database, LookupError};
 
@@ -102,19 +103,6 @@ pub struct Audited {
     pub findings: Vec<Finding>,
     /// What there is to them, by names.
     pub details: Vec<String>,
-}
-
-/// What a sweep saw.
-#[derive(Clone, Debug, Default)]
-pub struct Swept {
-    /// Pods that were audited.
-    pub audited: usize,
-    /// Those whose env is not true.
-    pub drifted: usize,
-    /// Those that could not be audited, and why.
-    pub not_audited: Vec<String>,
-    /// Pods by the database's mode and by finding; a pod counts once for each of its findings.
-    pub by_finding: BTreeMap<(BillingMode, Finding), usize>,
 }
 
 /// Why a sweep ended before its end.
@@ -254,7 +242,7 @@ pub async fn sweep(
             for verdict in audit_page(&page, database, policy, &place).await? {
                 match verdict {
                     Ok(audited) => {
-                        swept.count(&audited);
+                        swept.count(audited.mode, &audited.findings);
                         each(audited);
                     }
                     Err(why) => swept.not_audited.push(why),
@@ -377,16 +365,5 @@ fn audited(
         mode_in_env,
         findings: findings.into_iter().collect(),
         details,
-    }
-}
-
-impl Swept {
-    fn count(&mut self, audited: &Audited) {
-        self.audited += 1;
-        self.drifted += usize::from(!audited.findings.is_empty());
-        for finding in &audited.findings {
-            let key = (audited.mode, *finding);
-            *self.by_finding.entry(key).or_default() += 1;
-        }
     }
 }

@@ -1,5 +1,5 @@
 //! The Kubernetes API as a client: how to reach it, how its errors read, and what commands ask of it: an object, an
-//! eviction, an event. Pods are listed by audit.rs; the certificate's Secret is server/shared.rs's.
+//! eviction, an event. Pods are listed by audit.rs; the certificate's Secret is server/certificate/secret.rs's.
 
 use std::time::Duration;
 

@@ -1,9 +1,9 @@
 //! Admission webhook that makes every workspace pod's LLM billing env true.
 //!
-//! Imports point one way: `main` → [`cli`] → [`server`] → [`metrics`] → [`audit`] → [`database`], [`cluster`] → [`core`].
+//! Imports point one way: `main` → [`cli`] → [`server`] → [`audit`] → [`database`], [`cluster`] → [`metrics`] → [`core`].
 //! The core decides (identify, resolve, plan, patch) and knows no IO, no async and no HTTP; everything
 //! else fetches what the core asks for and carries out what it answers.
-//! `tests/integration/boundary.rs` holds that line.
+//! `tests/integration/boundary.rs` holds that line, and fails if files import each other in a circle.
 
 pub mod audit;
 pub mod cli;

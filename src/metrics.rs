@@ -4,9 +4,8 @@
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
-use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
@@ -14,13 +13,10 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use time::OffsetDateTime;
 
-use crate::audit::Swept;
 use crate::core::admission::AdmissionTarget;
-use crate::core::audit::Finding;
+use crate::core::audit::{Finding, Swept};
 use crate::core::decision::{Decision, Labels, NONE, Webhook};
 use crate::core::resolution::BillingMode;
-use crate::database::{ConnectionMetrics, Connections};
-use crate::telemetry::lines::Lines;
 
 /// Labels of one admission.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -156,6 +152,34 @@ fn encode(registry: &Registry) -> Result<String, std::fmt::Error> {
     Ok(text)
 }
 
+/// What is counted of the connections.
+#[derive(Clone, Debug)]
+pub struct ConnectionMetrics {
+    /// Connections that turned out to be of no use, and lookups tried again on another.
+    pub retries: Counter,
+    /// How long lookups waited for a connection, one that had to be made included.
+    pub wait: Histogram,
+}
+
+impl Default for ConnectionMetrics {
+    fn default() -> Self {
+        Self {
+            retries: Counter::default(),
+            // From 0.1 ms to 3.3 s: it is a part of the lookup's time-out.
+            wait: Histogram::new(exponential_buckets(0.000_1, 2.0, 16)),
+        }
+    }
+}
+
+/// How many connections there are.
+#[derive(Clone, Copy, Debug)]
+pub struct Connections {
+    /// Those on which a lookup runs, or which are being made.
+    pub used: usize,
+    /// Those that wait for one.
+    pub idle: usize,
+}
+
 /// What the name of each metric begins with.
 const PREFIX: &str = "llm_billing";
 
@@ -187,7 +211,7 @@ impl Metrics {
     pub fn new(
         policy_text: Option<&str>,
         database: &ConnectionMetrics,
-        lines: Lines,
+        dropped_lines: Counter,
         with_audits: bool,
     ) -> Self {
         let mut registry = Registry::with_prefix(PREFIX);
@@ -242,7 +266,11 @@ impl Metrics {
             "Connections to the database",
             connections.clone(),
         );
-        registry.register_collector(Box::new(LostLines(lines)));
+        registry.register(
+            "log_lines_lost",
+            "Lines of the log that found no place to wait, or could not be written",
+            dropped_lines,
+        );
         let audits = AuditMetrics::default();
         if with_audits {
             audits.register(&mut registry);
@@ -384,22 +412,6 @@ fn register_build(registry: &mut Registry, policy_text: Option<&str>) {
             "The policy file's SHA-256 checksum",
             Info::new(vec![("sha256", sha256)]),
         );
-    }
-}
-
-/// The lines of the log that were lost.
-#[derive(Debug)]
-struct LostLines(Lines);
-
-impl Collector for LostLines {
-    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let counter = ConstCounter::new(self.0.lost());
-        counter.encode(encoder.encode_descriptor(
-            "log_lines_lost",
-            "Lines of the log that found no place to wait, or could not be written",
-            None,
-            counter.metric_type(),
-        )?)
     }
 }
 

@@ -12,10 +12,12 @@ use clap::{Args, ColorChoice, ValueEnum};
 use kube::Client;
 use serde_json::json;
 
-use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print};
-use crate::audit::{Audited, Namespaces, Selection, SweepError, Swept, sweep};
+use super::args::{DatabaseArgs, PolicyArgs};
+use super::terminal::{is_coloured, note, print};
+use crate::audit::{Audited, Namespaces, Selection, SweepError, sweep};
 use crate::cluster::{self, Evicted, PodName};
 use crate::core::audit::Finding;
+use crate::core::audit::Swept;
 use crate::database::Database;
 use crate::metrics::AuditMetrics;
 use crate::telemetry;

@@ -11,12 +11,14 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use super::{DatabaseArgs, PolicyArgs, print};
+use super::args::{DatabaseArgs, PolicyArgs};
+use super::terminal::print;
 use crate::cli::serve::TlsArgs;
 use crate::cluster::{self, ClusterError};
-use crate::core::policy::{MODE_VARIABLE, Policy};
+use crate::core::policy::Policy;
+use crate::core::resolution::MODE_VARIABLE;
 use crate::database::Database;
-use crate::server::tls::Certificate;
+use crate::server::certificate::tls::Certificate;
 use crate::telemetry;
 
 #[derive(Debug, Args)]
@@ -74,7 +76,7 @@ pub(super) async fn check(args: CheckArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn check_policy(args: &PolicyArgs, report: &mut Report) -> Option<Policy> {
-    let policy = match args.load() {
+    let policy = match args.file() {
         Ok(policy) => policy,
         Err(error) => {
             report.fail("policy", error.as_ref());
@@ -88,7 +90,7 @@ fn check_policy(args: &PolicyArgs, report: &mut Report) -> Option<Policy> {
     for warning in policy.warnings() {
         report.line("warn", "policy", warning);
     }
-    Some(policy)
+    Some(policy.into())
 }
 
 fn check_certificate(args: &TlsArgs, report: &mut Report) {

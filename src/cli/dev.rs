@@ -8,10 +8,11 @@ use rcgen::{CertifiedKey, generate_simple_self_signed};
 use serde_json::json;
 use uuid::Uuid;
 
+use super::terminal::print;
 use crate::core::policy::Policy;
 use crate::core::resolution::BillingMode;
 use crate::database::{DatabaseUrl, Embedded, UrlSource};
-use crate::server::tls::CertificatePem;
+use crate::server::certificate::tls::CertificatePem;
 
 /// The file that `serve --dev` and `workspace` share unless told otherwise, in the working directory.
 pub(super) const DEV_DATABASE: &str = "sqlite://llm-billing-dev.sqlite";
@@ -94,7 +95,7 @@ pub(super) fn greet(webhook: SocketAddr, policy: &Policy) -> anyhow::Result<()> 
     let program = std::env::args()
         .next()
         .unwrap_or_else(|| env!("CARGO_PKG_NAME").to_owned());
-    super::print(&format!(
+    print(&format!(
         "The webhook is up. Ask it about a pod:\n\n\
          curl -sk https://{webhook}/mutate -H 'Content-Type: application/json' -d '{review}'\n\n\
          response.patch in the answer is a JSON patch in base64. The sample workspaces, and another mode for one:\n\n\

@@ -1,25 +1,24 @@
 //! The command line: its tree, its exit codes, and the one place where an error is printed. Each command
 //! has a file of its own.
 
+mod args;
 mod audit;
 mod check;
 mod dev;
 mod policy;
 mod review;
 mod serve;
+mod terminal;
 mod workspace;
 
-use std::fs;
-use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
-use clap::{Args, ColorChoice, CommandFactory, Parser, Subcommand};
+use anyhow::Context;
+use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::core::policy::Policy;
-use crate::database::{UrlSource, UrlText};
+use self::terminal::print;
 use crate::telemetry;
 
 /// Makes every workspace pod's LLM billing env true.
@@ -124,104 +123,6 @@ fn man(name: Option<&str>) -> anyhow::Result<ExitCode> {
     let mut page = Vec::new();
     clap_mangen::Man::new(command).render(&mut page)?;
     print(&String::from_utf8_lossy(&page))
-}
-
-/// Whether to colour what goes to stdout.
-fn is_coloured(choice: ColorChoice) -> bool {
-    match choice {
-        ColorChoice::Always => true,
-        ColorChoice::Never => false,
-        ColorChoice::Auto => io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none(),
-    }
-}
-
-/// Writes a command's whole output.
-fn print(text: &str) -> anyhow::Result<ExitCode> {
-    let mut stdout = io::stdout().lock();
-    let written = stdout.write_all(text.as_bytes());
-    unless_closed(written.and_then(|()| stdout.flush()))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Writes a remark that is no part of a command's output.
-fn note(text: &str) -> io::Result<()> {
-    unless_closed(writeln!(io::stderr(), "{text}"))
-}
-
-/// A reader that has seen enough is no error, and changes no exit code.
-fn unless_closed(written: io::Result<()>) -> io::Result<()> {
-    match written {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        written => written,
-    }
-}
-
-/// The policy file, for every command that needs one.
-#[derive(Debug, Args)]
-struct PolicyArgs {
-    /// Policy file; see `policy default`. Absent, the default policy applies, which has no proxy
-    #[arg(long, env = "LLM_BILLING_POLICY", value_name = "FILE")]
-    policy: Option<PathBuf>,
-}
-
-impl PolicyArgs {
-    /// The policy; without a file, the default one, which an empty text is.
-    fn load(&self) -> anyhow::Result<Policy> {
-        self.parse(&self.read()?.unwrap_or_default())
-    }
-
-    fn read(&self) -> anyhow::Result<Option<String>> {
-        let read = |path: &PathBuf| {
-            fs::read_to_string(path)
-                .with_context(|| format!("cannot read policy {}", path.display()))
-        };
-        self.policy.as_ref().map(read).transpose()
-    }
-
-    fn parse(&self, text: &str) -> anyhow::Result<Policy> {
-        let path = self.policy.as_deref().unwrap_or(Path::new(""));
-        Policy::parse(text).with_context(|| {
-            format!(
-                "cannot use policy {} (see: llm-billing-webhook policy schema)",
-                path.display()
-            )
-        })
-    }
-}
-
-/// The database, for every command that needs one.
-#[derive(Debug, Args)]
-struct DatabaseArgs {
-    /// `postgres://USER:PASSWORD@HOST:PORT/DATABASE` or `sqlite://FILE`
-    // Parsed only later: clap repeats a value that it cannot parse, and this one may hold a password.
-    #[arg(
-        long,
-        env = "LLM_BILLING_DATABASE_URL",
-        value_name = "URL",
-        hide_env_values = true
-    )]
-    database_url: Option<UrlText>,
-    /// File that holds the URL. While serving, it is read again when it changes, and when the database refuses the login
-    #[arg(long, env = "LLM_BILLING_DATABASE_URL_FILE", value_name = "FILE")]
-    database_url_file: Option<PathBuf>,
-}
-
-impl DatabaseArgs {
-    fn source(&self) -> anyhow::Result<Option<UrlSource>> {
-        match (&self.database_url, &self.database_url_file) {
-            (Some(_), Some(_)) => {
-                bail!("--database-url and --database-url-file are both given; leave one out")
-            }
-            (Some(url), None) => Ok(Some(UrlSource::Given(url.clone()))),
-            (None, Some(path)) => Ok(Some(UrlSource::File(path.clone()))),
-            (None, None) => Ok(None),
-        }
-    }
-
-    fn required(&self) -> anyhow::Result<UrlSource> {
-        self.source()?
-            .context("no database is given; set --database-url or --database-url-file")
-    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use clap::Subcommand;
 
-use crate::core::policy::{DEFAULT_POLICY, Policy};
+use super::terminal::print;
+use crate::core::policy_file::{DEFAULT_POLICY, PolicyFile};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum PolicyCommand {
@@ -16,10 +17,10 @@ pub(super) enum PolicyCommand {
 
 pub(super) fn policy(command: &PolicyCommand) -> anyhow::Result<ExitCode> {
     match command {
-        PolicyCommand::Default => super::print(DEFAULT_POLICY),
-        PolicyCommand::Schema => super::print(&format!(
+        PolicyCommand::Default => print(DEFAULT_POLICY),
+        PolicyCommand::Schema => print(&format!(
             "{}\n",
-            serde_json::to_string_pretty(&Policy::schema())?
+            serde_json::to_string_pretty(&PolicyFile::schema())?
         )),
     }
 }

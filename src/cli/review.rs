@@ -13,7 +13,9 @@ use json_patch::Patch;
 use serde_json::Value;
 use similar::{ChangeTag, TextDiff};
 
-use super::{DatabaseArgs, PolicyArgs, is_coloured, note, print, workspace};
+use super::args::{DatabaseArgs, PolicyArgs};
+use super::terminal::{is_coloured, note, print};
+use super::workspace;
 use crate::cluster;
 use crate::core::decision::{Outcome, PodTarget};
 use crate::core::patch::patch;

@@ -10,16 +10,17 @@ use anyhow::{Context, bail};
 use clap::Args;
 use tracing::warn;
 
-use super::{DatabaseArgs, PolicyArgs, dev};
+use super::args::{DatabaseArgs, PolicyArgs};
+use super::dev;
 use crate::audit::{Namespaces, Selection};
 use crate::cluster;
 use crate::core::policy::Policy;
 use crate::database::{Database, LookupError, UrlSource};
 use crate::metrics::Metrics;
-use crate::server::authority::Wanted;
-use crate::server::health::Readiness;
-use crate::server::shared::{Places, Shared};
-use crate::server::tls::{Certificate, CertificateFiles};
+use crate::server::certificate::rotation::Wanted;
+use crate::server::certificate::secret::{Places, Shared};
+use crate::server::certificate::tls::{Certificate, CertificateFiles};
+use crate::server::readiness::Readiness;
 use crate::server::webhook::{App, Bodies};
 use crate::server::{Audits, Bound, Drain, Upkeep};
 use crate::telemetry::{self, LogFormat};
@@ -187,14 +188,15 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         None if args.dev => dev::DEV_POLICY.to_owned(),
         text => text.unwrap_or_default(),
     };
-    let policy = args.policy.parse(&policy_text)?;
+    let policy_file = args.policy.parse(&policy_text)?;
+    let policy = Policy::from(policy_file.clone());
     let database = Database::connect_lazily(database(&args).await?, &policy.lookup)?;
     let (certificate, upkeep) = certificate(&args).await?;
     refuse_wrong_query(&database).await?;
     let audits = audits(&args, &policy).await?;
     // Even a checksum can tell whether a token was guessed.
-    let policy_shown = (!policy.has_literal_token()).then_some(policy_text.as_str());
-    let lines = telemetry.lines.clone();
+    let policy_shown = (!policy_file.has_literal_token()).then_some(policy_text.as_str());
+    let lines = telemetry.lines.dropped();
     let metrics = Metrics::new(policy_shown, &database.metrics, lines, audits.is_some());
     let host = if args.dev {
         Ipv4Addr::LOCALHOST
@@ -205,7 +207,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         args.listen.unwrap_or((host, 8443).into()),
         args.health_listen.unwrap_or((host, 8080).into()),
     )?;
-    for warning in policy.warnings() {
+    for warning in policy_file.warnings() {
         warn!(warning, "policy");
     }
     if args.dev {

@@ -9,8 +9,9 @@ use serde::Deserialize;
 use serde_json::json;
 use uuid::Uuid;
 
+use super::args::{DatabaseArgs, PolicyArgs};
 use super::dev::DEV_DATABASE;
-use super::{DatabaseArgs, PolicyArgs, note, print};
+use super::terminal::{note, print};
 use crate::core::decision::{Decision, PodTarget, Step, Webhook, begin_pod};
 use crate::core::plan::Scope;
 use crate::core::pod::Pod;

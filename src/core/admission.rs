@@ -4,7 +4,7 @@
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::compact;
+use super::compact_json;
 use super::pod::{Pod, Text};
 use super::refusal::Refusal;
 
@@ -210,7 +210,7 @@ impl Decoded<'_> {
 pub fn decode(body: &[u8]) -> Result<Decoded<'_>, BodyError> {
     // Looked at once, text need not be looked at piece by piece; what is no text has its place told by serde_json.
     let review = match str::from_utf8(body) {
-        Ok(text) => compact::from_str::<Envelope<'_, Box<Request<'_>>>>(text),
+        Ok(text) => compact_json::from_str::<Envelope<'_, Box<Request<'_>>>>(text),
         Err(_) => serde_json::from_slice(body),
     };
     let error = match review {
@@ -292,7 +292,7 @@ mod tests {
             include_str!("../../tests/fixtures/admission-reviews/ephemeral-container.json"),
         ];
         for review in reviews {
-            assert!(compact::read::<Envelope<'_, Request<'_>>>(review).is_some());
+            assert!(compact_json::read::<Envelope<'_, Request<'_>>>(review).is_some());
         }
     }
 

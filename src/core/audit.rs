@@ -1,15 +1,15 @@
 //! What an audit finds in one running pod: the webhook's own plan for it, told as findings. Which pods there are,
 //! and what becomes of them, is not core's business.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
 use super::decision::Decision;
 use super::plan::{ContainerPlan, Plan};
 use super::pod::{Container, ContainerList, Pod, Text};
-use super::policy::{MODE_VARIABLE, Policy, RESOLVED_VARIABLE};
-use super::resolution::{BillingMode, Resolution, Source};
+use super::policy::Policy;
+use super::resolution::{BillingMode, MODE_VARIABLE, RESOLVED_VARIABLE, Resolution, Source};
 
 /// Why a pod's env is not true.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -167,6 +167,30 @@ fn mode_in_env(pod: &Pod<'_>) -> String {
         return "-".to_owned();
     }
     said.into_iter().collect::<Vec<_>>().join(",")
+}
+
+/// What a sweep saw.
+#[derive(Clone, Debug, Default)]
+pub struct Swept {
+    /// Pods that were audited.
+    pub audited: usize,
+    /// Those whose env is not true.
+    pub drifted: usize,
+    /// Those that could not be audited, and why.
+    pub not_audited: Vec<String>,
+    /// Pods by the database's mode and by finding; a pod counts once for each of its findings.
+    pub by_finding: BTreeMap<(BillingMode, Finding), usize>,
+}
+
+impl Swept {
+    /// Counts one audited pod.
+    pub fn count(&mut self, mode: BillingMode, findings: &[Finding]) {
+        self.audited += 1;
+        self.drifted += usize::from(!findings.is_empty());
+        for finding in findings {
+            *self.by_finding.entry((mode, *finding)).or_default() += 1;
+        }
+    }
 }
 
 #[cfg(test)]

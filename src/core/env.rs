@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::json::{Object, object};
 use super::pod::{EnvEntry, EnvFrom, ValueFrom};
-use super::policy::{EnvSource, Name, OptionalKey};
+use super::policy_file::{EnvSource, Name, OptionalKey};
 
 /// What a variable must be. No `Debug`: a literal may be a token.
 #[derive(Clone, PartialEq)]

@@ -4,7 +4,8 @@
 use uuid::Uuid;
 
 use super::pod::Pod;
-use super::policy::{Parameter, ParameterType, Policy, Unlabelled};
+use super::policy::Policy;
+use super::policy_file::{Parameter, ParameterType, Unlabelled};
 use super::refusal::Refusal;
 use super::resolution::Reason;
 

@@ -1,5 +1,5 @@
 //! JSON as it is written: patches, answers and log lines are nearly nothing but short texts, and serde_json looks at each
-//! byte of them by itself. What cannot stand in a text as it is, compact.rs is told here too. What JSON there is to write
+//! byte of them by itself. What cannot stand in a text as it is, compact_json.rs is told here too. What JSON there is to write
 //! is the business of those who write it: env.rs, patch.rs, admission.rs, telemetry/json.rs.
 
 use std::fmt::{Display, Write};

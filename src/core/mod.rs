@@ -8,7 +8,7 @@
 
 pub mod admission;
 pub mod audit;
-mod compact;
+mod compact_json;
 pub mod decision;
 pub mod env;
 pub mod identity;
@@ -17,6 +17,7 @@ pub mod patch;
 pub mod plan;
 pub mod pod;
 pub mod policy;
+pub mod policy_file;
 pub mod proxy;
 pub mod refusal;
 pub mod resolution;

@@ -178,7 +178,7 @@ mod tests {
     fn patch(pod: &Value, root: &str) -> Value {
         let text = pod.to_string();
         let pod = serde_json::from_str(&text).unwrap();
-        let policy = Policy::default();
+        let policy = Policy::parse("").unwrap();
         let plan = plan(
             &policy,
             "",

@@ -8,9 +8,10 @@ use std::sync::LazyLock;
 
 use super::env::{Changes, Lengths, Value, Variable, could_bring, settle};
 use super::pod::{Container, ContainerList, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text};
-use super::policy::{EnvFromRule, MODE_VARIABLE, Policy, RESOLVED_VARIABLE};
+use super::policy::Policy;
+use super::policy_file::EnvFromRule;
 use super::refusal::Refusal;
-use super::resolution::{BillingMode, Reason, Resolution};
+use super::resolution::{BillingMode, MODE_VARIABLE, RESOLVED_VARIABLE, Reason, Resolution};
 use super::vendor_keys::VendorKeys;
 use super::warning::{Warning, of_container};
 
@@ -292,7 +293,7 @@ impl<'a> Rules<'a> {
             rules
                 .required
                 .extend(of_proxy.ok_or(Refusal::MissingPlatformProxy)?);
-            rules.excluded = Some(&proxy.settings.exclude_containers);
+            rules.excluded = Some(&proxy.exclude_containers);
             rules.vendor_keys = &policy.vendor_keys;
         }
         Ok(rules)

@@ -2,27 +2,25 @@
 //! variables that a platform_managed container must have. Which containers get them is plan.rs's business.
 
 use std::borrow::Cow;
-
-use serde::Deserialize;
+use std::collections::BTreeSet;
 
 use super::env::{Value, Variable};
-use super::policy::{ProxySettings, UsageToken};
+use super::policy_file::{ExtraEnv, ProxySettings, UsageToken};
 
 /// The runtime that speaks Anthropic's API; every other is taken to speak OpenAI's.
 const CLAUDE_CODE: &str = "claude-code";
 /// What stands for the workspace's id in the values of extraEnv.
 const WORKSPACE_ID: &str = "{workspace_id}";
 
-/// The metered proxy, its variables made at the start.
-#[derive(Clone, PartialEq, Deserialize)]
-#[serde(from = "ProxySettings")]
+/// The metered proxy, its variables rendered at the start.
+#[derive(Clone, PartialEq)]
 pub struct Proxy {
-    /// What the operator decided.
-    pub(super) settings: ProxySettings,
-    /// The contract's variables, unless the proxy is none.
+    /// The contract's variables; `None` if the base URL or the usage token is absent.
     contract: Option<Contract>,
     /// Those of extraEnv, in its order.
-    extra: Vec<Variable>,
+    extra: Vec<(ExtraEnv, Variable)>,
+    /// Names of containers that get no proxy variables.
+    pub(super) exclude_containers: BTreeSet<String>,
 }
 
 #[derive(Clone, PartialEq)]
@@ -33,17 +31,19 @@ struct Contract {
 
 impl From<ProxySettings> for Proxy {
     fn from(settings: ProxySettings) -> Self {
-        let extra = settings.extra_env.iter().map(|extra| {
+        let contract = Contract::of(&settings);
+        let extra = settings.extra_env.into_iter().map(|extra| {
             let value = match (&extra.value_from, &extra.value) {
                 (Some(source), _) => Value::Source(source.clone()),
                 (None, text) => Value::Literal(text.clone().unwrap_or_default()),
             };
-            Variable::new(extra.name.as_str(), value)
+            let variable = Variable::new(extra.name.as_str(), value);
+            (extra, variable)
         });
         Self {
+            contract,
             extra: extra.collect(),
-            contract: Contract::of(&settings),
-            settings,
+            exclude_containers: settings.exclude_containers,
         }
     }
 }
@@ -99,7 +99,7 @@ impl Proxy {
             &contract.of_others
         };
         let mut variables: Vec<_> = contract.iter().map(Cow::Borrowed).collect();
-        let extra = self.settings.extra_env.iter().zip(&self.extra);
+        let extra = self.extra.iter();
         for (extra, variable) in extra.filter(|(extra, _)| extra.is_for(runtime)) {
             variables.retain(|other| other.name() != variable.name());
             variables.push(match (&extra.value_from, &extra.value) {

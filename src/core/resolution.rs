@@ -5,6 +5,11 @@ use std::fmt;
 
 use serde::Serialize;
 
+/// The variable that says which mode a container runs under.
+pub const MODE_VARIABLE: &str = "MOLECULE_LLM_BILLING_MODE";
+/// Its twin, for readers that tell the wished mode from the resolved one.
+pub const RESOLVED_VARIABLE: &str = "MOLECULE_LLM_BILLING_MODE_RESOLVED";
+
 /// Who pays for a workspace's LLM calls. The contract knows these three modes and no other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -1,13 +1,13 @@
 //! The lookup of a workspace's mode, on PostgreSQL and on SQLite. What is looked up, and what the answer means, is
-//! core's business; how it is asked over one connection is ask.rs's, and what its errors mean is error.rs's.
+//! core's business; how it is asked over one connection is query.rs's, and what its errors mean is error.rs's.
 //!
 //! A production database is only ever read. Where its URL is in a file, the file is read again when it changes
 //! and when the database refuses the login, so that a password can be rotated without a restart.
 
-mod ask;
 mod embedded;
 mod error;
 mod pool;
+mod query;
 mod url;
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,8 +15,6 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt};
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use scopeguard::ScopeGuard;
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
@@ -24,16 +22,16 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Either, Executor, SqlSafeS
 use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
-use self::ask::{Ask, Many, One, query_of_many};
 pub use self::embedded::{Embedded, EmbeddedError};
 pub use self::error::LookupError;
 use self::error::{is_answer, is_login_refused, is_stale};
-pub use self::pool::Connections;
 use self::pool::{MOST_CONNECTIONS, Pool};
+use self::query::{Ask, Many, One, query_of_many};
 pub use self::url::{DatabaseUrl, SourceError, UrlError, UrlSource, UrlText};
 use crate::core::identity::ParameterValue;
-use crate::core::policy::{Lookup, Parameter, ParameterType};
+use crate::core::policy_file::{Lookup, Parameter, ParameterType};
 use crate::core::resolution::LookupOutcome;
+use crate::metrics::{ConnectionMetrics, Connections};
 
 /// Lookups at most that run or wait for a connection. Over a thousand pods at once are more than the API servers
 /// of a large cluster ask about, and their lookups are over in a fraction of a second.
@@ -48,25 +46,6 @@ const HASTE: Duration = Duration::from_millis(100);
 const MOST_LOOKUPS_OF_AN_AUDIT: usize = 4;
 /// The id that `check` looks up. No workspace should have it; it is no mistake if one does.
 const SAMPLE_ID: Uuid = Uuid::nil();
-
-/// What is counted of the connections.
-#[derive(Clone, Debug)]
-pub struct ConnectionMetrics {
-    /// Connections that turned out to be of no use, and lookups tried again on another.
-    pub retries: Counter,
-    /// How long lookups waited for a connection, one that had to be made included.
-    pub wait: Histogram,
-}
-
-impl Default for ConnectionMetrics {
-    fn default() -> Self {
-        Self {
-            retries: Counter::default(),
-            // From 0.1 ms to 3.3 s: it is a part of the lookup's time-out.
-            wait: Histogram::new(exponential_buckets(0.000_1, 2.0, 16)),
-        }
-    }
-}
 
 /// The database that knows the workspaces' modes. No `Debug`: its URL may hold a password.
 pub struct Database {

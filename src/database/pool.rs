@@ -1,5 +1,5 @@
 //! The connections that are kept from one lookup to the next: made when needed, lent, closed. What is asked over them
-//! is ask.rs's business.
+//! is query.rs's business.
 //!
 //! sqlx's own pool asks the server once more whenever a connection comes back, in a task made for it, which doubles a
 //! lookup's round trips. Here nothing is asked where the lookup was answered, which says as much.
@@ -13,6 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::error::is_passing;
+use crate::metrics::Connections;
 
 /// Connections at most; each is used for one short SELECT at a time.
 pub(super) const MOST_CONNECTIONS: usize = 16;
@@ -25,15 +26,6 @@ const RETRY_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_RETRY_PAUSE: Duration = Duration::from_millis(160);
 /// Longest wait for the server to hear that connections are closed.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// How many connections there are.
-#[derive(Clone, Copy, Debug)]
-pub struct Connections {
-    /// Those on which a lookup runs, or which are being made.
-    pub used: usize,
-    /// Those that wait for one.
-    pub idle: usize,
-}
 
 /// The connections to one database. No `Debug`: a password is in the options.
 pub(super) struct Pool<C: Connection> {

@@ -1,32 +1,36 @@
 //! The life of the server: bind both ports, serve, drain; and what goes on beside it again and again: audits, the
 //! database's URL and its connections. What is served is webhook.rs's and health.rs's business.
 
-pub mod authority;
+pub mod certificate;
 pub mod health;
 mod lingering;
-pub mod shared;
-pub mod tls;
+pub mod readiness;
+mod tasks;
 pub mod webhook;
 
-use std::future::{Ready, ready};
+use std::future::{Ready, pending, ready};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum_server::accept::Accept;
-use axum_server::tls_rustls::RustlsAcceptor;
+use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use axum_server::{Handle, Server};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Semaphore;
 use tracing::{error, info, warn};
 
-use crate::audit::{Selection, Swept, sweep};
+use crate::audit::{Selection, sweep};
+use crate::core::audit::Swept;
 use crate::database::LookupError;
+use crate::server::certificate::secret::Shared;
+use crate::server::certificate::tls::{
+    self, Certificate, CertificateFiles, CertificatePem, RELOAD_INTERVAL, Shown,
+};
 use crate::server::lingering::Lingering;
-use crate::server::shared::Shared;
-use crate::server::tls::{Certificate, CertificateFiles, CertificatePem, Shown};
+use crate::server::tasks::{TaskError, Tasks};
 use crate::server::webhook::App;
 use crate::telemetry;
 
@@ -42,9 +46,6 @@ const READ_BUFFER: usize = 16 * 1024;
 const MOST_CONNECTIONS: usize = 4096;
 /// Connections that wait to be accepted, at most. One that finds no room tries again after a whole second.
 const BACKLOG: u32 = 1024;
-/// How often the files of certificate and database URL are read: well within the minute that a kubelet takes
-/// to update a mounted Secret.
-const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 /// How often a database that has not answered yet is asked again.
 const DATABASE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -118,7 +119,8 @@ impl Bound {
     /// Serves until SIGTERM or SIGINT, then drains. A second signal ends it at once.
     ///
     /// # Errors
-    /// The system's, if a port cannot be served or signals cannot be had.
+    /// The system's, if a port cannot be served or signals cannot be had; or one that names the task that ended or
+    /// panicked. In that case too, requests under way are answered first.
     pub async fn serve(
         self,
         app: Arc<App>,
@@ -138,56 +140,76 @@ impl Bound {
         };
         shown.show(&certificate);
 
-        let (webhook_handle, health_handle) = (Handle::new(), Handle::new());
+        let webhook_handle = Handle::new();
         let acceptor = RustlsAcceptor::new(served.clone())
             .handshake_timeout(HEAD_TIMEOUT)
             .acceptor(Places::new());
         let webhook = patient(axum_server::from_tcp(self.webhook)?)
             .acceptor(acceptor)
             .handle(webhook_handle.clone());
-        let health = patient(axum_server::from_tcp(self.health)?)
-            .acceptor(Places::new())
-            .handle(health_handle.clone());
+        let health = patient(axum_server::from_tcp(self.health)?).acceptor(Places::new());
         info!(webhook = %self.webhook_address, health = %self.health_address, "listening");
 
-        let serving = async {
-            let result = webhook
-                .serve(webhook::routes(Arc::clone(&app)).into_make_service())
-                .await;
-            health_handle.shutdown();
-            result
+        let mut tasks = Tasks::default();
+        let routes = webhook::routes(Arc::clone(&app)).into_make_service();
+        tasks.spawn(WEBHOOK_LISTENER, webhook.serve(routes));
+        let routes = health::routes(Arc::clone(&app)).into_make_service();
+        tasks.spawn("health listener", health.serve(routes));
+        tasks.spawn_endless("database readiness", wait_for_database(Arc::clone(&app)));
+        tasks.spawn_endless(
+            "database connections",
+            look_after_connections(Arc::clone(&app)),
+        );
+        tasks.spawn_endless("certificate", upkeep.run(served, Arc::clone(&app)));
+        if let Some(audits) = audits {
+            tasks.spawn_endless("audits", audit(Arc::clone(&app), audits));
+        }
+
+        let failure = tokio::select! {
+            () = stop.received() => None,
+            failure = tasks.ended() => Some(failure),
         };
-        let draining = async {
-            stop.received().await;
+        if let Some(failure) = &failure {
+            error!(error = telemetry::chain(failure), "stopping");
+        }
+        let is_listening = |over: &TaskError| over.task() != WEBHOOK_LISTENER;
+        if failure.as_ref().is_none_or(is_listening) {
             app.readiness.set_draining();
             info!(delay = ?drain.delay, timeout = ?drain.timeout, "draining");
             tokio::select! {
                 () = tokio::time::sleep(drain.delay) => webhook_handle.graceful_shutdown(Some(drain.timeout)),
                 () = stop.received() => webhook_handle.shutdown(),
             }
-            stop.received().await;
-            webhook_handle.shutdown();
-            std::future::pending::<()>().await;
-        };
-        let health = health.serve(health::routes(Arc::clone(&app)).into_make_service());
-        let reloading = async {
-            match upkeep {
-                Upkeep::None => std::future::pending().await,
-                Upkeep::Files(files, seen) => tls::reload(&files, seen, shown).await,
-                Upkeep::Shared(shared) => shared.keep(shown).await,
+            loop {
+                tokio::select! {
+                    over = tasks.ended() => if !is_listening(&over) { break },
+                    () = stop.received() => webhook_handle.shutdown(),
+                }
             }
-        };
-        let done = tokio::select! {
-            done = async { tokio::try_join!(serving, health) } => done.map(|_| ()),
-            () = draining => Ok(()),
-            () = wait_for_database(&app) => Ok(()),
-            () = look_after_connections(&app) => Ok(()),
-            () = reloading => Ok(()),
-            () = audit(&app, audits) => Ok(()),
-        };
+        }
+        tasks.shutdown().await;
         app.database.close().await;
         info!("stopped");
-        done
+        failure.map_or(Ok(()), |failure| Err(io::Error::other(failure)))
+    }
+}
+
+/// The task whose end ends the drain.
+const WEBHOOK_LISTENER: &str = "webhook listener";
+
+impl Upkeep {
+    /// Serves each changed certificate, for ever.
+    async fn run(self, served: RustlsConfig, app: Arc<App>) {
+        let shown = Shown {
+            served: &served,
+            readiness: &app.readiness,
+            metrics: &app.metrics,
+        };
+        match self {
+            Self::None => pending().await,
+            Self::Files(files, seen) => tls::reload(&files, seen, shown).await,
+            Self::Shared(shared) => shared.keep(shown).await,
+        }
     }
 }
 
@@ -239,7 +261,7 @@ impl<S> Accept<TcpStream, S> for Places {
 }
 
 /// Asks until the database has answered once, then never ends. An answer to a request counts too.
-async fn wait_for_database(app: &App) {
+async fn wait_for_database(app: Arc<App>) {
     while !app.readiness.database_answered() {
         match app.database.check().await {
             Ok(()) => app.readiness.set_database_answered(),
@@ -248,12 +270,12 @@ async fn wait_for_database(app: &App) {
         }
         tokio::time::sleep(DATABASE_INTERVAL).await;
     }
-    std::future::pending().await
+    pending().await
 }
 
 /// Closes old connections to the database, and takes its URL from its source again, again and again for ever. A URL that
 /// cannot be used is said once, and the one in use stays.
-async fn look_after_connections(app: &App) {
+async fn look_after_connections(app: Arc<App>) {
     let mut failing = false;
     loop {
         tokio::time::sleep(RELOAD_INTERVAL).await;
@@ -273,15 +295,12 @@ async fn look_after_connections(app: &App) {
 }
 
 /// Audits all running workspace pods again and again, for ever.
-async fn audit(app: &App, audits: Option<Audits>) {
-    let Some(Audits {
+async fn audit(app: Arc<App>, audits: Audits) {
+    let Audits {
         client,
         selection,
         interval,
-    }) = audits
-    else {
-        return std::future::pending().await;
-    };
+    } = audits;
     loop {
         let mut swept = Swept::default();
         let (database, policy) = (&app.database, &app.policy);

@@ -26,7 +26,7 @@ use crate::core::resolution::LookupOutcome;
 use crate::core::response::{Response as AdmissionResponse, recorded_workspace, truncate};
 use crate::database::{Database, LookupError};
 use crate::metrics::Metrics;
-use crate::server::health::Readiness;
+use crate::server::readiness::Readiness;
 use crate::telemetry::traces;
 
 /// The API server sends a body at once; one that takes longer is nobody's.

@@ -1,8 +1,9 @@
 //! Logs and traces. Logs are JSON lines for machines or plain ones for people, both on stderr so that stdout is a
 //! command's own. Levels come from `RUST_LOG`, as tracing-subscriber reads it. And how errors read in them.
 
+mod chain;
 mod json;
-pub mod lines;
+pub mod log_writer;
 pub mod traces;
 
 use std::io;
@@ -15,8 +16,9 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
+pub(crate) use self::chain::chain;
 use self::json::JsonLines;
-use self::lines::{Lines, Writing};
+use self::log_writer::{LogQueue, WriterThread};
 use self::traces::{Traces, TracesError};
 
 /// How log lines look.
@@ -41,11 +43,11 @@ pub enum TelemetryError {
 
 /// Logs and traces while they go on; dropped, it writes and sends what still waits.
 pub struct Telemetry {
-    /// The log's lines, which count how many were lost.
-    pub lines: Lines,
+    /// The queue of log lines, which counts those that were dropped.
+    pub lines: LogQueue,
     // Dropped in this order: what the traces say at their end is logged.
     _traces: Option<Traces>,
-    _writing: Writing,
+    _writing: WriterThread,
 }
 
 /// Starts logging, and tracing where the environment asks for it. What `RUST_LOG` does not say is logged at info.
@@ -54,7 +56,7 @@ pub struct Telemetry {
 /// [`TelemetryError`]
 pub fn start(format: LogFormat) -> Result<Telemetry, TelemetryError> {
     let levels = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let lines = Lines::default();
+    let lines = LogQueue::default();
     let writing = lines.write_to(io::stderr()).map_err(TelemetryError::Log)?;
     let traces = Traces::start()?;
     // Spans are for traces. The client of the Kubernetes API logs answers that it cannot read, and they may hold keys;
@@ -81,15 +83,4 @@ pub fn start(format: LogFormat) -> Result<Telemetry, TelemetryError> {
         _traces: traces,
         _writing: writing,
     })
-}
-
-/// An error with its causes, on one line. Each error of this crate says its own step only.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

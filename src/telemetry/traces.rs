@@ -28,7 +28,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::{Layer, Registry};
 
-use super::chain;
+use super::chain::chain;
 
 /// Either of them turns traces on.
 const ENDPOINTS: [&str; 2] = [

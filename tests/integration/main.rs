@@ -28,7 +28,7 @@ mod readme;
 mod recorded;
 mod redaction;
 mod review;
-mod shared;
+mod secret;
 mod soak;
 mod support;
 mod tls;

@@ -1,6 +1,6 @@
 //! `workspace` and `resolve`, and the commands that only print.
 
-use llm_billing_webhook::core::policy::Policy;
+use llm_billing_webhook::core::policy_file::PolicyFile;
 
 use crate::support::postgres::Postgres;
 use crate::support::program::run;
@@ -140,7 +140,7 @@ fn resolve_asks_postgresql_with_all_that_the_query_needs() {
 fn the_default_policy_and_the_schema_are_printed() {
     let (code, default, _) = run(&["policy", "default"]);
     assert_eq!(code, 0);
-    assert!(Policy::parse(&default).unwrap() == Policy::default());
+    assert!(PolicyFile::parse(&default).unwrap() == PolicyFile::default());
     let (code, schema, _) = run(&["policy", "schema"]);
     assert_eq!(code, 0);
     let schema: serde_json::Value = serde_json::from_str(&schema).unwrap();

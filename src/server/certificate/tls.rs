@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum_server::tls_rustls::RustlsConfig;
 use rustls::pki_types::pem::PemObject;
@@ -14,9 +15,12 @@ use thiserror::Error;
 use tracing::{error, info};
 
 use crate::metrics::Metrics;
-use crate::server::RELOAD_INTERVAL;
-use crate::server::health::Readiness;
+use crate::server::readiness::Readiness;
 use crate::telemetry;
+
+/// How often the files of certificate and database URL are read: well within the minute that a kubelet takes
+/// to update a mounted Secret.
+pub(in crate::server) const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Where the certificate is.
 #[derive(Clone, Debug)]
@@ -138,7 +142,7 @@ impl Certificate {
     }
 }
 
-pub(super) fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+pub(in crate::server) fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     fs::read(path).map_err(|source| TlsError::Read {
         path: path.to_owned(),
         source,
@@ -147,15 +151,15 @@ pub(super) fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
 
 /// What serves a certificate, and what tells of it.
 #[derive(Clone, Copy)]
-pub(super) struct Shown<'a> {
-    pub(super) served: &'a RustlsConfig,
-    pub(super) readiness: &'a Readiness,
-    pub(super) metrics: &'a Metrics,
+pub(in crate::server) struct Shown<'a> {
+    pub(in crate::server) served: &'a RustlsConfig,
+    pub(in crate::server) readiness: &'a Readiness,
+    pub(in crate::server) metrics: &'a Metrics,
 }
 
 impl Shown<'_> {
     /// Serves a certificate that changed; the old one stays in place of one that cannot be served.
-    pub(super) fn change(self, loaded: Result<Certificate, TlsError>) {
+    pub(in crate::server) fn change(self, loaded: Result<Certificate, TlsError>) {
         match loaded {
             Ok(certificate) => {
                 self.served
@@ -174,7 +178,7 @@ impl Shown<'_> {
         }
     }
 
-    pub(super) fn show(self, certificate: &Certificate) {
+    pub(in crate::server) fn show(self, certificate: &Certificate) {
         self.readiness.set_certificate_expiry(certificate.not_after);
         self.metrics.certificate_expiry(certificate.not_after);
     }
@@ -182,7 +186,11 @@ impl Shown<'_> {
 
 /// Reads the files again and again, for ever, and serves what changed. A pair that cannot be served is tried
 /// again when it changes once more.
-pub(super) async fn reload(files: &CertificateFiles, mut seen: CertificatePem, shown: Shown<'_>) {
+pub(in crate::server) async fn reload(
+    files: &CertificateFiles,
+    mut seen: CertificatePem,
+    shown: Shown<'_>,
+) {
     let mut unreadable = false;
     loop {
         tokio::time::sleep(RELOAD_INTERVAL).await;

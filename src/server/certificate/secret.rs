@@ -1,5 +1,5 @@
 //! The authority and the certificate that all replicas share: kept in one Secret, published as `caBundle` in the
-//! webhook configurations, served. What must be made or renewed is authority.rs's business.
+//! webhook configurations, served. What must be made or renewed is rotation.rs's business.
 //!
 //! No replica leads. Each looks at regular intervals and does what must be done; of two that do it at the same
 //! time, the API server refuses one, which then takes what the other has made.
@@ -23,7 +23,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use super::authority::{Held, Wanted};
+use super::rotation::{Held, Wanted};
 use super::tls::{self, Certificate, CertificatePem, Shown, TlsError};
 use crate::cluster::ClusterError;
 use crate::telemetry;
@@ -160,7 +160,7 @@ impl Shared {
     }
 
     /// Looks after it, for ever.
-    pub(super) async fn keep(mut self, shown: Shown<'_>) {
+    pub(in crate::server) async fn keep(mut self, shown: Shown<'_>) {
         let mut failing = false;
         loop {
             sleep(self.wanted.interval()).await;

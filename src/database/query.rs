@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, Connection, Row, TypeInfo, ValueRef};
 
 use super::error::is_statement_gone;
 use crate::core::identity::ParameterValue;
-use crate::core::policy::{Parameter, ParameterType};
+use crate::core::policy_file::{Parameter, ParameterType};
 use crate::core::resolution::LookupOutcome;
 
 /// What is asked over one connection of a kind.

@@ -1,5 +1,5 @@
 //! The authority (CA) and the serving certificate that all replicas share: what must be made or renewed, from
-//! what they hold and what time it is. Where it is kept and published is shared.rs's business.
+//! what they hold and what time it is. Where it is kept and published is secret.rs's business.
 //!
 //! No client may ever meet a certificate that it does not trust yet, or not any more. So a new authority is
 //! published first and signs later, and an old one stays trusted until it expires: no certificate that it

@@ -1,14 +1,15 @@
 //! The lines of the log on their way to stderr. A thread of its own writes them, all that have gathered at once: whoever
 //! reads them may be slow or stuck, and no admission waits for that. To wake a thread and to write cost more than
 //! the line itself, so under load both are done for many lines together. Lines for which there is no place, or that
-//! cannot be written, are lost and counted.
+//! cannot be written, are dropped and counted.
 
 use std::io::{self, Write};
 use std::mem;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+
+use prometheus_client::metrics::counter::Counter;
 
 /// Bytes that wait, at most.
 const MOST_WAITING: usize = 1024 * 1024;
@@ -19,13 +20,13 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Where lines are written to; all clones are one.
 #[derive(Clone, Debug, Default)]
-pub struct Lines(Arc<Shared>);
+pub struct LogQueue(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
     waiting: Mutex<Waiting>,
     changed: Condvar,
-    lost: AtomicU64,
+    dropped: Counter,
 }
 
 #[derive(Debug, Default)]
@@ -36,29 +37,29 @@ struct Waiting {
 
 /// The thread that writes; dropped, it writes what still waits.
 #[derive(Debug)]
-pub(super) struct Writing {
-    lines: Lines,
+pub(super) struct WriterThread {
+    lines: LogQueue,
     thread: JoinHandle<()>,
 }
 
-impl Lines {
+impl LogQueue {
     /// Starts the thread that writes them.
     ///
     /// # Errors
     /// The system's, if there can be no more threads.
-    pub(super) fn write_to(&self, out: impl Write + Send + 'static) -> io::Result<Writing> {
+    pub(super) fn write_to(&self, out: impl Write + Send + 'static) -> io::Result<WriterThread> {
         let shared = Arc::clone(&self.0);
         let thread = thread::Builder::new().name("log".to_owned());
-        Ok(Writing {
+        Ok(WriterThread {
             lines: self.clone(),
             thread: thread.spawn(move || shared.write_all(out))?,
         })
     }
 
-    /// How many lines were lost.
+    /// Returns the count of dropped lines.
     #[must_use]
-    pub fn lost(&self) -> u64 {
-        self.0.lost.load(Ordering::Relaxed)
+    pub fn dropped(&self) -> Counter {
+        self.0.dropped.clone()
     }
 }
 
@@ -83,21 +84,21 @@ impl Shared {
             is_ending = waiting.is_ending;
             drop(waiting);
             if out.write_all(&lines).is_err() {
-                let lost = lines.iter().filter(|&&byte| byte == b'\n').count();
-                self.lost
-                    .fetch_add(u64::try_from(lost).unwrap_or(u64::MAX), Ordering::Relaxed);
+                let dropped = lines.iter().filter(|&&byte| byte == b'\n').count();
+                self.dropped
+                    .inc_by(u64::try_from(dropped).unwrap_or(u64::MAX));
             }
             lines.clear();
         }
     }
 }
 
-impl Write for Lines {
+impl Write for LogQueue {
     /// Takes a whole line, or loses it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let mut waiting = self.0.lock();
         if waiting.lines.len() + line.len() > MOST_WAITING {
-            self.0.lost.fetch_add(1, Ordering::Relaxed);
+            self.0.dropped.inc();
             return Ok(line.len());
         }
         let is_first = waiting.lines.is_empty();
@@ -114,7 +115,7 @@ impl Write for Lines {
     }
 }
 
-impl Drop for Writing {
+impl Drop for WriterThread {
     fn drop(&mut self) {
         self.lines.0.lock().is_ending = true;
         self.lines.0.changed.notify_one();
@@ -149,7 +150,7 @@ mod tests {
     #[test]
     fn lines_are_written_in_their_order_many_at_once_and_the_last_ones_at_the_end() {
         let (sender, written) = mpsc::sync_channel(100);
-        let mut lines = Lines::default();
+        let mut lines = LogQueue::default();
         let writing = lines.write_to(Slow(sender)).unwrap();
         for line in ["a\n", "b\n", "c\n"] {
             lines.write_all(line.as_bytes()).unwrap();
@@ -158,13 +159,13 @@ mod tests {
         lines.write_all(b"d\n").unwrap();
         drop(writing);
         assert_eq!(written.recv().unwrap(), "d\n");
-        assert_eq!((written.recv().ok(), lines.lost()), (None, 0));
+        assert_eq!((written.recv().ok(), lines.dropped().get()), (None, 0));
     }
 
     #[test]
     fn who_writes_never_waits_for_a_reader_that_is_stuck_and_lost_lines_are_counted() {
         let (sender, written) = mpsc::sync_channel(0);
-        let mut lines = Lines::default();
+        let mut lines = LogQueue::default();
         let writing = lines.write_to(Slow(sender)).unwrap();
         lines.write_all(b"first\n").unwrap();
         while !lines.0.lock().lines.is_empty() {
@@ -175,13 +176,13 @@ mod tests {
         for _ in 0..MOST_WAITING / line.len() + 3 {
             lines.write_all(&line).unwrap();
         }
-        assert_eq!(lines.lost(), 3);
+        assert_eq!(lines.dropped().get(), 3);
         assert_eq!(written.recv().unwrap(), "first\n");
         assert_eq!(written.recv().unwrap().len(), MOST_WAITING);
         // What cannot be written is lost too.
         drop(written);
         lines.write_all(b"a\nb\n").unwrap();
         drop(writing);
-        assert_eq!(lines.lost(), 5);
+        assert_eq!(lines.dropped().get(), 5);
     }
 }

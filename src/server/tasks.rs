@@ -1,0 +1,105 @@
+//! The tasks that run for the life of the process, by name. What each task does is the business of the file that has it.
+
+use std::collections::HashMap;
+use std::future::{Future, pending};
+use std::io;
+
+use thiserror::Error;
+use tokio::task::{Id, JoinSet};
+
+/// Why a task is over though the process is not.
+#[derive(Debug, Error)]
+pub(super) enum TaskError {
+    /// The task returned.
+    #[error("the task {0:?} ended; see the log above for its last lines")]
+    Ended(&'static str),
+    /// The task returned an error.
+    #[error("the task {0:?} failed")]
+    Failed(&'static str, #[source] io::Error),
+    /// The task panicked. Its message is on stderr.
+    #[error("the task {0:?} panicked; its message is on stderr above")]
+    Panicked(&'static str),
+}
+
+impl TaskError {
+    /// Returns the name of the task.
+    pub(super) const fn task(&self) -> &'static str {
+        match self {
+            Self::Ended(name) | Self::Failed(name, _) | Self::Panicked(name) => name,
+        }
+    }
+}
+
+/// Running tasks; dropped, it aborts them.
+#[derive(Default)]
+pub(super) struct Tasks {
+    set: JoinSet<io::Result<()>>,
+    names: HashMap<Id, &'static str>,
+}
+
+impl Tasks {
+    /// Starts a task.
+    pub(super) fn spawn(
+        &mut self,
+        name: &'static str,
+        task: impl Future<Output = io::Result<()>> + Send + 'static,
+    ) {
+        let id = self.set.spawn(task).id();
+        self.names.insert(id, name);
+    }
+
+    /// Starts a task that has no end.
+    pub(super) fn spawn_endless(
+        &mut self,
+        name: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
+        self.spawn(name, async {
+            task.await;
+            Ok(())
+        });
+    }
+
+    /// Waits until a task is over. Never returns if no task is left.
+    pub(super) async fn ended(&mut self) -> TaskError {
+        let name = |id: Id| self.names.get(&id).copied().unwrap_or("unnamed");
+        match self.set.join_next_with_id().await {
+            None => pending().await,
+            Some(Ok((id, Ok(())))) => TaskError::Ended(name(id)),
+            Some(Ok((id, Err(error)))) => TaskError::Failed(name(id), error),
+            Some(Err(error)) => TaskError::Panicked(name(error.id())),
+        }
+    }
+
+    /// Aborts all tasks and waits until they are over.
+    pub(super) async fn shutdown(mut self) {
+        self.set.shutdown().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::chain;
+
+    #[tokio::test]
+    async fn ended_names_the_task_and_the_cause() {
+        let mut tasks = Tasks::default();
+        tasks.spawn_endless("endless", pending());
+        tasks.spawn_endless("short", async {});
+        assert_eq!(
+            chain(&tasks.ended().await),
+            "the task \"short\" ended; see the log above for its last lines"
+        );
+        tasks.spawn("listener", async { Err(io::Error::other("closed")) });
+        let error = tasks.ended().await;
+        assert_eq!(error.task(), "listener");
+        assert_eq!(chain(&error), "the task \"listener\" failed: closed");
+        tasks.spawn_endless("broken", async { panic!("on purpose") });
+        assert_eq!(
+            chain(&tasks.ended().await),
+            "the task \"broken\" panicked; its message is on stderr above"
+        );
+        tasks.shutdown().await;
+    }
+}
