@@ -9,6 +9,7 @@ use kube::{Api, Client, Resource};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use thiserror::Error;
+use tokio::task::block_in_place;
 
 use crate::cluster::ClusterError;
 use crate::core::audit::{Finding, Swept, Verdict, audit};
@@ -237,8 +238,8 @@ pub async fn sweep(
                 SweepError::List(place.clone(), error)
             })?;
             let page = client.request_text(page).await.map_err(listed)?;
-            let page: Page<'_> =
-                serde_json::from_str(&page).map_err(|_| SweepError::Page(place.clone()))?;
+            let page: Page<'_> = block_in_place(|| serde_json::from_str(&page))
+                .map_err(|_| SweepError::Page(place.clone()))?;
             for verdict in audit_page(&page, database, policy, &place).await? {
                 match verdict {
                     Ok(audited) => {
@@ -266,16 +267,49 @@ async fn audit_page(
     policy: &Policy,
     place: &str,
 ) -> Result<Vec<PodAudit>, SweepError> {
-    let pods: Vec<_> = page
-        .items
-        .iter()
-        .map(|item| running_pod(item, place))
-        .collect();
+    // Reading and planning 500 large pods takes long: meanwhile another thread takes over this one's admissions and probes.
+    let pods: Vec<_> = block_in_place(|| {
+        let items = page.items.iter();
+        items.map(|item| running_pod(item, place)).collect()
+    });
+    let (begun, lookups) = block_in_place(|| begin_page(policy, &pods));
+    let lookups: Vec<Vec<ParameterValue>> = lookups.into_iter().collect();
+    let outcomes = database
+        .lookup_many(&lookups)
+        .await
+        .map_err(|error| SweepError::Lookup(place.to_owned(), error))?;
+    let outcomes: BTreeMap<_, _> = lookups.iter().zip(outcomes).collect();
+    let finish = |one: Begun<'_>| -> PodAudit {
+        let (metadata, pod, step) = one?;
+        let decision = match step {
+            Step::Done(decision) => decision,
+            Step::Lookup(parameters, pending) => match outcomes.get(&parameters) {
+                Some(Ok(outcome)) => pending.finish(outcome),
+                Some(Err(error)) => return Err(format!("{}: {error}", metadata.title())),
+                None => return Err(format!("{}: it was not looked up", metadata.title())),
+            },
+        };
+        Ok(audited(policy, metadata, pod, &decision))
+    };
+    Ok(block_in_place(|| begun.into_iter().map(finish).collect()))
+}
+
+/// A pod of a page, or why it cannot be read.
+type PageItem<'a> = Result<(RunningMetadata<'a>, Pod<'a>), String>;
+
+/// A pod whose decision has begun, or why there is none.
+type Begun<'a> = Result<(&'a RunningMetadata<'a>, &'a Pod<'a>, Step<'a>), String>;
+
+/// Begins the decisions about a page's pods. Returns the lookups that they wait for too: each workspace's once, however
+/// many pods it has.
+fn begin_page<'a>(
+    policy: &'a Policy,
+    pods: &'a [PageItem<'a>],
+) -> (Vec<Begun<'a>>, BTreeSet<Vec<ParameterValue>>) {
     let mut begun = Vec::with_capacity(pods.len());
-    // Each workspace is looked up once, however many pods it has.
     let mut lookups = BTreeSet::new();
-    for running in &pods {
-        let (metadata, pod) = match running {
+    for item in pods {
+        let (metadata, pod) = match item {
             Ok((metadata, pod)) => (metadata, pod),
             Err(why) => {
                 begun.push(Err(why.clone()));
@@ -300,32 +334,11 @@ async fn audit_page(
         }
         begun.push(Ok((metadata, pod, step)));
     }
-    let lookups: Vec<Vec<ParameterValue>> = lookups.into_iter().collect();
-    let outcomes = database
-        .lookup_many(&lookups)
-        .await
-        .map_err(|error| SweepError::Lookup(place.to_owned(), error))?;
-    let outcomes: BTreeMap<_, _> = lookups.iter().zip(outcomes).collect();
-    let finish = |one: Result<(&RunningMetadata<'_>, &Pod<'_>, Step<'_>), String>| -> PodAudit {
-        let (metadata, pod, step) = one?;
-        let decision = match step {
-            Step::Done(decision) => decision,
-            Step::Lookup(parameters, pending) => match outcomes.get(&parameters) {
-                Some(Ok(outcome)) => pending.finish(outcome),
-                Some(Err(error)) => return Err(format!("{}: {error}", metadata.title())),
-                None => return Err(format!("{}: it was not looked up", metadata.title())),
-            },
-        };
-        Ok(audited(policy, metadata, pod, &decision))
-    };
-    Ok(begun.into_iter().map(finish).collect())
+    (begun, lookups)
 }
 
 /// Reads one item of a page.
-fn running_pod<'a>(
-    item: &'a RawValue,
-    place: &str,
-) -> Result<(RunningMetadata<'a>, Pod<'a>), String> {
+fn running_pod<'a>(item: &'a RawValue, place: &str) -> PageItem<'a> {
     let Ok(Running { metadata }) = serde_json::from_str(item.get()) else {
         return Err(format!("a pod in {place} cannot be read"));
     };

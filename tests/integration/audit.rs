@@ -2,7 +2,11 @@
 //! one pod is tested beside it.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::process::Command;
+use std::sync::mpsc;
+use std::thread;
 use std::time::Instant;
 
 use base64::Engine;
@@ -990,4 +994,81 @@ fn a_sweep_keeps_no_more_than_a_page_and_asks_a_query_a_page() {
     assert!(queries <= pods.div_ceil(500) + 10, "{queries}");
     // The same whether there are three pages or forty.
     assert!(peak < 64 * 1024, "{peak} KiB");
+}
+
+/// Answers one list of pods over HTTP, and holds its last byte back until it is told to go on.
+fn serve_page_in_two_steps(page: String) -> (String, mpsc::Receiver<()>, mpsc::Sender<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let (is_written, written) = mpsc::channel();
+    let (go_on, going_on) = mpsc::channel();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut head = BufReader::new(stream.try_clone().unwrap()).lines();
+        while head.next().is_some_and(|line| !line.unwrap().is_empty()) {}
+        let length = page.len();
+        let (most, last) = page.split_at(length - 1);
+        let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length";
+        write!(stream, "{head}: {length}\r\n\r\n{most}").unwrap();
+        is_written.send(()).unwrap();
+        going_on.recv().unwrap();
+        stream.write_all(last.as_bytes()).unwrap();
+        // The connection stays open until the test is over.
+        let _ = going_on.recv();
+    });
+    (url, written, go_on)
+}
+
+#[test]
+fn probe_is_answered_while_audit_reads_large_page() {
+    let env: Vec<Value> = (0..600)
+        .map(|index| json!({"name": format!("VARIABLE_{index}"), "value": "x".repeat(64)}))
+        .collect();
+    let mut large = pod("ws", "no-uuid", None);
+    large["spec"]["containers"][0]["env"] = json!(env);
+    let items = vec![large.to_string(); 500].join(",");
+    let page =
+        format!(r#"{{"kind":"PodList","apiVersion":"v1","metadata":{{}},"items":[{items}]}}"#);
+    let (url, written, go_on) = serve_page_in_two_steps(page);
+    let folder = tempfile::tempdir().unwrap();
+    let kubeconfig = folder.path().join("kubeconfig");
+    let config = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "test",
+        "clusters": [{"name": "test", "cluster": {"server": url}}],
+        "users": [{"name": "test", "user": {"token": "t"}}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+    });
+    fs::write(&kubeconfig, config.to_string()).unwrap();
+    let postgres =
+        Postgres::with("CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text)");
+    let webhook = Start {
+        policy: PROXY,
+        database_url: &postgres.url(),
+        arguments: &["--audit-interval", "1h"],
+        // With one worker, a task that does not yield would hold up all others.
+        environment: &[
+            ("KUBECONFIG", kubeconfig.to_str().unwrap()),
+            ("TOKIO_WORKER_THREADS", "1"),
+        ],
+        ..Start::default()
+    }
+    .start();
+    written.recv().unwrap();
+    let is_audited = || {
+        let metrics = webhook.health("/metrics").1;
+        metrics.contains("llm_billing_audits_total{result=\"ok\"} 1")
+    };
+    // What the connection still holds of the page is read between these answers.
+    for _ in 0..200 {
+        assert!(!is_audited());
+    }
+    go_on.send(()).unwrap();
+    let mut answers = 0;
+    wait_for("the audit ends", || {
+        answers += 1;
+        is_audited().then_some(())
+    });
+    assert!(answers > 10, "{answers} answers while the page was read");
+    let drift = webhook.health("/metrics").1;
+    assert!(drift.contains("llm_billing_audited_pods 500\n"), "{drift}");
 }
