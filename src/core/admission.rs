@@ -387,16 +387,15 @@ mod tests {
     }
 
     #[test]
-    fn the_namespace_is_that_of_the_request() {
+    fn request_has_its_namespace() {
         for (request, expected) in [
-            (json!({"uid": "u", "namespace": "ws-acme"}), "ws-acme"),
-            (json!({"uid": "u"}), ""),
+            (json!({"uid": "u", "namespace": "ws-acme"}), Some("ws-acme")),
+            (json!({"uid": "u"}), Some("")),
+            (json!({"uid": "u", "object": 7}), None),
         ] {
             let body = review(&request);
-            let Ok(Decoded::Request(request)) = decode(&body) else {
-                panic!()
-            };
-            assert_eq!(request.namespace(), expected);
+            let decoded = decode(&body).unwrap();
+            assert_eq!(decoded.request().map(Request::namespace), expected);
         }
     }
 }

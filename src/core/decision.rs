@@ -488,6 +488,57 @@ mod tests {
     }
 
     #[test]
+    fn labels_are_spelled_as_documented() {
+        let targets = [
+            AdmissionTarget::PodCreation,
+            AdmissionTarget::NewEphemeralContainers,
+            AdmissionTarget::NotApplicable,
+        ];
+        assert_eq!(
+            targets.map(AdmissionTarget::as_str),
+            ["create", "ephemeralcontainers", "other"]
+        );
+        assert_eq!(
+            [Webhook::Mutate, Webhook::Validate].map(Webhook::as_str),
+            ["mutate", "validate"]
+        );
+        let labels = |resolution, outcome| {
+            let mut decision = Decision::without_plan(outcome);
+            decision.resolution = resolution;
+            let Labels {
+                mode,
+                source,
+                reason,
+                outcome,
+            } = decision.labels();
+            [mode, source, reason, outcome]
+        };
+        let byok = Resolution::from_lookup(&LookupOutcome::Row(Some("byok".to_owned())));
+        let refused = Outcome::Refused(Refusal::NoObject);
+        let fallback = Resolution::fallback(Reason::LookupError);
+        let untouched = ["none", "none", "none", "untouched"];
+        assert_eq!(labels(None, Outcome::NotApplicable), untouched);
+        assert_eq!(labels(None, Outcome::NotAWorkspace), untouched);
+        assert_eq!(
+            labels(Some(byok), Outcome::Patched),
+            ["byok", "workspace_override", "override", "patched"]
+        );
+        assert_eq!(
+            labels(Some(byok), Outcome::Unchanged),
+            ["byok", "workspace_override", "override", "unchanged"]
+        );
+        assert_eq!(
+            labels(Some(fallback), refused),
+            [
+                "platform_managed",
+                "constant_fallback",
+                "lookup_error",
+                "refused"
+            ]
+        );
+    }
+
+    #[test]
     fn pod_target_is_new_pods_and_new_ephemeral_containers() {
         let debugged = json!({"spec": {"ephemeralContainers": [{"name": "d"}]}});
         let (pod, none) = (json!({}), json!(null));
