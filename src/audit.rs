@@ -2,6 +2,7 @@
 //! is shown or done about a verdict is cli's and server's business.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Namespace, Pod as PodResource};
 use kube::api::{ListParams, Request};
@@ -192,7 +193,7 @@ struct Owner<'a> {
 /// [`SweepError`]: what was not audited is not told to be true.
 pub async fn sweep(
     client: &Client,
-    database: &Database,
+    database: &Arc<Database>,
     policy: &Policy,
     selection: &Selection,
     swept: &mut Swept,
@@ -263,7 +264,7 @@ type PodAudit = Result<Audited, String>;
 
 async fn audit_page(
     page: &Page<'_>,
-    database: &Database,
+    database: &Arc<Database>,
     policy: &Policy,
     place: &str,
 ) -> Result<Vec<PodAudit>, SweepError> {
@@ -275,7 +276,7 @@ async fn audit_page(
     let (begun, lookups) = block_in_place(|| begin_page(policy, &pods));
     let lookups: Vec<Vec<ParameterValue>> = lookups.into_iter().collect();
     let outcomes = database
-        .lookup_many(&lookups)
+        .lookup_batch(lookups.clone())
         .await
         .map_err(|error| SweepError::Lookup(place.to_owned(), error))?;
     let outcomes: BTreeMap<_, _> = lookups.iter().zip(outcomes).collect();

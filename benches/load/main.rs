@@ -1,7 +1,7 @@
-//! The optimised program under load, side by side with the floor: the same requests over the same PostgreSQL, by turns,
-//! so that what else the machine does hits both. Prints the tables of docs/performance.md.
+//! The optimised program under load, side by side with the alternatives: the same requests over the same PostgreSQL, by
+//! turns, so that what else the machine does hits all of them. Prints the tables of docs/performance.md.
 //!
-//! `scripts/load` runs it: `PROGRAM_UNDER_TEST` and `FLOOR` name the two programs, and wrk makes the load.
+//! `scripts/load [TABLE…]` runs it: `PROGRAM_UNDER_TEST` and `ALTERNATIVES` name the programs, and wrk makes the load.
 
 #![expect(
     clippy::expect_used,
@@ -17,12 +17,14 @@ mod subject;
 mod support;
 mod wrk;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use subject::{Subject, ready_after};
+use serde_json::Value;
+use subject::{Kind, Subject, ready_after};
 use support::postgres::{Cluster, PgBouncer, Postgres};
-use support::program;
+use support::{env_map, patched, program, recorded};
 use wrk::{Load, Measured, median};
 
 /// Workspaces in the small table and in the large one.
@@ -34,6 +36,14 @@ const SECONDS: &str = "LOAD_SECONDS";
 const ROUNDS: &str = "LOAD_ROUNDS";
 /// Admissions over which memory must stay flat.
 const LONG_RUN: u64 = 200_000;
+
+/// The programs, the webhook first.
+const ALL: [Kind; 4] = [
+    Kind::Webhook,
+    Kind::FLOOR,
+    Kind::Alternative("careful"),
+    Kind::Alternative("idiomatic"),
+];
 
 fn main() {
     let setting = |name, default| {
@@ -48,11 +58,21 @@ fn main() {
     };
     let few = bench.table(FEW);
     let many = bench.table(MANY);
-    bench.starts(&few);
-    bench.side_by_side(&few);
-    bench.tables(&few, &many);
-    bench.memory(&few);
-    bench.replicas(&many);
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let tables: [(&str, &dyn Fn()); 7] = [
+        ("start", &|| bench.starts(&few)),
+        ("instructions", &|| bench.instructions(&few)),
+        ("alternatives", &|| bench.alternatives(&few)),
+        ("floor", &|| bench.side_by_side(&few)),
+        ("workspaces", &|| bench.tables(&few, &many)),
+        ("memory", &|| bench.memory(&few)),
+        ("replicas", &|| bench.replicas(&many)),
+    ];
+    for (name, print) in tables {
+        if wanted.is_empty() || wanted.iter().any(|wanted| wanted == name) {
+            print();
+        }
+    }
 }
 
 struct Bench {
@@ -86,9 +106,64 @@ impl Bench {
         println!("| {size} | {:.0} |", median(&mut times));
     }
 
+    /// User-space instructions of one admission, each program against the webhook.
+    fn instructions(&self, table: &Postgres) {
+        println!("\n| instructions an admission | 3-5 KB | 200 KB |\n|---|---|---|");
+        let mut of_webhook = [0.0; 2];
+        for kind in ALL {
+            let counted = [&self.small, &self.large].map(|load| {
+                // What the start takes is in both runs.
+                let [short, long] = [2, 12].map(|seconds| {
+                    let subject = Subject::start_counted(kind, &table.url(), FEW);
+                    let time = Duration::from_secs(seconds);
+                    let sent = load.send(subject.address, 4, FEW, time);
+                    (wrk::float(sent.requests), wrk::float(subject.end_counted()))
+                });
+                (long.1 - short.1) / (long.0 - short.0)
+            });
+            if kind == Kind::Webhook {
+                of_webhook = counted;
+            }
+            let [small, large] = [0, 1].map(|load| {
+                let ratio = counted[load] / of_webhook[load];
+                format!("{:.0} ({ratio:.2})", counted[load])
+            });
+            println!("| {} | {small} | {large} |", kind.name());
+        }
+    }
+
+    /// CPU of the alternatives against the webhook's.
+    fn alternatives(&self, table: &Postgres) {
+        let [webhook, floor, careful, idiomatic] =
+            ALL.map(|kind| Subject::start(kind, &table.url(), FEW));
+        for name in [
+            "claude-code-pod",
+            "hermes-deployment-pod",
+            "large-pod-20-containers",
+        ] {
+            let mut review = recorded(name);
+            review["request"]["object"]["metadata"]["labels"][support::WORKSPACE_LABEL] =
+                uuid::Uuid::nil().to_string().into();
+            let expected = env_after(&review, &webhook);
+            for alternative in [&careful, &idiomatic] {
+                assert_eq!(env_after(&review, alternative), expected, "{name}");
+            }
+        }
+        println!(
+            "\n| CPU against the webhook's | floor | careful | idiomatic |\n|---|---|---|---|"
+        );
+        for (name, load) in [("3-5 KB", &self.small), ("200 KB", &self.large)] {
+            let subjects = [&webhook, &floor, &careful, &idiomatic].map(|subject| (subject, FEW));
+            let [webhook, alternatives @ ..] = self.by_turns(load, 16, subjects);
+            let [floor, careful, idiomatic] = alternatives.map(|one| one.cpu / webhook.cpu);
+            println!("| {name}, 16 connections | {floor:.2} | {careful:.2} | {idiomatic:.2} |");
+        }
+        webhook.did_its_work();
+    }
+
     fn side_by_side(&self, table: &Postgres) {
-        let webhook = Subject::webhook(&table.url());
-        let floor = Subject::floor(&table.url(), FEW);
+        let webhook = Subject::start(Kind::Webhook, &table.url(), FEW);
+        let floor = Subject::start(Kind::FLOOR, &table.url(), FEW);
         println!(
             "\n| reviews | connections | throughput | p50 | p99 | CPU | webhook, admissions/s | webhook, CPU µs | floor, CPU µs |\n\
              |---|---|---|---|---|---|---|---|---|"
@@ -110,8 +185,8 @@ impl Bench {
     }
 
     fn tables(&self, few: &Postgres, many: &Postgres) {
-        let in_few = Subject::webhook(&few.url());
-        let in_many = Subject::webhook(&many.url());
+        let in_few = Subject::start(Kind::Webhook, &few.url(), FEW);
+        let in_many = Subject::start(Kind::Webhook, &many.url(), MANY);
         println!(
             "\n| {MANY} workspaces against {FEW}, connections | throughput | p50 | p99 | CPU |\n|---|---|---|---|---|"
         );
@@ -153,7 +228,7 @@ impl Bench {
     }
 
     fn memory(&self, table: &Postgres) {
-        let webhook = Subject::webhook(&table.url());
+        let webhook = Subject::start(Kind::Webhook, &table.url(), FEW);
         println!(
             "\n| memory | KiB |\n|---|---|\n| at rest | {} |",
             webhook.memory("VmRSS")
@@ -195,7 +270,9 @@ impl Bench {
         );
         for (way, url) in [("-", table.url()), ("PgBouncer", pooled)] {
             for count in [1, 2, 4, 8] {
-                let replicas: Vec<Subject> = (0..count).map(|_| Subject::webhook(&url)).collect();
+                let replicas: Vec<Subject> = (0..count)
+                    .map(|_| Subject::start(Kind::Webhook, &url, MANY))
+                    .collect();
                 let cpu = || {
                     let webhooks = replicas.iter().map(Subject::cpu).sum::<Duration>();
                     (webhooks, self.cluster.cpu(), bouncer.cpu())
@@ -228,4 +305,13 @@ impl Bench {
             }
         }
     }
+}
+
+/// The env of each container after the program's patch.
+fn env_after(review: &Value, subject: &Subject) -> Vec<BTreeMap<String, Value>> {
+    let after = patched(review, &subject.answer(review));
+    let spec = &after["request"]["object"]["spec"];
+    let lists = [&spec["initContainers"], &spec["containers"]];
+    let containers = lists.into_iter().filter_map(Value::as_array).flatten();
+    containers.map(env_map).collect()
 }

@@ -1,9 +1,9 @@
-//! A program that is measured: the webhook or the floor, as a process of its own, ended by its id.
+//! A program that is measured: the webhook or an alternative, as a process of its own, ended by its id.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -14,73 +14,155 @@ use crate::support::PROXY;
 use crate::support::process::{cpu_of, memory_of};
 use crate::support::program::{Authority, Start, wait_for};
 
+/// Which program.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The webhook.
+    Webhook,
+    /// One of benches/alternatives, by name.
+    Alternative(&'static str),
+}
+
+impl Kind {
+    pub(crate) const FLOOR: Self = Self::Alternative("floor");
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Webhook => "webhook",
+            Self::Alternative(name) => name,
+        }
+    }
+}
+
 pub(crate) struct Subject {
     child: Child,
     started: Instant,
     pub(crate) address: SocketAddr,
     health: Option<SocketAddr>,
-    /// Holds its certificate, and its log.
-    _folder: TempDir,
+    authority: Authority,
+    /// Holds its certificate and its output.
+    folder: TempDir,
 }
 
 impl Subject {
-    /// The webhook with a policy that has everything, logging as it does by default, to a file.
-    pub(crate) fn webhook(database_url: &str) -> Self {
-        let folder = certificate();
-        let log = folder.path().join("log");
-        let start = Start {
-            policy: PROXY,
-            database_url,
-            ..Start::default()
-        };
-        let mut command = start.command(folder.path());
-        let started = Instant::now();
-        let child = command.stderr(File::create(&log).unwrap()).spawn().unwrap();
-        let listening = wait_for("the webhook listens", || {
-            let log = fs::read_to_string(&log).unwrap();
-            let line = log.lines().find(|line| line.contains("\"listening\""))?;
-            serde_json::from_str::<Value>(line).ok()
-        });
-        let address = |field: &str| listening[field].as_str().unwrap().parse().unwrap();
-        Self {
-            child,
-            started,
-            address: address("webhook"),
-            health: Some(address("health")),
-            _folder: folder,
-        }
+    /// Starts a program over a database with so many workspaces. The webhook has a policy with everything. All log to a
+    /// file, as the webhook does by default.
+    pub(crate) fn start(kind: Kind, database_url: &str, workspaces: u32) -> Self {
+        Self::start_as(kind, database_url, workspaces, |command| command)
     }
 
-    /// The floor, with the one SELECT.
-    pub(crate) fn floor(database_url: &str, workspaces: u32) -> Self {
-        let folder = certificate();
+    /// Starts a program under callgrind, which counts its instructions.
+    pub(crate) fn start_counted(kind: Kind, database_url: &str, workspaces: u32) -> Self {
+        Self::start_as(kind, database_url, workspaces, |command| {
+            let mut counted = Command::new("valgrind");
+            counted
+                .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
+                .arg(command.get_program())
+                .args(command.get_args());
+            for (name, value) in command.get_envs() {
+                match value {
+                    Some(value) => counted.env(name, value),
+                    None => counted.env_remove(name),
+                };
+            }
+            if let Some(folder) = command.get_current_dir() {
+                counted.current_dir(folder);
+            }
+            counted
+        })
+    }
+
+    fn start_as(
+        kind: Kind,
+        database_url: &str,
+        workspaces: u32,
+        wrap: impl Fn(Command) -> Command,
+    ) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = Authority::new();
+        let (certificate, key) = authority.issue("localhost");
+        fs::write(folder.path().join("tls.crt"), certificate).unwrap();
+        fs::write(folder.path().join("tls.key"), key).unwrap();
+        let command = match kind {
+            Kind::Webhook => {
+                let start = Start {
+                    policy: PROXY,
+                    database_url,
+                    ..Start::default()
+                };
+                start.command(folder.path())
+            }
+            Kind::Alternative(name) => {
+                let program = std::env::var_os("ALTERNATIVES").expect("it names the program");
+                let mut command = Command::new(program);
+                command
+                    .args([name, "tls.crt", "tls.key", database_url])
+                    .arg(workspaces.to_string())
+                    .current_dir(folder.path());
+                command
+            }
+        };
+        let output = |name| File::create(folder.path().join(name)).unwrap();
         let started = Instant::now();
-        let mut child = Command::new(std::env::var_os("FLOOR").expect("FLOOR names the program"))
-            .args(["tls.crt", "tls.key", database_url, &workspaces.to_string()])
-            .current_dir(folder.path())
-            .stdout(Stdio::piped())
+        let child = wrap(command)
+            .stdout(output(STDOUT))
+            .stderr(output(STDERR))
             .spawn()
             .unwrap();
-        let mut line = String::new();
-        let mut stdout = BufReader::new(child.stdout.take().unwrap());
-        stdout.read_line(&mut line).unwrap();
+        let (address, health) = wait_for("the program listens", || match kind {
+            Kind::Webhook => {
+                let log = read(&folder, STDERR);
+                let line = log.lines().find(|line| line.contains("\"listening\""))?;
+                let line: Value = serde_json::from_str(line).ok()?;
+                let address = |field: &str| line[field].as_str().unwrap().parse().unwrap();
+                Some((address("webhook"), Some(address("health"))))
+            }
+            Kind::Alternative(_) => {
+                let address = read(&folder, STDOUT);
+                Some((address.strip_suffix('\n')?.parse().unwrap(), None))
+            }
+        });
         Self {
             child,
             started,
-            address: line.trim().parse().unwrap(),
-            health: None,
-            _folder: folder,
+            address,
+            health,
+            authority,
+            folder,
         }
     }
 
-    /// CPU time so far, of user and system.
+    /// Returns the CPU time used so far, of user and system.
     pub(crate) fn cpu(&self) -> Duration {
         cpu_of(self.child.id())
     }
 
-    /// A size of its `/proc/PID/status`, in KiB.
+    /// Returns a size of its `/proc/PID/status`, in KiB.
     pub(crate) fn memory(&self, field: &str) -> u64 {
         memory_of(self.child.id(), field)
+    }
+
+    /// Returns the answer to a review.
+    pub(crate) fn answer(&self, review: &Value) -> Value {
+        let url = format!("https://localhost:{}/mutate", self.address.port());
+        let request = self.authority.client().post(url);
+        let request = request.header("content-type", "application/json");
+        let mut response = request.send(review.to_string()).unwrap();
+        serde_json::from_str(&response.body_mut().read_to_string().unwrap()).unwrap()
+    }
+
+    /// Ends a program started with [`Self::start_counted`], and returns its instructions.
+    pub(crate) fn end_counted(mut self) -> u64 {
+        let pid = self.child.id().to_string();
+        let sent = Command::new("kill").args(["-s", "TERM", &pid]).status();
+        assert!(sent.unwrap().success());
+        self.child.wait().unwrap();
+        let stderr = read(&self.folder, STDERR);
+        let count = stderr
+            .lines()
+            .find_map(|line| line.split_once("Collected : "));
+        let (_, count) = count.expect("callgrind prints what it collected");
+        count.trim().parse().unwrap()
     }
 
     /// Ends the benchmark if one admission was not what it should be: looked up, and patched.
@@ -108,9 +190,16 @@ impl Drop for Subject {
     }
 }
 
-/// How long after its start the webhook is ready.
+const STDOUT: &str = "stdout";
+const STDERR: &str = "stderr";
+
+fn read(folder: &TempDir, name: &str) -> String {
+    fs::read_to_string(Path::join(folder.path(), name)).unwrap()
+}
+
+/// Returns how long after its start the webhook is ready.
 pub(crate) fn ready_after(database_url: &str) -> Duration {
-    let webhook = Subject::webhook(database_url);
+    let webhook = Subject::start(Kind::Webhook, database_url, 0);
     let health = webhook.health.expect("a webhook has it");
     wait_for("the webhook is ready", || {
         (page(health, "/readyz") == "ok\n").then_some(())
@@ -125,13 +214,4 @@ fn page(health: SocketAddr, path: &str) -> String {
         .into();
     let mut response = agent.get(format!("http://{health}{path}")).call().unwrap();
     response.body_mut().read_to_string().unwrap()
-}
-
-/// A folder with a certificate and its key.
-fn certificate() -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    let (certificate, key) = Authority::new().issue("localhost");
-    fs::write(folder.path().join("tls.crt"), certificate).unwrap();
-    fs::write(folder.path().join("tls.key"), key).unwrap();
-    folder
 }

@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::{fmt, fs};
 
 use anyhow::{Context, anyhow, bail};
@@ -269,7 +270,7 @@ fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
 async fn patch_of(
     subject: &Subject,
     policy: &Policy,
-    database: Option<&Database>,
+    database: Option<&Arc<Database>>,
     mode: Option<BillingMode>,
 ) -> anyhow::Result<Patch> {
     if !subject.is_planned() {

@@ -290,7 +290,7 @@ async fn database(args: &ServeArgs) -> anyhow::Result<UrlSource> {
 
 /// A database that cannot be reached may come up later, and readiness waits for it; one that refuses the
 /// query as such will not.
-async fn refuse_wrong_query(database: &Database) -> anyhow::Result<()> {
+async fn refuse_wrong_query(database: &Arc<Database>) -> anyhow::Result<()> {
     match database.check().await {
         Err(error @ LookupError::Refused(_)) => Err(error).context("cannot start"),
         _ => Ok(()),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand, ValueEnum};
@@ -97,7 +98,7 @@ pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
 /// lookup is an error here, whatever the policy says about `lookup.onError`.
 pub(super) async fn decide<'a>(
     policy: &'a Policy,
-    database: Option<&Database>,
+    database: Option<&Arc<Database>>,
     given: Option<BillingMode>,
     target: PodTarget<'a>,
 ) -> anyhow::Result<Decision<'a>> {
@@ -107,7 +108,7 @@ pub(super) async fn decide<'a>(
     };
     let outcome = match (given, database) {
         (Some(mode), _) => LookupOutcome::Row(Some(mode.as_str().to_owned())),
-        (None, Some(database)) => database.lookup(&parameters, None).await?,
+        (None, Some(database)) => database.lookup(parameters, None).await?,
         (None, None) => bail!("no database is given; set --database-url, or --mode to do without"),
     };
     Ok(pending.finish(&outcome))

@@ -20,7 +20,7 @@ pub enum LookupError {
     Timeout,
     /// Too many lookups wait for the database already.
     #[error("too many lookups wait for the database")]
-    Crowded,
+    Overloaded,
     /// No connection, or the connection broke, or the database could not do it just now.
     #[error("the database could not be asked: {0}")]
     Unavailable(String),
@@ -38,7 +38,7 @@ impl LookupError {
     pub const fn kind(&self) -> &'static str {
         match self {
             Self::Timeout => "timeout",
-            Self::Crowded => "crowded",
+            Self::Overloaded => "crowded",
             Self::Unavailable(_) => "unavailable",
             Self::Unusable(_) => "unusable",
             Self::Refused(_) => "refused",
@@ -121,7 +121,7 @@ fn refuses_parameters(code: &str) -> bool {
 
 /// Whether the connection, and not the query, is what failed: it broke, the server ends it, or what was prepared on it is
 /// out of date, as after a column's type was changed.
-pub(super) fn is_stale(error: &sqlx::Error) -> bool {
+pub(super) fn is_connection_lost(error: &sqlx::Error) -> bool {
     let is_out_of_date =
         |refusal: &PgDatabaseError| refusal.routine() == Some("RevalidateCachedQuery");
     match error {
@@ -134,7 +134,7 @@ pub(super) fn is_stale(error: &sqlx::Error) -> bool {
 }
 
 /// Whether the question was answered, if not as hoped, so that the connection is fit for the next one.
-pub(super) fn is_answer(error: &sqlx::Error) -> bool {
+pub(super) fn leaves_connection_usable(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => true,
         sqlx::Error::Database(refusal) => {
@@ -147,7 +147,7 @@ pub(super) fn is_answer(error: &sqlx::Error) -> bool {
 
 /// Whether there may be a connection a little later: nobody listens yet, the server or PgBouncer starts up, shuts down or
 /// is full. (PgBouncer's code is the same for a login or a database that it does not know.)
-pub(super) fn is_passing(error: &sqlx::Error) -> bool {
+pub(super) fn is_transient(error: &sqlx::Error) -> bool {
     use io::ErrorKind::{
         BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, UnexpectedEof,
     };
@@ -158,10 +158,9 @@ pub(super) fn is_passing(error: &sqlx::Error) -> bool {
         ),
         sqlx::Error::Database(refusal) => {
             let code = refusal.code().unwrap_or_default();
-            let is_passing = ["57P01", "57P02", "08000", "08003", "08006", "08P01"];
+            let transient = ["57P01", "57P02", "08000", "08003", "08006", "08P01"];
             refusal.is_transient_in_connect_phase()
-                || is_passing.contains(&code.as_ref())
-                    && !refusal.message().starts_with(UNSUPPORTED)
+                || transient.contains(&code.as_ref()) && !refusal.message().starts_with(UNSUPPORTED)
         }
         _ => false,
     }

@@ -1,5 +1,6 @@
-//! The lookup of a workspace's mode, on PostgreSQL and on SQLite. What is looked up, and what the answer means, is
-//! core's business; how it is asked over one connection is query.rs's, and what its errors mean is error.rs's.
+//! The lookup of a workspace's mode, on PostgreSQL and on SQLite: connections, deadlines, retries and the limit on
+//! concurrent lookups. The query is query.rs's business, what an error means error.rs's, and what the outcome means
+//! core's.
 //!
 //! A production database is only ever read. Where its URL is in a file, the file is read again when it changes
 //! and when the database refuses the login, so that a password can be rotated without a restart.
@@ -15,7 +16,6 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt};
-use scopeguard::ScopeGuard;
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Either, Executor, SqlSafeStr, Statement};
@@ -24,86 +24,63 @@ use uuid::Uuid;
 
 pub use self::embedded::{Embedded, EmbeddedError};
 pub use self::error::LookupError;
-use self::error::{is_answer, is_login_refused, is_stale};
-use self::pool::{MOST_CONNECTIONS, Pool};
-use self::query::{Ask, Many, One, query_of_many};
+use self::error::{is_connection_lost, is_login_refused, leaves_connection_usable};
+use self::pool::{Acquired, MAX_CONNECTIONS, Pool};
+use self::query::{BatchLookup, Query, SingleLookup, batch_query};
 pub use self::url::{DatabaseUrl, SourceError, UrlError, UrlSource, UrlText};
 use crate::core::identity::ParameterValue;
 use crate::core::policy_file::{Lookup, Parameter, ParameterType};
 use crate::core::resolution::LookupOutcome;
 use crate::metrics::{ConnectionMetrics, Connections};
 
-/// Lookups at most that run or wait for a connection. Over a thousand pods at once are more than the API servers
-/// of a large cluster ask about, and their lookups are over in a fraction of a second.
-const MOST_LOOKUPS: usize = 1024;
-/// The same after a lookup that failed at its deadline, until one ends in time: enough to find out that the database is
-/// back, and few enough that a database that hangs or is not there holds up few admissions.
-const MOST_LOOKUPS_IN_DOUBT: usize = MOST_CONNECTIONS;
-/// A lookup whose caller waits no longer than this says nothing of the database if it fails. API servers wait for
-/// seconds; were it otherwise, a client in haste could make others' lookups too many.
-const HASTE: Duration = Duration::from_millis(100);
-/// Lookups that an audit runs at a time, where it cannot ask for many at once: pods that wait come first.
-const MOST_LOOKUPS_OF_AN_AUDIT: usize = 4;
-/// The id that `check` looks up. No workspace should have it; it is no mistake if one does.
+/// Limit on concurrent lookups. A thousand pods at once are more than the API servers of a large cluster send.
+const MAX_LOOKUPS: usize = 1024;
+/// The limit while the database is in doubt: enough to notice that it is back, and few enough that a database that
+/// hangs delays few admissions.
+const MAX_LOOKUPS_IN_DOUBT: usize = MAX_CONNECTIONS;
+/// Limit on an audit's concurrent lookups, where one query cannot look up many: admissions come first.
+const MAX_AUDIT_LOOKUPS: usize = 4;
+/// The id that `check` looks up. No workspace should have it; it does no harm if one does.
 const SAMPLE_ID: Uuid = Uuid::nil();
 
-/// The database that knows the workspaces' modes. No `Debug`: its URL may hold a password.
+/// The database that holds the workspaces' modes. No `Debug`: its URL may hold a password.
 pub struct Database {
     source: UrlSource,
     current: RwLock<Arc<Current>>,
     query: Arc<str>,
     parameters: Vec<Parameter>,
     timeout: Duration,
-    crowd: Crowd,
-    /// What is counted of the connections.
+    limiter: Limiter,
+    /// Counts retries, and measures the wait for a connection.
     pub metrics: ConnectionMetrics,
 }
 
-/// How many lookups there are, and whether the last one to end failed at its deadline.
+/// Bounds the number of concurrent lookups.
 #[derive(Default)]
-struct Crowd {
+struct Limiter {
     lookups: AtomicUsize,
+    /// Whether the lookup that ended last failed at its deadline.
     in_doubt: AtomicBool,
 }
 
-impl Crowd {
-    /// A place for one more lookup, until it is dropped.
-    fn enter(&self) -> Option<Place<'_>> {
-        let most = if self.in_doubt.load(Ordering::Relaxed) {
-            MOST_LOOKUPS_IN_DOUBT
+impl Limiter {
+    /// Counts one more lookup until the permit is dropped; `None` above the limit.
+    fn acquire(&self) -> Option<Permit<'_>> {
+        let limit = if self.in_doubt.load(Ordering::Relaxed) {
+            MAX_LOOKUPS_IN_DOUBT
         } else {
-            MOST_LOOKUPS
+            MAX_LOOKUPS
         };
-        let place = Place(self);
-        (self.lookups.fetch_add(1, Ordering::Relaxed) < most).then_some(place)
+        let permit = Permit(self);
+        (self.lookups.fetch_add(1, Ordering::Relaxed) < limit).then_some(permit)
     }
 }
 
-/// One lookup's place. A request that its client gave up gives it back too.
-struct Place<'a>(&'a Crowd);
+struct Permit<'a>(&'a Limiter);
 
-impl Drop for Place<'_> {
+impl Drop for Permit<'_> {
     fn drop(&mut self) {
         self.0.lookups.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// How long a lookup may take.
-#[derive(Clone, Copy)]
-struct Deadlines {
-    /// Nobody waits any longer.
-    caller: Instant,
-    /// The database should have answered, whether somebody waits or not.
-    database: Instant,
-}
-
-impl Deadlines {
-    fn of(time: Duration, limit: Option<Duration>) -> Self {
-        let now = Instant::now();
-        Self {
-            caller: now + limit.map_or(time, |limit| limit.min(time)),
-            database: now + time,
-        }
     }
 }
 
@@ -113,47 +90,25 @@ struct Current {
     pool: AnyPool,
 }
 
-impl Current {
-    async fn fetch(
-        &self,
-        query: &Arc<str>,
-        parameters: &[ParameterValue],
-        deadlines: Deadlines,
-        metrics: &ConnectionMetrics,
-    ) -> Result<LookupOutcome, sqlx::Error> {
-        let one = |begin| One {
-            query,
-            parameters,
-            begin,
-        };
-        match &self.pool {
-            AnyPool::Postgres { pool, begin } => {
-                fetch(pool, &one(begin.as_ref()), deadlines, metrics).await
-            }
-            AnyPool::Sqlite(pool) => fetch(pool, &one(None), deadlines, metrics).await,
-        }
-    }
-}
-
 enum AnyPool {
     Postgres {
-        pool: Arc<Pool<PgConnection>>,
+        pool: Pool<PgConnection>,
         /// Begins a transaction around the lookup, where a session is not the webhook's own.
         begin: Option<Arc<str>>,
     },
-    Sqlite(Arc<Pool<SqliteConnection>>),
+    Sqlite(Pool<SqliteConnection>),
 }
 
 impl AnyPool {
-    /// `timeout` is told to the server: one that waits for a lock does not notice that nobody waits any more,
-    /// and each such connection would stay until the lock is gone.
+    /// Prepares the pool. The server gets `timeout` too: a backend that waits for a lock does not notice that its client
+    /// is gone, and would stay until the lock is released.
     fn connect_lazily(url: DatabaseUrl, timeout: Duration) -> Self {
         let milliseconds = timeout.as_millis().max(1);
         match url {
             DatabaseUrl::Postgres { options, session } => {
                 let (options, begin) = if session {
-                    let of_session = [("statement_timeout", milliseconds)];
-                    (options.options(of_session), None)
+                    let setting = [("statement_timeout", milliseconds)];
+                    (options.options(setting), None)
                 } else {
                     let begin =
                         format!("BEGIN READ ONLY; SET LOCAL statement_timeout = {milliseconds}");
@@ -182,31 +137,31 @@ impl AnyPool {
         }
     }
 
-    async fn close_all(&self) {
+    async fn close_idle(&self) {
         match self {
-            Self::Postgres { pool, .. } => pool.close_all().await,
-            Self::Sqlite(pool) => pool.close_all().await,
+            Self::Postgres { pool, .. } => pool.close_idle().await,
+            Self::Sqlite(pool) => pool.close_idle().await,
         }
     }
 }
 
 impl Database {
-    /// Prepares connections; none is made before the first lookup, so the database may come up later.
+    /// Prepares the database. The first lookup connects, so the database may come up later.
     ///
     /// # Errors
     /// [`SourceError`]
-    pub fn connect_lazily(source: UrlSource, lookup: &Lookup) -> Result<Self, SourceError> {
+    pub fn connect_lazily(source: UrlSource, lookup: &Lookup) -> Result<Arc<Self>, SourceError> {
         let url = source.read()?;
         let pool = AnyPool::connect_lazily(url.0.parse()?, lookup.timeout);
-        Ok(Self {
+        Ok(Arc::new(Self {
             source,
             current: RwLock::new(Arc::new(Current { url, pool })),
             query: lookup.query.as_str().into(),
             parameters: lookup.parameters.clone(),
             timeout: lookup.timeout,
-            crowd: Crowd::default(),
+            limiter: Limiter::default(),
             metrics: ConnectionMetrics::default(),
-        })
+        }))
     }
 
     fn current(&self) -> Arc<Current> {
@@ -214,10 +169,10 @@ impl Database {
         Arc::clone(&current.unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes the URL from its source again; whether it was another one.
+    /// Reads the URL from its source again. Returns whether it has changed.
     ///
     /// # Errors
-    /// [`SourceError`], and the URL in use stays.
+    /// [`SourceError`]; the URL in use then stays.
     pub fn reread(&self) -> Result<bool, SourceError> {
         let url = self.source.read()?;
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
@@ -230,102 +185,142 @@ impl Database {
         Ok(true)
     }
 
-    /// Runs the policy's query, within the policy's time-out and `limit`, whichever is shorter.
+    /// Executes the policy's query. Fails at the policy's time-out, or after `limit` if that is shorter.
+    ///
+    /// Runs in a task of its own: a caller that goes away does not cancel it in the middle of a query, so the
+    /// connection stays usable.
     ///
     /// # Errors
-    /// [`LookupError`], whose text holds what the database says and no credentials.
+    /// [`LookupError`], whose text quotes the database and no credentials.
     pub async fn lookup(
-        &self,
-        parameters: &[ParameterValue],
+        self: &Arc<Self>,
+        parameters: Vec<ParameterValue>,
         limit: Option<Duration>,
     ) -> Result<LookupOutcome, LookupError> {
-        let _place = self.crowd.enter().ok_or(LookupError::Crowded)?;
-        let deadlines = Deadlines::of(self.timeout, limit);
-        let result = self.lookup_uncrowded(parameters, deadlines).await;
-        let in_doubt = match &result {
-            // The server's own time-out may be shorter.
-            Err(LookupError::Timeout) => true,
-            Err(_) => Instant::now() >= deadlines.caller,
-            Ok(_) => false,
-        };
-        if !in_doubt || limit.is_none_or(|limit| limit > HASTE) {
-            self.crowd.in_doubt.store(in_doubt, Ordering::Relaxed);
-        }
-        result
+        let database = Arc::clone(self);
+        in_own_task(async move {
+            let _permit = database.limiter.acquire().ok_or(LookupError::Overloaded)?;
+            let deadline = Instant::now()
+                + limit.map_or(database.timeout, |limit| limit.min(database.timeout));
+            let result = database.execute_single(&parameters, deadline).await;
+            let in_doubt = match &result {
+                // The server's own time-out may be shorter.
+                Err(LookupError::Timeout) => true,
+                Err(_) => Instant::now() >= deadline,
+                Ok(_) => false,
+            };
+            database.limiter.in_doubt.store(in_doubt, Ordering::Relaxed);
+            result
+        })
+        .await
     }
 
-    /// A lookup that takes nobody's place, and says nothing of whether the database hangs.
-    async fn lookup_uncrowded(
+    /// Executes the policy's query, whatever the limit on concurrent lookups.
+    async fn execute_single(
         &self,
         parameters: &[ParameterValue],
-        deadlines: Deadlines,
+        deadline: Instant,
     ) -> Result<LookupOutcome, LookupError> {
         let used = self.current();
-        let mut result = used
-            .fetch(&self.query, parameters, deadlines, &self.metrics)
-            .await;
+        let mut result = self.execute_on(&used, parameters, deadline).await;
         if result.as_ref().is_err_and(is_login_refused) {
-            // Whoever reads the file first: what counts is whether there is another URL by now. A file that
-            // cannot be used is reported by those who follow it.
+            // Another task may have read the file first: only whether the URL is another one by now counts. The task
+            // that follows the file reports one that cannot be used.
             let _ = self.reread();
             let now = self.current();
             if now.url != used.url {
-                result = now
-                    .fetch(&self.query, parameters, deadlines, &self.metrics)
-                    .await;
+                result = self.execute_on(&now, parameters, deadline).await;
             }
         }
         result.map_err(LookupError::from)
     }
 
-    /// Looks many workspaces up, each by its parameters, and answers in their order: by one query where the
-    /// policy's allows it, else by one each, a few at a time. What one pod brings can be of no use, and the others
-    /// are looked up all the same.
+    async fn execute_on(
+        &self,
+        current: &Current,
+        parameters: &[ParameterValue],
+        deadline: Instant,
+    ) -> Result<LookupOutcome, sqlx::Error> {
+        let lookup = |begin| SingleLookup {
+            query: &self.query,
+            parameters,
+            begin,
+        };
+        match &current.pool {
+            AnyPool::Postgres { pool, begin } => {
+                execute(pool, &lookup(begin.as_ref()), deadline, &self.metrics).await
+            }
+            AnyPool::Sqlite(pool) => execute(pool, &lookup(None), deadline, &self.metrics).await,
+        }
+    }
+
+    /// Looks up many workspaces, each by its parameters' values, and returns the outcomes in the same order. Executes
+    /// one query where the policy's query allows it, and else one for each workspace, a few at a time. Values that the
+    /// database cannot use fail that workspace's lookup alone.
+    ///
+    /// Runs in a task of its own, as [`Self::lookup`].
     ///
     /// # Errors
     /// [`LookupError`], if the database fails or refuses the query.
-    pub async fn lookup_many(
-        &self,
-        many: &[Vec<ParameterValue>],
+    pub async fn lookup_batch(
+        self: &Arc<Self>,
+        values: Vec<Vec<ParameterValue>>,
     ) -> Result<Vec<Result<LookupOutcome, LookupError>>, LookupError> {
-        if let AnyPool::Postgres { pool, begin } = &self.current().pool
-            && let Some(query) = query_of_many(&self.query, &self.parameters)
-        {
-            let asked = Many {
-                query: &query,
-                parameters: &self.parameters,
-                many,
-                begin: begin.as_ref(),
-            };
-            let deadlines = Deadlines::of(self.timeout, None);
-            let answered = fetch(pool, &asked, deadlines, &self.metrics).await;
-            match answered.map_err(LookupError::from) {
-                Ok(stored) if stored.len() == many.len() => {
-                    return Ok(stored.into_iter().map(Ok).collect());
-                }
-                // Which of them it is, or whether the policy's query cannot stand in another, shows one by one.
-                Ok(_) | Err(LookupError::Unusable(_) | LookupError::Refused(_)) => {}
-                Err(error) => return Err(error),
+        let database = Arc::clone(self);
+        in_own_task(async move {
+            if let Some(outcomes) = database.execute_batch(&values).await? {
+                return Ok(outcomes.into_iter().map(Ok).collect());
             }
-        }
-        let one = async |parameters: &Vec<ParameterValue>| match self
-            .lookup_uncrowded(parameters, Deadlines::of(self.timeout, None))
-            .await
-        {
-            Err(unusable @ LookupError::Unusable(_)) => Ok(Err(unusable)),
-            answered => answered.map(Ok),
-        };
-        futures_util::stream::iter(many.iter().map(one))
-            .buffered(MOST_LOOKUPS_OF_AN_AUDIT)
-            .try_collect()
-            .await
+            let single = async |values: &Vec<ParameterValue>| {
+                let deadline = Instant::now() + database.timeout;
+                match database.execute_single(values, deadline).await {
+                    Err(unusable @ LookupError::Unusable(_)) => Ok(Err(unusable)),
+                    result => result.map(Ok),
+                }
+            };
+            futures_util::stream::iter(values.iter().map(single))
+                .buffered(MAX_AUDIT_LOOKUPS)
+                .try_collect()
+                .await
+        })
+        .await
     }
 
-    /// Runs the policy's query as a lookup does, for an id that no workspace has.
+    /// Executes one query for many workspaces. Returns `None` where only a query for each can tell: the policy's query
+    /// cannot be part of another one, or one of the values cannot be used.
+    async fn execute_batch(
+        &self,
+        values: &[Vec<ParameterValue>],
+    ) -> Result<Option<Vec<LookupOutcome>>, LookupError> {
+        let current = self.current();
+        let AnyPool::Postgres { pool, begin } = &current.pool else {
+            return Ok(None);
+        };
+        let Some(query) = batch_query(&self.query, &self.parameters) else {
+            return Ok(None);
+        };
+        let lookup = BatchLookup {
+            query: &query,
+            parameters: &self.parameters,
+            values,
+            begin: begin.as_ref(),
+        };
+        let deadline = Instant::now() + self.timeout;
+        match execute(pool, &lookup, deadline, &self.metrics)
+            .await
+            .map_err(LookupError::from)
+        {
+            Ok(outcomes) => Ok((outcomes.len() == values.len()).then_some(outcomes)),
+            Err(LookupError::Unusable(_) | LookupError::Refused(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Executes the policy's query for an id that no workspace has.
     ///
     /// # Errors
     /// As [`Self::lookup`].
-    pub async fn check(&self) -> Result<(), LookupError> {
+    pub async fn check(self: &Arc<Self>) -> Result<(), LookupError> {
         let sample = |parameter: &Parameter| match parameter {
             Parameter::Label {
                 kind: ParameterType::Uuid,
@@ -339,58 +334,58 @@ impl Database {
             Parameter::Namespace => ParameterValue::Text("default".to_owned()),
         };
         let parameters: Vec<ParameterValue> = self.parameters.iter().map(sample).collect();
-        // PostgreSQL takes surplus parameters without a word, so it is asked how many there are.
+        // PostgreSQL ignores surplus parameters, so their number is compared.
         match self.parameters_of_query().await {
             Some(expected) if expected != parameters.len() => Err(LookupError::Refused(format!(
                 "it takes {expected} parameters, and lookup.parameters has {}",
                 parameters.len()
             ))),
-            _ => match self.lookup(&parameters, None).await {
-                // The query was answered; it is the sample that it cannot use, such as one that casts text to a number.
+            _ => match self.lookup(parameters, None).await {
+                // The query is valid; only the sample cannot be used, for example where text is cast to a number.
                 Ok(_) | Err(LookupError::Unusable(_)) => Ok(()),
                 Err(error) => Err(error),
             },
         }
     }
 
-    /// How many parameters the query takes; `None` if the database cannot say without their types.
+    /// Returns how many parameters the query takes; `None` if the database cannot tell without their types.
     async fn parameters_of_query(&self) -> Option<usize> {
         let query = AssertSqlSafe(Arc::clone(&self.query)).into_sql_str();
         let deadline = Instant::now() + self.timeout;
         let current = self.current();
-        // Prepared without types, the statement must not stay where lookups would find it: the connection is not given
-        // back.
+        // Prepared without types, the statement must not stay where lookups would find it: the connection is taken out
+        // of the pool and closed.
         let count = async {
             match &current.pool {
-                // What is prepared under a name would stay with the pooler.
+                // A named statement would stay with the pooler.
                 AnyPool::Postgres { begin: Some(_), .. } => Ok(None),
                 AnyPool::Postgres { pool, .. } => {
-                    let mut lent = pool.lend(deadline).await?;
-                    count((&mut lent.connection).prepare(query).await?.parameters())
+                    let mut connection = Acquired::take(pool.acquire(deadline).await?);
+                    count((&mut connection).prepare(query).await?.parameters())
                 }
                 AnyPool::Sqlite(pool) => {
-                    let mut lent = pool.lend(deadline).await?;
-                    count((&mut lent.connection).prepare(query).await?.parameters())
+                    let mut connection = Acquired::take(pool.acquire(deadline).await?);
+                    count((&mut connection).prepare(query).await?.parameters())
                 }
             }
         };
         timeout_at(deadline, count).await.ok()?.ok()?
     }
 
-    /// How many connections there are now.
+    /// Returns how many connections there are now.
     #[must_use]
     pub fn connections(&self) -> Connections {
         self.current().pool.connections()
     }
 
-    /// Closes connections that are old or have not been used for long; to be called now and then.
+    /// Closes connections that are old or have been idle for long. To be called periodically.
     pub async fn close_old(&self) {
         self.current().pool.close_old().await;
     }
 
     /// Closes all connections that no lookup uses.
-    pub async fn close(&self) {
-        self.current().pool.close_all().await;
+    pub async fn close_idle(&self) {
+        self.current().pool.close_idle().await;
     }
 }
 
@@ -398,48 +393,50 @@ fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sq
     Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
 }
 
-/// Fetches over one of the pool's connections. One that has not answered by the database's deadline is closed, for its
-/// query may not have ended. A server that restarted leaves stale connections, at most as many as there are, and each shows itself only when it is
-/// used; then the next one is tried. To ask each before would cost every lookup a round trip.
-async fn fetch<C, A>(
-    pool: &Arc<Pool<C>>,
-    asked: &A,
-    deadlines: Deadlines,
+/// Awaits work in a task of its own, which goes on if the caller goes away.
+async fn in_own_task<T: Send + 'static>(
+    work: impl Future<Output = Result<T, LookupError>> + Send + 'static,
+) -> Result<T, LookupError> {
+    let result = tokio::spawn(work).await;
+    result.unwrap_or_else(|_| {
+        Err(LookupError::Unavailable(
+            "the lookup's task panicked".to_owned(),
+        ))
+    })
+}
+
+/// Executes a query over a pooled connection. After a restart the pool holds lost connections, which only their use
+/// reveals, so the query is retried on the next one. Pinging each connection first would cost every lookup a round trip.
+async fn execute<C, Q>(
+    pool: &Pool<C>,
+    query: &Q,
+    deadline: Instant,
     metrics: &ConnectionMetrics,
-) -> Result<A::Answer, sqlx::Error>
+) -> Result<Q::Output, sqlx::Error>
 where
     C: Connection + 'static,
     C::Options: ConnectOptions<Connection = C>,
-    A: Ask<C>,
+    Q: Query<C>,
 {
-    let mut tries_left = MOST_CONNECTIONS;
+    let mut retries_left = MAX_CONNECTIONS;
     loop {
-        let waits_since = Instant::now();
-        let lent = pool.lend(deadlines.caller).await;
-        metrics.wait.observe(waits_since.elapsed().as_secs_f64());
-        let lent = lent?;
-        // A client that goes away drops this future wherever it waits, and one in haste waits no longer.
-        let settle = |lent| {
-            // A transaction that was only just begun would stay open.
-            if !asked.begins() {
-                Arc::clone(pool).settle(lent, deadlines.database);
-            }
-        };
-        let mut lent = scopeguard::guard(lent, settle);
-        let fetched = timeout_at(deadlines.caller, asked.ask(&mut lent.connection)).await;
-        let fetched = fetched.map_err(|_| sqlx::Error::PoolTimedOut)?;
-        let lent = ScopeGuard::into_inner(lent);
-        match fetched {
-            Err(error) if is_stale(&error) && tries_left > 0 => {
-                tries_left -= 1;
+        let started = Instant::now();
+        let acquired = pool.acquire(deadline).await;
+        metrics.wait.observe(started.elapsed().as_secs_f64());
+        let mut connection = acquired?;
+        let executed = timeout_at(deadline, query.execute(&mut connection)).await;
+        let result = executed.unwrap_or(Err(sqlx::Error::PoolTimedOut));
+        if result.as_ref().err().is_none_or(leaves_connection_usable) {
+            return result;
+        }
+        // Out of the pool and closed: it is lost, or its query may still run.
+        drop(Acquired::take(connection));
+        match result {
+            Err(error) if is_connection_lost(&error) && retries_left > 0 => {
+                retries_left -= 1;
                 metrics.retries.inc();
             }
-            fetched => {
-                if fetched.as_ref().err().is_none_or(is_answer) {
-                    pool.give_back(lent);
-                }
-                return fetched;
-            }
+            result => return result,
         }
     }
 }

@@ -1,4 +1,5 @@
-//! How modes are asked for over one connection: one by the policy's query, or many by one query made of it.
+//! The queries that a connection executes: the policy's query for one workspace, or one made of it for many. Which
+//! connection executes them, and how often they are retried, is mod.rs's business.
 
 use std::sync::Arc;
 
@@ -11,49 +12,47 @@ use crate::core::identity::ParameterValue;
 use crate::core::policy_file::{Parameter, ParameterType};
 use crate::core::resolution::LookupOutcome;
 
-/// What is asked over one connection of a kind.
-pub(super) trait Ask<Connection: Send>: Sync {
-    /// What it answers.
-    type Answer: Send;
+/// A query that can be executed over a connection of this kind.
+pub(super) trait Query<Connection: Send>: Sync {
+    /// What it returns.
+    type Output: Send;
 
-    fn once(
+    fn execute_once(
         &self,
         connection: &mut Connection,
-    ) -> impl Future<Output = Result<Self::Answer, sqlx::Error>> + Send;
+    ) -> impl Future<Output = Result<Self::Output, sqlx::Error>> + Send;
 
-    /// Whether it is asked in a transaction of its own.
-    fn begins(&self) -> bool;
-
-    /// A column of a type that is new to the connection, such as an enum, makes sqlx ask what it is, and that takes an
-    /// unnamed statement's place. By the second time it is known.
-    fn ask(
+    /// Executes the query. For a column of a type that is new to the connection, such as an enum, sqlx queries the
+    /// type, which takes the place of an unnamed statement. The second attempt finds the type known.
+    fn execute(
         &self,
         connection: &mut Connection,
-    ) -> impl Future<Output = Result<Self::Answer, sqlx::Error>> + Send {
+    ) -> impl Future<Output = Result<Self::Output, sqlx::Error>> + Send {
         async {
-            match self.once(connection).await {
-                Err(error) if is_statement_gone(&error) => Box::pin(self.once(connection)).await,
-                answered => answered,
+            match self.execute_once(connection).await {
+                Err(error) if is_statement_gone(&error) => {
+                    Box::pin(self.execute_once(connection)).await
+                }
+                result => result,
             }
         }
     }
 }
 
-/// One workspace's mode, by the policy's query, in a transaction if `begin` is there to begin one.
-pub(super) struct One<'a> {
+/// The policy's query for one workspace. Executed in a transaction if `begin` is given.
+pub(super) struct SingleLookup<'a> {
     pub(super) query: &'a Arc<str>,
     pub(super) parameters: &'a [ParameterValue],
     pub(super) begin: Option<&'a Arc<str>>,
 }
 
-impl Ask<PgConnection> for One<'_> {
-    type Answer = LookupOutcome;
+impl Query<PgConnection> for SingleLookup<'_> {
+    type Output = LookupOutcome;
 
-    fn begins(&self) -> bool {
-        self.begin.is_some()
-    }
-
-    async fn once(&self, connection: &mut PgConnection) -> Result<LookupOutcome, sqlx::Error> {
+    async fn execute_once(
+        &self,
+        connection: &mut PgConnection,
+    ) -> Result<LookupOutcome, sqlx::Error> {
         let Self {
             query, parameters, ..
         } = self;
@@ -69,25 +68,26 @@ impl Ask<PgConnection> for One<'_> {
     }
 }
 
-/// Many workspaces' modes, by one query.
-pub(super) struct Many<'a> {
+/// One query for many workspaces. Executed in a transaction if `begin` is given.
+pub(super) struct BatchLookup<'a> {
+    /// What [`batch_query`] made of the policy's query.
     pub(super) query: &'a str,
     pub(super) parameters: &'a [Parameter],
-    pub(super) many: &'a [Vec<ParameterValue>],
+    /// The parameters' values of each workspace.
+    pub(super) values: &'a [Vec<ParameterValue>],
     pub(super) begin: Option<&'a Arc<str>>,
 }
 
-impl Ask<PgConnection> for Many<'_> {
-    type Answer = Vec<LookupOutcome>;
+impl Query<PgConnection> for BatchLookup<'_> {
+    type Output = Vec<LookupOutcome>;
 
-    fn begins(&self) -> bool {
-        self.begin.is_some()
-    }
-
-    async fn once(&self, connection: &mut PgConnection) -> Result<Vec<LookupOutcome>, sqlx::Error> {
+    async fn execute_once(
+        &self,
+        connection: &mut PgConnection,
+    ) -> Result<Vec<LookupOutcome>, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(self.query)).persistent(self.begin.is_none());
         for (place, parameter) in self.parameters.iter().enumerate() {
-            let values = self.many.iter().map(|one| one.get(place));
+            let values = self.values.iter().map(|values| values.get(place));
             statement = if is_uuid(parameter) {
                 let uuid = |value| match value {
                     Some(&ParameterValue::Uuid(uuid)) => Some(uuid),
@@ -131,9 +131,9 @@ const fn is_uuid(parameter: &Parameter) -> bool {
     )
 }
 
-/// The policy's query, made to answer for many workspaces at once: its parameters become columns of what is
-/// asked. `None` if it has anything in which a `$1` could be something else than a parameter.
-pub(super) fn query_of_many(query: &str, parameters: &[Parameter]) -> Option<String> {
+/// Makes a query for many workspaces of the policy's query: each parameter `$1` becomes a column of a joined list.
+/// Returns `None` if the text has quotes or comments, in which a `$1` could be something other than a parameter.
+pub(super) fn batch_query(query: &str, parameters: &[Parameter]) -> Option<String> {
     if ["'", "\"", ";", "--", "/*", "$$"]
         .iter()
         .any(|quote| query.contains(quote))
@@ -141,7 +141,7 @@ pub(super) fn query_of_many(query: &str, parameters: &[Parameter]) -> Option<Str
         return None;
     }
     let mut pieces = query.split('$');
-    let mut one = pieces.next()?.to_owned();
+    let mut single = pieces.next()?.to_owned();
     for piece in pieces {
         let digits = piece.len() - piece.trim_start_matches(|c: char| c.is_ascii_digit()).len();
         let (number, rest) = piece.split_at(digits);
@@ -151,7 +151,7 @@ pub(super) fn query_of_many(query: &str, parameters: &[Parameter]) -> Option<Str
         if !is_parameter {
             return None;
         }
-        one += &format!("llm_billing_asked.llm_billing_p{number}{rest}");
+        single += &format!("llm_billing_asked.llm_billing_p{number}{rest}");
     }
     let list = |each: &dyn Fn((usize, &Parameter)) -> String| -> String {
         let all: Vec<String> = parameters.iter().enumerate().map(each).collect();
@@ -166,7 +166,7 @@ pub(super) fn query_of_many(query: &str, parameters: &[Parameter]) -> Option<Str
         "SELECT llm_billing_found.mode, llm_billing_found.is_there
          FROM unnest({arrays}) WITH ORDINALITY AS llm_billing_asked({columns}, llm_billing_place)
          LEFT JOIN LATERAL (
-             SELECT llm_billing_one.mode, true FROM ({one}) AS llm_billing_one(mode) LIMIT 1
+             SELECT llm_billing_one.mode, true FROM ({single}) AS llm_billing_one(mode) LIMIT 1
          ) AS llm_billing_found(mode, is_there) ON true
          ORDER BY llm_billing_asked.llm_billing_place"
     ))
@@ -203,14 +203,13 @@ fn mode(row: &PgRow) -> Result<Option<String>, sqlx::Error> {
     }
 }
 
-impl Ask<SqliteConnection> for One<'_> {
-    type Answer = LookupOutcome;
+impl Query<SqliteConnection> for SingleLookup<'_> {
+    type Output = LookupOutcome;
 
-    fn begins(&self) -> bool {
-        false
-    }
-
-    async fn once(&self, connection: &mut SqliteConnection) -> Result<LookupOutcome, sqlx::Error> {
+    async fn execute_once(
+        &self,
+        connection: &mut SqliteConnection,
+    ) -> Result<LookupOutcome, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(self.query)));
         for parameter in self.parameters {
             statement = match parameter {

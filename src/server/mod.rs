@@ -188,7 +188,7 @@ impl Bound {
             }
         }
         tasks.shutdown().await;
-        app.database.close().await;
+        app.database.close_idle().await;
         info!("stopped");
         failure.map_or(Ok(()), |failure| Err(io::Error::other(failure)))
     }

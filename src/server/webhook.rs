@@ -37,12 +37,16 @@ const SMALL_BODY: usize = 64 * 1024;
 /// The shares that there are: 4 MiB. A body that is larger than all of them has them to itself.
 const SHARES: u32 = 64;
 
+/// The least time-out of an API server: `timeoutSeconds` is a whole number from 1 to 30. A shorter one would let a client
+/// make the database look as if it hung.
+const MIN_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// What every request shares. No `Debug`: the policy may hold a token.
 pub struct App {
     /// What the operator decided.
     pub policy: Policy,
     /// Where the modes are.
-    pub database: Database,
+    pub database: Arc<Database>,
     /// What is counted.
     pub metrics: Metrics,
     /// Whether there should be traffic.
@@ -120,7 +124,7 @@ async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response 
     let arrived = Instant::now();
     let _in_flight = app.metrics.in_flight();
     let (head, body) = request.into_parts();
-    let patience = Query::<Patience>::try_from_uri(&head.uri)
+    let timeout = Query::<TimeoutQuery>::try_from_uri(&head.uri)
         .ok()
         .and_then(|Query(query)| query.timeout());
     let received = match app.bodies.read(&head.headers, body).await {
@@ -139,7 +143,7 @@ async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response 
             return app.bad_request(webhook, arrived, status, &error.to_string());
         }
     };
-    let limit = patience.map(|patience| left(patience, arrived));
+    let limit = timeout.map(|timeout| lookup_limit(timeout, arrived));
     let decision = app.decide(webhook, &decoded, limit).await;
     let response =
         info_span!("encode").in_scope(|| AdmissionResponse::new(decoded.uid(), &decision));
@@ -158,22 +162,24 @@ fn milliseconds(time: Duration) -> f64 {
     f64::from(u32::try_from(time.as_micros()).unwrap_or(u32::MAX)) / 1000.0
 }
 
-/// The query that the API server adds to the webhook's URL.
+/// The query that API servers add to the webhook's URL: how long they wait for the response.
 #[derive(serde::Deserialize)]
-struct Patience {
+struct TimeoutQuery {
     timeout: Option<String>,
 }
 
-impl Patience {
+impl TimeoutQuery {
+    /// Returns the time-out; API servers wait for at least a second.
     fn timeout(&self) -> Option<Duration> {
-        humantime::parse_duration(self.timeout.as_deref()?).ok()
+        let timeout = humantime::parse_duration(self.timeout.as_deref()?).ok()?;
+        Some(timeout.max(MIN_TIMEOUT))
     }
 }
 
-/// What is left for the lookup, so that the answer is back before the API server gives up.
-fn left(patience: Duration, arrived: Instant) -> Duration {
-    let reserve = (patience / 5).min(Duration::from_millis(500));
-    patience
+/// Returns the time left for the lookup, so that the response arrives before the API server's time-out.
+fn lookup_limit(timeout: Duration, arrived: Instant) -> Duration {
+    let reserve = (timeout / 5).min(Duration::from_millis(500));
+    timeout
         .saturating_sub(reserve)
         .saturating_sub(arrived.elapsed())
 }
@@ -293,7 +299,7 @@ impl App {
         match begin(&self.policy, webhook, review) {
             Step::Done(decision) => decision,
             Step::Lookup(parameters, pending) => {
-                let lookup = self.look_up(review.uid(), &parameters, limit);
+                let lookup = self.look_up(review.uid(), parameters, limit);
                 let outcome = lookup.instrument(info_span!("lookup")).await;
                 info_span!("plan").in_scope(|| pending.finish(&outcome))
             }
@@ -303,7 +309,7 @@ impl App {
     async fn look_up(
         &self,
         uid: &str,
-        parameters: &[ParameterValue],
+        parameters: Vec<ParameterValue>,
         limit: Option<Duration>,
     ) -> LookupOutcome {
         let uid = truncate(uid, MAX_NAME_BYTES);
