@@ -307,7 +307,7 @@ fn begin_page<'a>(
     policy: &'a Policy,
     pods: &'a [PageItem<'a>],
 ) -> (Vec<Begun<'a>>, BTreeSet<Vec<ParameterValue>>) {
-    let mut begun = Vec::with_capacity(pods.len());
+    let mut begun = Vec::new();
     let mut lookups = BTreeSet::new();
     for item in pods {
         let (metadata, pod) = match item {

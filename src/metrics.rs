@@ -4,14 +4,16 @@
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use prometheus_client::encoding::EncodeLabelSet;
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use time::OffsetDateTime;
+use tracing_appender::non_blocking::ErrorCounter;
 
 use crate::core::admission::AdmissionTarget;
 use crate::core::audit::{Finding, Swept};
@@ -211,7 +213,7 @@ impl Metrics {
     pub fn new(
         policy_text: Option<&str>,
         database: &ConnectionMetrics,
-        dropped_lines: Counter,
+        dropped_lines: ErrorCounter,
         with_audits: bool,
     ) -> Self {
         let mut registry = Registry::with_prefix(PREFIX);
@@ -266,11 +268,7 @@ impl Metrics {
             "Connections to the database",
             connections.clone(),
         );
-        registry.register(
-            "log_lines_lost",
-            "Lines of the log that found no place to wait, or could not be written",
-            dropped_lines,
-        );
+        registry.register_collector(Box::new(DroppedLines(dropped_lines)));
         let audits = AuditMetrics::default();
         if with_audits {
             audits.register(&mut registry);
@@ -392,6 +390,23 @@ impl Metrics {
             connections.set(gauge(count));
         }
         encode(&self.registry)
+    }
+}
+
+/// Reads the log writer's own count.
+#[derive(Debug)]
+struct DroppedLines(ErrorCounter);
+
+impl Collector for DroppedLines {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let count = self.0.dropped_lines();
+        let counter = ConstCounter::new(u64::try_from(count).unwrap_or(u64::MAX));
+        counter.encode(encoder.encode_descriptor(
+            "log_lines_lost",
+            "Log lines dropped because too many waited to be written.",
+            None,
+            counter.metric_type(),
+        )?)
     }
 }
 

@@ -196,8 +196,12 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let audits = audits(&args, &policy).await?;
     // Even a checksum can tell whether a token was guessed.
     let policy_shown = (!policy_file.has_literal_token()).then_some(policy_text.as_str());
-    let lines = telemetry.lines.dropped();
-    let metrics = Metrics::new(policy_shown, &database.metrics, lines, audits.is_some());
+    let metrics = Metrics::new(
+        policy_shown,
+        &database.metrics,
+        telemetry.dropped_lines.clone(),
+        audits.is_some(),
+    );
     let host = if args.dev {
         Ipv4Addr::LOCALHOST
     } else {

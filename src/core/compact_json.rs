@@ -8,8 +8,6 @@ use serde::de::value::BorrowedStrDeserializer;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, forward_to_deserialize_any};
 
-use super::json::{is_special, specials};
-
 /// Lists and objects that are skipped may be open so deep, as serde_json has it for what is read.
 const DEEPEST: u32 = 128;
 
@@ -272,6 +270,25 @@ fn special(text: &str, from: usize) -> Option<usize> {
     }
     let place = rest.iter().position(is_special)?;
     Some(at + place)
+}
+
+/// Whether a byte cannot stand in a text as it is: a quote, a backslash, a control character.
+const fn is_special(byte: &u8) -> bool {
+    matches!(byte, 0..b' ' | b'"' | b'\\')
+}
+
+/// The same of eight bytes, told by the high bit of each, the first byte being the lowest: right of all up to the first
+/// that is special, and zero if none is.
+fn specials(word: &[u8; 8]) -> u64 {
+    const fn each(byte: u8) -> u64 {
+        u64::from_le_bytes([byte; 8])
+    }
+    let word = u64::from_le_bytes(*word);
+    // To take more from a byte than it holds sets its high bit. One that is set before is of no ASCII character.
+    let quotes = (word ^ each(b'"')).wrapping_sub(each(1));
+    let backslashes = (word ^ each(b'\\')).wrapping_sub(each(1));
+    let controls = word.wrapping_sub(each(b' '));
+    (quotes | backslashes | controls) & !word & each(0x80)
 }
 
 #[cfg(test)]

@@ -3,48 +3,60 @@
 //! plan.rs's business.
 
 use std::borrow::Cow;
-use std::sync::Arc;
 
-use super::json::{Object, object};
+use serde::Serialize;
+use serde_json::value::{RawValue, to_raw_value};
+
 use super::pod::{EnvEntry, EnvFrom, ValueFrom};
-use super::policy_file::{EnvSource, Name, OptionalKey};
+use super::policy_file::{EnvSource, Name};
 
-/// What a variable must be. No `Debug`: a literal may be a token.
-#[derive(Clone, PartialEq)]
+/// What a variable must be, as the field of an env entry. No `Debug`: a literal may be a token.
+#[derive(Clone, PartialEq, Serialize)]
 pub enum Value {
     /// This text.
+    #[serde(rename = "value")]
     Literal(String),
-    /// What this source brings.
+    /// The value of this source.
+    #[serde(rename = "valueFrom")]
     Source(EnvSource),
 }
 
-/// A variable that a container must have. Nearly all are made once, at the start, and lists borrow those, so that the
-/// processor's cores do not share a count; one that a workspace's id is in is shared by the lists of its pod. No `Debug`,
-/// as above.
-#[derive(Clone, PartialEq)]
-pub struct Variable(Arc<Parts>);
-
-#[derive(Clone, PartialEq)]
-struct Parts {
+/// A variable that a container must have. No `Debug`, as above.
+#[derive(Clone)]
+pub struct Variable {
     name: String,
     value: Value,
-    /// As JSON.
-    entry: String,
+    /// Rendered once, as an entry of a pod's env.
+    entry: Box<RawValue>,
+}
+
+impl PartialEq for Variable {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name && self.value == other.value
+    }
 }
 
 impl Variable {
     /// A variable of this name and value.
     pub(super) fn new(name: &str, value: Value) -> Self {
-        let mut entry = String::new();
-        object(&mut entry, |entry| {
-            entry.text("name", name);
-            match &value {
-                Value::Literal(text) => entry.text("value", text),
-                Value::Source(source) => source.write(entry.member("valueFrom")),
-            }
-        });
+        #[derive(Serialize)]
+        struct Entry<'a> {
+            name: &'a str,
+            #[serde(flatten)]
+            value: &'a Value,
+        }
+        let entry = Entry {
+            name,
+            value: &value,
+        };
+        let entry = to_raw_value(&entry).unwrap_or_else(|_| unreachable!("all keys are texts"));
         let name = name.to_owned();
-        Self(Arc::new(Parts { name, value, entry }))
+        Self { name, value, entry }
+    }
+
+    /// Returns the variable as an env entry of a pod, in JSON.
+    pub(super) fn entry(&self) -> &str {
+        self.entry.get()
     }
 
     /// An empty-valued entry, which hides what an envFrom source brings under the same name.
@@ -55,23 +67,18 @@ impl Variable {
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
-        &self.0.name
-    }
-
-    /// As an env entry of a pod, in JSON.
-    pub(super) fn entry(&self) -> &str {
-        &self.0.entry
+        &self.name
     }
 
     /// Whether it is an empty-valued entry.
     pub(super) fn is_mask(&self) -> bool {
-        matches!(&self.0.value, Value::Literal(text) if text.is_empty())
+        matches!(&self.value, Value::Literal(text) if text.is_empty())
     }
 
     /// Whether an entry of the same name already has the value, an absent one being empty.
     fn is_met_by(&self, entry: &EnvEntry<'_>) -> bool {
         let text = entry.value.as_ref().map_or("", |value| value.text.as_str());
-        match (&self.0.value, &entry.value_from) {
+        match (&self.value, &entry.value_from) {
             (Value::Literal(literal), None) => text == literal,
             (Value::Source(source), Some(from)) => text.is_empty() && source.matches(from),
             (Value::Literal(_), Some(_)) | (Value::Source(_), None) => false,
@@ -80,39 +87,6 @@ impl Variable {
 }
 
 impl EnvSource {
-    /// Writes the source as it stands in an env entry.
-    pub(super) fn write(&self, out: &mut String) {
-        let text = |members: &mut Object<'_>, name, value: &Option<Name>| {
-            if let Some(value) = value {
-                members.text(name, value.as_str());
-            }
-        };
-        let key = |out: &mut String, key: &OptionalKey| {
-            object(out, |members| {
-                members.text("name", key.name.as_str());
-                members.text("key", key.key.as_str());
-                if let Some(optional) = key.optional {
-                    members.plain("optional", optional);
-                }
-            });
-        };
-        object(out, |source| match self {
-            Self::SecretKeyRef(secret) => key(source.member("secretKeyRef"), secret),
-            Self::ConfigMapKeyRef(map) => key(source.member("configMapKeyRef"), map),
-            Self::FieldRef(field) => object(source.member("fieldRef"), |members| {
-                members.text("fieldPath", field.field_path.as_str());
-                text(members, "apiVersion", &field.api_version);
-            }),
-            Self::ResourceFieldRef(resource) => {
-                object(source.member("resourceFieldRef"), |members| {
-                    members.text("resource", resource.resource.as_str());
-                    text(members, "containerName", &resource.container_name);
-                    text(members, "divisor", &resource.divisor);
-                });
-            }
-        });
-    }
-
     /// Whether a pod's entry has this source, as written here or after the API server's defaulting.
     fn matches(&self, entry: &ValueFrom<'_>) -> bool {
         let ValueFrom {
@@ -187,14 +161,12 @@ pub(super) fn settle<'a>(
     required: &[Cow<'a, Variable>],
     goes: impl Fn(&str) -> bool,
 ) -> Changes<'a> {
-    let lengths = Lengths::of(required.iter().map(|variable| variable.name()));
     let mut met = vec![false; required.len()];
     let mut remove = Vec::new();
-    let mut others = Vec::with_capacity(entries.len());
+    let mut others = Vec::new();
     for (index, entry) in entries.iter().enumerate() {
         let name = entry.name.as_str();
-        let candidates = if lengths.has(name) { required } else { &[] };
-        let requirement = candidates
+        let requirement = required
             .iter()
             .zip(&mut met)
             .find(|(variable, _)| variable.name() == name);
@@ -214,35 +186,11 @@ pub(super) fn settle<'a>(
             remove.push(index);
         }
     }
-    let mut add = Vec::with_capacity(required.len());
     let unmet = required.iter().zip(met).filter(|(_, met)| !met);
-    add.extend(unmet.map(|(variable, _)| variable.clone()));
     Changes {
         remove,
-        add,
+        add: unmet.map(|(variable, _)| variable.clone()).collect(),
         others,
-    }
-}
-
-/// The lengths of some names, by which most other names show at once that they are none of them.
-#[derive(Clone, PartialEq)]
-pub(super) struct Lengths(u64);
-
-impl Lengths {
-    /// Of no names.
-    pub(super) const NONE: Self = Self(0);
-
-    pub(super) fn of<'n>(names: impl Iterator<Item = &'n str>) -> Self {
-        Self(names.fold(0, |lengths, name| lengths | Self::bit(name)))
-    }
-
-    pub(super) fn has(&self, name: &str) -> bool {
-        self.0 & Self::bit(name) != 0
-    }
-
-    /// All that are too long for a bit of their own share the last one.
-    fn bit(name: &str) -> u64 {
-        1 << name.len().min(63)
     }
 }
 
@@ -283,18 +231,6 @@ pub fn references(text: &str) -> impl Iterator<Item = &str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_name_of_another_length_is_none_of_some_names() {
-        let (long, longer) = ("x".repeat(63), "x".repeat(300));
-        let lengths = Lengths::of(["", "four", long.as_str()].into_iter());
-        let table = [("", true), ("five", true), ("a", false), ("sixsix", false)];
-        for (name, expected) in table {
-            assert_eq!(lengths.has(name), expected, "{name}");
-        }
-        assert!(lengths.has(&longer));
-        assert!(!Lengths::of(["four"].into_iter()).has(&longer));
-    }
 
     fn entries(json: &str) -> Vec<EnvEntry<'_>> {
         serde_json::from_str(json).unwrap()
@@ -530,8 +466,7 @@ mod tests {
             let parsed: ValueFrom<'_> = serde_json::from_str(entry).unwrap();
             assert_eq!(source.matches(&parsed), expected, "{own} {entry}");
             // What is written into a pod equals itself when it comes back.
-            let mut written = String::new();
-            source.write(&mut written);
+            let written = serde_json::to_string(&source).unwrap();
             assert!(
                 source.matches(&serde_json::from_str(&written).unwrap()),
                 "{written}"

@@ -65,7 +65,7 @@ pub fn identify<'p>(
             };
         }
     }
-    let mut values = Vec::with_capacity(policy.lookup.parameters.len());
+    let mut values = Vec::new();
     for parameter in &policy.lookup.parameters {
         let value = match parameter {
             Parameter::Namespace => ParameterValue::Text(namespace.to_owned()),

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
-use super::env::{Changes, Lengths, Value, Variable, could_bring, settle};
+use super::env::{Changes, Value, Variable, could_bring, settle};
 use super::pod::{Container, ContainerList, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text};
 use super::policy::Policy;
 use super::policy_file::EnvFromRule;
@@ -61,7 +61,7 @@ impl ContainerPlan<'_> {
         let removed = remove.iter().filter_map(|&index| entries.get(index));
         let removed = removed.map(|entry| entry.name.as_str());
         let added = add.iter().map(|variable| variable.name());
-        let mut names = Vec::with_capacity(add.len());
+        let mut names = Vec::new();
         for name in removed.chain(added) {
             if !names.contains(&name) {
                 names.push(name);
@@ -91,9 +91,6 @@ pub enum AnnotationsParent {
     Annotations,
 }
 
-/// What is told of most plans has no more bytes.
-const MOST_TOLD: usize = 256;
-
 impl Plan<'_> {
     /// Whether nothing must change.
     #[must_use]
@@ -121,7 +118,7 @@ impl Plan<'_> {
     /// The containers that are not settled: all of a few, the first of many.
     fn told(&self, begin: impl Fn(&mut String, &str)) -> String {
         const SHOWN: usize = 3;
-        let mut told = String::with_capacity(MOST_TOLD);
+        let mut told = String::new();
         for (index, plan) in self.containers.iter().take(SHOWN).enumerate() {
             if index > 0 {
                 told.push_str("; ");
@@ -314,8 +311,7 @@ impl<'a> Rules<'a> {
         if sources.is_empty() || self.env_from == EnvFromRule::Ignore {
             return Ok(required.into());
         }
-        let lengths = Lengths::of(required.iter().map(|variable| variable.name()));
-        let is_set = |key: &str| lengths.has(key) && required.iter().any(|set| set.name() == key);
+        let is_set = |key: &str| required.iter().any(|set| set.name() == key);
         let could_come = |mask: &&Variable| {
             let key = mask.name();
             could_bring(sources, key) && !is_set(key)
@@ -334,10 +330,8 @@ impl<'a> Rules<'a> {
                 keys,
             });
         }
-        let mut all = Vec::with_capacity(required.len() + masks.len());
-        all.extend_from_slice(required);
-        all.extend(coming.map(Cow::Borrowed));
-        Ok(all.into())
+        let coming = coming.map(Cow::Borrowed);
+        Ok(required.iter().cloned().chain(coming).collect())
     }
 }
 

@@ -323,7 +323,7 @@ pub struct ExtraEnv {
 }
 
 /// Where an env entry's value comes from, as in a pod.
-#[derive(Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum EnvSource {
     /// A key of a Secret.
@@ -337,7 +337,7 @@ pub enum EnvSource {
 }
 
 /// A key of a Secret or ConfigMap.
-#[derive(Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OptionalKey {
     /// The object.
@@ -345,28 +345,32 @@ pub struct OptionalKey {
     /// The key in it.
     pub key: Name,
     /// Whether the container starts without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub optional: Option<bool>,
 }
 
 /// A field of the pod.
-#[derive(Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct FieldSource {
     /// Such as `metadata.name`.
     pub field_path: Name,
     /// `v1` where absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub api_version: Option<Name>,
 }
 
 /// A resource of a container.
-#[derive(Clone, PartialEq, Eq, Deserialize, JsonSchema)]
+#[derive(Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct ResourceSource {
     /// Such as `limits.memory`.
     pub resource: Name,
     /// The entry's own container where absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub container_name: Option<Name>,
     /// A quantity in its canonical form; `"0"` where absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub divisor: Option<Name>,
 }
 

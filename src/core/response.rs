@@ -9,8 +9,8 @@ use super::json::{Object, list, object, text};
 use super::patch::{Patch, patch};
 use super::warning::answered;
 
-/// Most responses have no more bytes beside their patch.
-const BYTES_BESIDE_PATCH: usize = 512;
+/// Room for a response without its patch.
+const BYTES_WITHOUT_PATCH: usize = 512;
 /// Kubernetes allows a label 63 bytes, but what arrives has not been validated yet.
 const MAX_WORKSPACE_BYTES: usize = 63;
 
@@ -31,7 +31,7 @@ impl Response {
         let encoded = patch
             .as_ref()
             .map_or(0, |patch| STANDARD.encoded_length(patch.json.len()));
-        let mut json = String::with_capacity(BYTES_BESIDE_PATCH + encoded);
+        let mut json = String::with_capacity(BYTES_WITHOUT_PATCH + encoded);
         object(&mut json, |review| {
             review.text("apiVersion", API_VERSION);
             review.text("kind", KIND);

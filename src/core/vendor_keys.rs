@@ -3,40 +3,34 @@
 
 use std::collections::BTreeSet;
 
-use super::env::{Lengths, Variable};
+use super::env::Variable;
 use super::policy_file::Name;
 
-/// Names of variables, in order and each once, their masks rendered at the start. So few are found faster one by one than
-/// in a tree, for most differ in length.
+/// Names of variables, in order and each once, with their masks, rendered at the start.
 #[derive(Clone, PartialEq)]
-pub struct VendorKeys {
-    masks: Vec<Variable>,
-    lengths: Lengths,
-}
+pub struct VendorKeys(Vec<Variable>);
 
 impl VendorKeys {
-    pub(super) const NONE: Self = Self {
-        masks: Vec::new(),
-        lengths: Lengths::NONE,
-    };
+    pub(super) const NONE: Self = Self(Vec::new());
 
     /// Renders the mask of each name.
     pub(super) fn new(names: &BTreeSet<Name>) -> Self {
-        let names = || names.iter().map(Name::as_str);
-        Self {
-            masks: names().map(Variable::mask).collect(),
-            lengths: Lengths::of(names()),
-        }
+        Self(
+            names
+                .iter()
+                .map(|name| Variable::mask(name.as_str()))
+                .collect(),
+        )
     }
 
     /// Reports whether the name is one of them.
     pub(super) fn contains(&self, name: &str) -> bool {
-        self.lengths.has(name) && self.masks.iter().any(|mask| mask.name() == name)
+        self.0.iter().any(|mask| mask.name() == name)
     }
 
-    /// The mask of each.
+    /// Returns the mask of each.
     #[must_use]
     pub fn masks(&self) -> &[Variable] {
-        &self.masks
+        &self.0
     }
 }

@@ -3,7 +3,6 @@
 
 pub mod certificate;
 pub mod health;
-mod lingering;
 pub mod readiness;
 mod tasks;
 pub mod webhook;
@@ -12,6 +11,7 @@ use std::future::{Ready, pending, ready};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum_server::accept::Accept;
@@ -19,7 +19,8 @@ use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
 use axum_server::{Handle, Server};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tower_service::Service;
 use tracing::{error, info, warn};
 
 use crate::audit::{Selection, sweep};
@@ -29,7 +30,6 @@ use crate::server::certificate::secret::Shared;
 use crate::server::certificate::tls::{
     self, Certificate, CertificateFiles, CertificatePem, RELOAD_INTERVAL, Shown,
 };
-use crate::server::lingering::Lingering;
 use crate::server::tasks::{TaskError, Tasks};
 use crate::server::webhook::App;
 use crate::telemetry;
@@ -42,8 +42,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
 /// A connection's bytes that are read ahead, at most. Bodies are gathered elsewhere, and heads are short; hyper's own
 /// limit is six times this, and most of the memory under a load of large reviews.
 const READ_BUFFER: usize = 16 * 1024;
-/// Connections at most, on each port. Each API server keeps one for each admission that it waits for.
-const MOST_CONNECTIONS: usize = 4096;
+/// Limit on open connections, on each port. An API server keeps one for each admission that it waits for.
+const MAX_CONNECTIONS: usize = 4096;
 /// Connections that wait to be accepted, at most. One that finds no room tries again after a whole second.
 const BACKLOG: u32 = 1024;
 /// How often a database that has not answered yet is asked again.
@@ -143,11 +143,11 @@ impl Bound {
         let webhook_handle = Handle::new();
         let acceptor = RustlsAcceptor::new(served.clone())
             .handshake_timeout(HEAD_TIMEOUT)
-            .acceptor(Places::new());
+            .acceptor(ConnectionLimit::new());
         let webhook = patient(axum_server::from_tcp(self.webhook)?)
             .acceptor(acceptor)
             .handle(webhook_handle.clone());
-        let health = patient(axum_server::from_tcp(self.health)?).acceptor(Places::new());
+        let health = patient(axum_server::from_tcp(self.health)?).acceptor(ConnectionLimit::new());
         info!(webhook = %self.webhook_address, health = %self.health_address, "listening");
 
         let mut tasks = Tasks::default();
@@ -235,28 +235,50 @@ fn patient(server: Server<SocketAddr>) -> Server<SocketAddr> {
     server
 }
 
-/// Accepts as many connections as there are places, each with an end that loses no answer, and closes further ones.
+/// Accepts connections up to a limit, and closes further ones at once.
 #[derive(Clone)]
-struct Places(Arc<Semaphore>);
+struct ConnectionLimit(Arc<Semaphore>);
 
-impl Places {
+impl ConnectionLimit {
     fn new() -> Self {
-        Self(Arc::new(Semaphore::new(MOST_CONNECTIONS)))
+        Self(Arc::new(Semaphore::new(MAX_CONNECTIONS)))
     }
 }
 
-impl<S> Accept<TcpStream, S> for Places {
-    type Stream = Lingering;
-    type Service = S;
-    type Future = Ready<io::Result<(Lingering, S)>>;
+impl<S> Accept<TcpStream, S> for ConnectionLimit {
+    type Stream = TcpStream;
+    type Service = Permitted<S>;
+    type Future = Ready<io::Result<(TcpStream, Permitted<S>)>>;
 
     fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
-        let place = Arc::clone(&self.0).try_acquire_owned();
-        let place = place.map_err(|_| io::Error::other("too many connections"));
-        ready(place.and_then(|place| {
+        let permit = Arc::clone(&self.0).try_acquire_owned();
+        let permit = permit.map_err(|_| io::Error::other("too many connections"));
+        ready(permit.and_then(|permit| {
             stream.set_nodelay(true)?;
-            Ok((Lingering::new(stream, place), service))
+            let _permit = Arc::new(permit);
+            Ok((stream, Permitted { service, _permit }))
         }))
+    }
+}
+
+/// The service of one connection, which holds the connection's permit.
+#[derive(Clone)]
+struct Permitted<S> {
+    service: S,
+    _permit: Arc<OwnedSemaphorePermit>,
+}
+
+impl<S: Service<Request>, Request> Service<Request> for Permitted<S> {
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.service.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request) -> S::Future {
+        self.service.call(request)
     }
 }
 

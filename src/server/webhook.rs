@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Query, Request as HttpRequest, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -31,6 +31,8 @@ use crate::telemetry::traces;
 
 /// The API server sends a body at once; one that takes longer is nobody's.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Limit on the time to read the rest of a refused body.
+const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
 /// A body of so many bytes is read at once: nearly every pod fits. A larger one waits for its shares of the
 /// memory for large bodies, of so many bytes each.
 const SMALL_BODY: usize = 64 * 1024;
@@ -84,13 +86,16 @@ pub fn routes(app: Arc<App>) -> Router {
             "/validate",
             post(async |state, request| serve(Webhook::Validate, state, request).await),
         )
-        .method_not_allowed_fallback(async |State(app): State<Arc<App>>, method: Method| {
+        .method_not_allowed_fallback(async |State(app): State<Arc<App>>, request: HttpRequest| {
+            let method = request.method().clone();
+            discard(request.into_body());
             app.closed_when_draining(refused(
                 StatusCode::METHOD_NOT_ALLOWED,
                 &format!("{method} is not supported here; use POST"),
             ))
         })
-        .fallback(async |State(app): State<Arc<App>>| {
+        .fallback(async |State(app): State<Arc<App>>, request: HttpRequest| {
+            discard(request.into_body());
             app.closed_when_draining(refused(
                 StatusCode::NOT_FOUND,
                 "there is nothing here; use POST /mutate or POST /validate",
@@ -123,13 +128,16 @@ async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpReque
 async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response {
     let arrived = Instant::now();
     let _in_flight = app.metrics.in_flight();
-    let (head, body) = request.into_parts();
+    let (head, mut body) = request.into_parts();
     let timeout = Query::<TimeoutQuery>::try_from_uri(&head.uri)
         .ok()
         .and_then(|Query(query)| query.timeout());
-    let received = match app.bodies.read(&head.headers, body).await {
+    let received = match app.bodies.read(&head.headers, &mut body).await {
         Ok(received) => received,
-        Err((status, sentence)) => return app.bad_request(webhook, arrived, status, &sentence),
+        Err((status, sentence)) => {
+            discard(body);
+            return app.bad_request(webhook, arrived, status, &sentence);
+        }
     };
     let decoded = match info_span!("decode").in_scope(|| decode(&received.body)) {
         Ok(decoded) => decoded,
@@ -194,7 +202,7 @@ impl Bodies {
     async fn read(
         &self,
         headers: &HeaderMap,
-        body: Body,
+        body: &mut Body,
     ) -> Result<Received<'_>, (StatusCode, String)> {
         let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
         let media_type = header(header::CONTENT_TYPE)
@@ -262,7 +270,7 @@ impl Bodies {
 
 /// All of a body. What comes in one piece, as small bodies do, stays where it is; the pieces of a larger one are let go
 /// one by one, so that the connection reads the next one into the same place.
-async fn gathered(mut body: Limited<Body>) -> Result<Bytes, axum::BoxError> {
+async fn gathered(mut body: Limited<&mut Body>) -> Result<Bytes, axum::BoxError> {
     let mut all = Vec::new();
     while let Some(frame) = body.frame().await {
         let Ok(piece) = frame?.into_data() else {
@@ -278,6 +286,15 @@ async fn gathered(mut body: Limited<Body>) -> Result<Bytes, axum::BoxError> {
         all.extend_from_slice(&piece);
     }
     Ok(all.into())
+}
+
+/// Reads the rest of a refused body for a while and drops it. A socket that is closed with unread bytes resets the
+/// connection, and a client that is still sending would miss the response (RFC 9112, section 9.6).
+fn discard(mut body: Body) {
+    if !body.is_end_stream() {
+        let rest = async move { while let Some(Ok(_)) = body.frame().await {} };
+        tokio::spawn(timeout(DISCARD_TIMEOUT, rest));
+    }
 }
 
 impl App {

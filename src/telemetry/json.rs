@@ -13,8 +13,8 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent};
 
 use crate::core::json::{Object, object};
 
-/// Most lines are no longer.
-const A_LINE: usize = 1024;
+/// Room for most lines.
+const LINE_BYTES: usize = 1024;
 
 /// Writes events as JSON objects, one a line. Spans are not told.
 pub(super) struct JsonLines;
@@ -26,7 +26,7 @@ impl FormatEvent<Registry, DefaultFields> for JsonLines {
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
-        let mut line = String::with_capacity(A_LINE);
+        let mut line = String::with_capacity(LINE_BYTES);
         object(&mut line, |members| {
             let out = members.member("timestamp");
             out.push('"');

@@ -3,14 +3,13 @@
 
 mod chain;
 mod json;
-pub mod log_writer;
 pub mod traces;
 
-use std::io;
+use std::io::{self, BufWriter};
 
 use clap::ValueEnum;
-use thiserror::Error;
 use tracing::Level;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -18,7 +17,6 @@ use tracing_subscriber::{EnvFilter, Layer};
 
 pub(crate) use self::chain::chain;
 use self::json::JsonLines;
-use self::log_writer::{LogQueue, WriterThread};
 use self::traces::{Traces, TracesError};
 
 /// How log lines look.
@@ -30,34 +28,31 @@ pub enum LogFormat {
     Pretty,
 }
 
-/// Why there can be no logs or traces.
-#[derive(Debug, Error)]
-pub enum TelemetryError {
-    /// The system gives no thread to write the log.
-    #[error("the log cannot be written")]
-    Log(#[source] io::Error),
-    /// Traces are asked for and cannot be had.
-    #[error(transparent)]
-    Traces(#[from] TracesError),
-}
+/// Limit on log lines that wait to be written; lines beyond it are dropped.
+const MAX_WAITING_LINES: usize = 2048;
 
-/// Logs and traces while they go on; dropped, it writes and sends what still waits.
+/// Logs and traces while they go on. Dropped, it writes and sends what still waits.
 pub struct Telemetry {
-    /// The queue of log lines, which counts those that were dropped.
-    pub lines: LogQueue,
-    // Dropped in this order: what the traces say at their end is logged.
+    /// Counts the log lines that were dropped.
+    pub dropped_lines: ErrorCounter,
+    // Dropped in this order: the end of the traces is logged.
     _traces: Option<Traces>,
-    _writing: WriterThread,
+    _log_writer: WorkerGuard,
 }
 
-/// Starts logging, and tracing where the environment asks for it. What `RUST_LOG` does not say is logged at info.
+/// Starts logging, and tracing where the environment configures it. What `RUST_LOG` does not mention is logged at info.
 ///
 /// # Errors
-/// [`TelemetryError`]
-pub fn start(format: LogFormat) -> Result<Telemetry, TelemetryError> {
+/// [`TracesError`]
+pub fn start(format: LogFormat) -> Result<Telemetry, TracesError> {
     let levels = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let lines = LogQueue::default();
-    let writing = lines.write_to(io::stderr()).map_err(TelemetryError::Log)?;
+    // A thread of its own writes the log: its reader may be slow or stuck, and no admission waits for it.
+    let (writer, log_writer) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(MAX_WAITING_LINES)
+        .thread_name("log")
+        .finish(BufWriter::new(io::stderr()));
+    let dropped_lines = writer.error_counter();
     let traces = Traces::start()?;
     // Spans are for traces. The client of the Kubernetes API logs answers that it cannot read, and they may hold keys;
     // sqlx logs settings of a URL and lines of a password file that it does not know.
@@ -68,8 +63,7 @@ pub fn start(format: LogFormat) -> Result<Telemetry, TelemetryError> {
             .any(|target| metadata.target().starts_with(target));
         metadata.is_event() && (!quotes || *metadata.level() == Level::ERROR)
     });
-    let writer = lines.clone();
-    let log = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
+    let log = tracing_subscriber::fmt::layer().with_writer(writer);
     let log = match format {
         LogFormat::Json => log.event_format(JsonLines).boxed(),
         LogFormat::Pretty => log.with_target(false).boxed(),
@@ -79,8 +73,8 @@ pub fn start(format: LogFormat) -> Result<Telemetry, TelemetryError> {
     layers.extend(traces.as_ref().map(|traces| traces.layer().boxed()));
     tracing_subscriber::registry().with(layers).init();
     Ok(Telemetry {
-        lines,
+        dropped_lines,
         _traces: traces,
-        _writing: writing,
+        _log_writer: log_writer,
     })
 }

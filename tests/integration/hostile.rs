@@ -74,6 +74,22 @@ fn whoever_is_slow_with_handshake_head_or_body_is_given_up_and_others_are_served
 }
 
 #[test]
+fn admission_does_not_wait_for_a_stuck_log_reader() {
+    let webhook = start();
+    let review = create(&pod("", &json!([])));
+    let stuck = webhook.stop_reading_log();
+    wait_for("lines are dropped", || {
+        for _ in 0..200 {
+            webhook.mutate(&review);
+        }
+        let metrics = webhook.health("/metrics").1;
+        (!metrics.contains("llm_billing_log_lines_lost_total 0\n")).then_some(())
+    });
+    drop(stuck);
+    webhook.mutate(&review);
+}
+
+#[test]
 fn a_connection_that_was_used_stays_open_longer_than_the_api_server_keeps_it() {
     // Go's HTTP client closes what it has not used for 90 s. Were the webhook first, a request could come
     // just then, and be lost.

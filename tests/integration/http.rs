@@ -228,14 +228,10 @@ fn bytes_that_are_no_request_get_an_answer_or_a_closed_connection() {
         )
     );
     assert_eq!(send(&webhook, b"garbage\r\n\r\n").0, "400");
-    assert_eq!(
-        send(
-            &webhook,
-            format!("{HEAD}X: {}\r\n\r\n", "x".repeat(1_000_000)).as_bytes()
-        )
-        .0,
-        "431"
-    );
+    // The rest of a head that is too large is not read, so a client that still sends it may miss the answer.
+    let head = format!("{HEAD}X: {}\r\n\r\n", "x".repeat(1_000_000));
+    let status = send(&webhook, head.as_bytes()).0;
+    assert!(["431", ""].contains(&status.as_str()), "{status}");
 
     // Plain HTTP on the TLS port.
     let mut plain = TcpStream::connect(webhook.address).unwrap();

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -356,6 +356,11 @@ impl Webhook {
                 .find(|line| line.contains(text))
                 .map(str::to_owned)
         })
+    }
+
+    /// Stops reading the log until the guard is dropped.
+    pub(crate) fn stop_reading_log(&self) -> MutexGuard<'_, String> {
+        self.log.lock().unwrap()
     }
 
     /// Waits until there should be traffic.
