@@ -13,7 +13,7 @@ use thiserror::Error;
 use tokio::task::block_in_place;
 
 use crate::cluster::ClusterError;
-use crate::core::audit::{Finding, Swept, Verdict, audit};
+use crate::core::audit::{Finding, Report, Verdict, audit};
 use crate::core::decision::{Decision, Outcome, PodTarget, Step, Webhook, begin_pod};
 use crate::core::identity::ParameterValue;
 use crate::core::plan::Scope;
@@ -26,7 +26,7 @@ use crate::database::{Database, LookupError};
 /// Pods in one page, and workspaces in one query at most. kubectl asks for as many.
 const PAGE: u32 = 500;
 
-/// The namespaces whose pods are swept.
+/// The namespaces whose pods are report.
 #[derive(Clone, Debug, Default)]
 pub enum Namespaces {
     /// All of them.
@@ -38,7 +38,7 @@ pub enum Namespaces {
     Selected(String),
 }
 
-/// Which pods are swept.
+/// Which pods are report.
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
     /// Where.
@@ -50,7 +50,7 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// Whether the policy lets this be swept: where pods without the label count, somebody has to say where the
+    /// Whether the policy lets this be report: where pods without the label count, somebody has to say where the
     /// webhook is asked about them.
     ///
     /// # Errors
@@ -81,7 +81,7 @@ impl Selection {
 
 /// One pod and its verdict.
 #[derive(Clone, Debug, Serialize)]
-pub struct Audited {
+pub struct AuditedPod {
     /// Its namespace.
     pub namespace: String,
     /// Its name.
@@ -186,7 +186,7 @@ struct Owner<'a> {
     controller: Option<bool>,
 }
 
-/// Audits the pods that run, and tells each as it comes; only one page is kept at a time. `swept` counts, and is
+/// Audits the pods that run, and tells each as it comes; only one page is kept at a time. `report` counts, and is
 /// right even if the sweep ends early.
 ///
 /// # Errors
@@ -196,8 +196,8 @@ pub async fn sweep(
     database: &Arc<Database>,
     policy: &Policy,
     selection: &Selection,
-    swept: &mut Swept,
-    mut each: impl FnMut(Audited),
+    report: &mut Report,
+    mut each: impl FnMut(AuditedPod),
 ) -> Result<(), SweepError> {
     selection.check(policy)?;
     let namespaces = match &selection.namespaces {
@@ -244,10 +244,10 @@ pub async fn sweep(
             for verdict in audit_page(&page, database, policy, &place).await? {
                 match verdict {
                     Ok(audited) => {
-                        swept.count(audited.mode, &audited.findings);
+                        report.count(audited.mode, &audited.findings);
                         each(audited);
                     }
-                    Err(why) => swept.not_audited.push(why),
+                    Err(why) => report.not_audited.push(why),
                 }
             }
             if page.metadata.next.is_empty() {
@@ -260,7 +260,7 @@ pub async fn sweep(
 }
 
 /// A pod's audit, or why there is none.
-type PodAudit = Result<Audited, String>;
+type PodAudit = Result<AuditedPod, String>;
 
 async fn audit_page(
     page: &Page<'_>,
@@ -354,7 +354,7 @@ fn audited(
     running: &RunningMetadata<'_>,
     pod: &Pod<'_>,
     decision: &Decision<'_>,
-) -> Audited {
+) -> AuditedPod {
     let Verdict {
         mode_in_env,
         findings,
@@ -367,7 +367,7 @@ fn audited(
         .owner_references
         .iter()
         .find(|owner| owner.controller == Some(true));
-    Audited {
+    AuditedPod {
         namespace: running.namespace.as_str().to_owned(),
         pod: running.name.as_str().to_owned(),
         uid: running.uid.as_str().to_owned(),

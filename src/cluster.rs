@@ -15,7 +15,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 /// Longest wait for an answer: the API server ends what takes longer than a minute.
-const LONGEST_ANSWER: Duration = Duration::from_secs(65);
+const MAX_ANSWER_BYTES: Duration = Duration::from_secs(65);
 
 /// What went wrong, in the API server's words where it has any. They name objects, and never what is in them.
 #[derive(Debug, Error)]
@@ -77,7 +77,7 @@ pub async fn connect_without_retries() -> Result<(Client, String), ClusterError>
 async fn config() -> Result<Config, ClusterError> {
     let config = Config::infer().await;
     let mut config = config.map_err(|error| ClusterError::Unknown(error.to_string()))?;
-    config.read_timeout = Some(LONGEST_ANSWER);
+    config.read_timeout = Some(MAX_ANSWER_BYTES);
     Ok(config)
 }
 

@@ -16,7 +16,7 @@ use time::OffsetDateTime;
 use tracing_appender::non_blocking::ErrorCounter;
 
 use crate::core::admission::AdmissionTarget;
-use crate::core::audit::{Finding, Swept};
+use crate::core::audit::{Finding, Report};
 use crate::core::decision::{Decision, Labels, NONE, Webhook};
 use crate::core::resolution::BillingMode;
 
@@ -106,10 +106,10 @@ impl AuditMetrics {
     }
 
     /// Records a whole audit that has just ended.
-    pub fn record(&self, swept: &Swept) {
+    pub fn record(&self, report: &Report) {
         for mode in BillingMode::ALL {
             for finding in Finding::ALL {
-                let count = swept.by_finding.get(&(mode, finding));
+                let count = report.by_finding.get(&(mode, finding));
                 let drift = Drift {
                     mode: mode.as_str(),
                     finding: finding.as_str(),
@@ -119,7 +119,7 @@ impl AuditMetrics {
                     .set(gauge(count.copied().unwrap_or_default()));
             }
         }
-        self.audited.set(gauge(swept.audited));
+        self.audited.set(gauge(report.audited));
         self.last.set(OffsetDateTime::now_utc().unix_timestamp());
         self.ended("ok");
     }

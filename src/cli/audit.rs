@@ -14,10 +14,10 @@ use serde_json::json;
 
 use super::args::{DatabaseArgs, PolicyArgs};
 use super::terminal::{is_coloured, note, print};
-use crate::audit::{Audited, Namespaces, Selection, SweepError, sweep};
+use crate::audit::{AuditedPod, Namespaces, Selection, SweepError, sweep};
 use crate::cluster::{self, Evicted, PodName};
 use crate::core::audit::Finding;
-use crate::core::audit::Swept;
+use crate::core::audit::Report;
 use crate::database::Database;
 use crate::metrics::AuditMetrics;
 use crate::telemetry;
@@ -153,11 +153,11 @@ pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
     // What serve would not start with is no ground for a verdict.
     database.check().await.context("cannot audit")?;
 
-    let mut swept = Swept::default();
+    let mut report = Report::default();
     let mut shown = Vec::new();
     let shows_progress = io::stderr().is_terminal();
     let mut seen = 0;
-    let each = |audited: Audited| {
+    let each = |audited: AuditedPod| {
         seen += 1;
         if shows_progress && seen % 100 == 0 {
             // Nothing is lost if nobody can see it.
@@ -167,29 +167,29 @@ pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
             shown.push(audited);
         }
     };
-    let ended = sweep(&client, &database, &policy, &selection, &mut swept, each).await;
+    let ended = sweep(&client, &database, &policy, &selection, &mut report, each).await;
     if shows_progress && seen >= 100 {
         note("\r\x1b[K")?;
     }
-    print(&text(&shown, &swept, &ended, &args)?)?;
-    for why in &swept.not_audited {
+    print(&text(&shown, &report, &ended, &args)?)?;
+    for why in &report.not_audited {
         note(&format!("error: not audited: {why}"))?;
     }
-    note(&summary(&swept, ended.is_ok()))?;
-    write_metrics(args.metrics_file.as_deref(), &swept, &ended)?;
+    note(&summary(&report, ended.is_ok()))?;
+    write_metrics(args.metrics_file.as_deref(), &report, &ended)?;
     if let Err(error) = ended {
         return Err(error).with_context(|| {
             format!(
                 "the audit ended early, after {} pods; the others were not audited",
-                swept.audited
+                report.audited
             )
         });
     }
-    let drifted: Vec<&Audited> = shown
+    let drifted: Vec<&AuditedPod> = shown
         .iter()
         .filter(|pod| !pod.findings.is_empty())
         .collect();
-    let mut failed = !swept.not_audited.is_empty();
+    let mut failed = !report.not_audited.is_empty();
     if args.events {
         failed |= !warn_on_pods(&client, &drifted).await?;
     }
@@ -204,7 +204,7 @@ pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-fn name_of(pod: &Audited) -> PodName<'_> {
+fn name_of(pod: &AuditedPod) -> PodName<'_> {
     PodName {
         namespace: &pod.namespace,
         name: &pod.pod,
@@ -218,18 +218,18 @@ fn listed(findings: &[Finding]) -> String {
 }
 
 fn text(
-    pods: &[Audited],
-    swept: &Swept,
+    pods: &[AuditedPod],
+    report: &Report,
     ended: &Result<(), SweepError>,
     args: &AuditArgs,
 ) -> anyhow::Result<String> {
     let whole = || {
         let error = ended.as_ref().err().map(|error| telemetry::chain(error));
         let summary = json!({
-            "audited": swept.audited,
-            "drifted": swept.drifted,
-            "not_audited": swept.not_audited,
-            "complete": ended.is_ok() && swept.not_audited.is_empty(),
+            "audited": report.audited,
+            "drifted": report.drifted,
+            "not_audited": report.not_audited,
+            "complete": ended.is_ok() && report.not_audited.is_empty(),
             "error": error,
         });
         json!({"pods": pods, "summary": summary})
@@ -253,7 +253,7 @@ const COLUMNS: [&str; 7] = [
 ];
 const WIDE_COLUMNS: [&str; 3] = ["SOURCE", "REASON", "DETAILS"];
 
-fn cells(pod: &Audited) -> [String; 10] {
+fn cells(pod: &AuditedPod) -> [String; 10] {
     let or_dash = |text: &str| {
         if text.is_empty() {
             "-".to_owned()
@@ -276,7 +276,7 @@ fn cells(pod: &Audited) -> [String; 10] {
 }
 
 /// Columns as wide as their widest cell; the last one is as wide as it is.
-fn table(pods: &[Audited], wide: bool, colour: bool) -> String {
+fn table(pods: &[AuditedPod], wide: bool, colour: bool) -> String {
     if pods.is_empty() {
         return String::new();
     }
@@ -321,7 +321,7 @@ fn table(pods: &[Audited], wide: bool, colour: bool) -> String {
     text
 }
 
-fn csv(pods: &[Audited]) -> anyhow::Result<String> {
+fn csv(pods: &[AuditedPod]) -> anyhow::Result<String> {
     let mut writer = csv::Writer::from_writer(Vec::new());
     let head = COLUMNS
         .iter()
@@ -334,13 +334,13 @@ fn csv(pods: &[Audited]) -> anyhow::Result<String> {
     Ok(String::from_utf8(writer.into_inner()?)?)
 }
 
-fn summary(swept: &Swept, is_whole: bool) -> String {
-    let Swept {
+fn summary(report: &Report, is_whole: bool) -> String {
+    let Report {
         audited,
         drifted,
         not_audited,
         by_finding,
-    } = swept;
+    } = report;
     let mut counts: BTreeMap<Finding, usize> = BTreeMap::new();
     for ((_, finding), count) in by_finding {
         *counts.entry(*finding).or_default() += count;
@@ -366,17 +366,17 @@ fn summary(swept: &Swept, is_whole: bool) -> String {
 /// to grow old: what it saw is not what there is.
 fn write_metrics(
     file: Option<&Path>,
-    swept: &Swept,
+    report: &Report,
     ended: &Result<(), SweepError>,
 ) -> anyhow::Result<()> {
     let (Some(file), Ok(())) = (file, ended) else {
         return Ok(());
     };
-    if !swept.not_audited.is_empty() {
+    if !report.not_audited.is_empty() {
         return Ok(());
     }
     let metrics = AuditMetrics::default();
-    metrics.record(swept);
+    metrics.record(report);
     let mut new = file.as_os_str().to_owned();
     new.push(".new");
     let written = fs::write(&new, metrics.encode()?).and_then(|()| fs::rename(&new, file));
@@ -384,7 +384,7 @@ fn write_metrics(
 }
 
 /// Whether all events were written.
-async fn warn_on_pods(client: &Client, pods: &[&Audited]) -> anyhow::Result<bool> {
+async fn warn_on_pods(client: &Client, pods: &[&AuditedPod]) -> anyhow::Result<bool> {
     let mut all = true;
     for pod in pods {
         let message = format!(
@@ -410,10 +410,10 @@ async fn warn_on_pods(client: &Client, pods: &[&Audited]) -> anyhow::Result<bool
 async fn evict(
     client: &Client,
     place: &str,
-    pods: &[&Audited],
+    pods: &[&AuditedPod],
     args: &EvictionArgs,
 ) -> anyhow::Result<bool> {
-    let kept_because = |pod: &Audited| match &pod.owner {
+    let kept_because = |pod: &AuditedPod| match &pod.owner {
         _ if pod.namespace == "kube-system" => Some("the webhook is never asked about kube-system"),
         _ if pod.findings.contains(&Finding::Refused) => {
             Some("the webhook would refuse the pod that takes its place")

@@ -17,12 +17,12 @@ use crate::cluster;
 use crate::core::policy::Policy;
 use crate::database::{Database, LookupError, UrlSource};
 use crate::metrics::Metrics;
-use crate::server::certificate::rotation::Wanted;
-use crate::server::certificate::secret::{Places, Shared};
+use crate::server::certificate::rotation::CertificateSpec;
+use crate::server::certificate::secret::{SharedSecret, SharedSecretConfig};
 use crate::server::certificate::tls::{Certificate, CertificateFiles};
 use crate::server::readiness::Readiness;
 use crate::server::webhook::{App, Bodies};
-use crate::server::{Audits, Bound, Drain, Upkeep};
+use crate::server::{Audits, Bound, CertificateSource, Drain};
 use crate::telemetry::{self, LogFormat};
 
 #[derive(Debug, Args)]
@@ -156,14 +156,18 @@ struct SharedArgs {
 }
 
 impl SharedArgs {
-    async fn shared(&self, secret: &str, client_ca: Option<PathBuf>) -> anyhow::Result<Shared> {
-        let wanted = Wanted::new(
+    async fn shared(
+        &self,
+        secret: &str,
+        client_ca: Option<PathBuf>,
+    ) -> anyhow::Result<SharedSecret> {
+        let spec = CertificateSpec::new(
             self.tls_dns_name.clone(),
             self.tls_lifetime,
             self.tls_ca_lifetime,
         )?;
         let client = cluster::connect().await?;
-        let places = Places {
+        let config = SharedSecretConfig {
             namespace: self
                 .tls_secret_namespace
                 .clone()
@@ -173,7 +177,7 @@ impl SharedArgs {
             validating: self.tls_validating_webhook.clone(),
             client_ca,
         };
-        Ok(Shared::new(&client, places, wanted))
+        Ok(SharedSecret::new(&client, config, spec))
     }
 }
 
@@ -191,7 +195,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let policy_file = args.policy.parse(&policy_text)?;
     let policy = Policy::from(policy_file.clone());
     let database = Database::connect_lazily(database(&args).await?, &policy.lookup)?;
-    let (certificate, upkeep) = certificate(&args).await?;
+    let (certificate, certificate_source) = certificate(&args).await?;
     refuse_wrong_query(&database).await?;
     let audits = audits(&args, &policy).await?;
     // Even a checksum can tell whether a token was guessed.
@@ -229,7 +233,13 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         timeout: args.drain_timeout,
     };
     bound
-        .serve(Arc::new(app), certificate, upkeep, audits, drain)
+        .serve(
+            Arc::new(app),
+            certificate,
+            certificate_source,
+            audits,
+            drain,
+        )
         .await
         .context("cannot serve")?;
     Ok(ExitCode::SUCCESS)
@@ -254,7 +264,7 @@ async fn audits(args: &ServeArgs, policy: &Policy) -> anyhow::Result<Option<Audi
     }))
 }
 
-async fn certificate(args: &ServeArgs) -> anyhow::Result<(Certificate, Upkeep)> {
+async fn certificate(args: &ServeArgs) -> anyhow::Result<(Certificate, CertificateSource)> {
     const FAILED: &str = "cannot load the certificate";
     let TlsArgs {
         tls_cert,
@@ -267,17 +277,17 @@ async fn certificate(args: &ServeArgs) -> anyhow::Result<(Certificate, Upkeep)> 
         }
         let mut shared = args.shared.shared(secret, client_ca.clone()).await?;
         let certificate = shared.obtain().await?;
-        return Ok((certificate, Upkeep::Shared(Box::new(shared))));
+        return Ok((certificate, CertificateSource::Secret(Box::new(shared))));
     }
     match args.tls.files()? {
         Some(files) => {
             let pem = files.read().context(FAILED)?;
             let certificate = Certificate::from_pem(&pem).context(FAILED)?;
-            Ok((certificate, Upkeep::Files(files, pem)))
+            Ok((certificate, CertificateSource::Files(files, pem)))
         }
         None if args.dev => {
             let certificate = Certificate::from_pem(&dev::certificate()?).context(FAILED)?;
-            Ok((certificate, Upkeep::None))
+            Ok((certificate, CertificateSource::Generated))
         }
         None => {
             bail!("no certificate is given; set --tls-cert and --tls-key, or --tls-secret")

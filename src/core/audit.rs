@@ -171,7 +171,7 @@ fn mode_in_env(pod: &Pod<'_>) -> String {
 
 /// What a sweep saw.
 #[derive(Clone, Debug, Default)]
-pub struct Swept {
+pub struct Report {
     /// Pods that were audited.
     pub audited: usize,
     /// Those whose env is not true.
@@ -182,7 +182,7 @@ pub struct Swept {
     pub by_finding: BTreeMap<(BillingMode, Finding), usize>,
 }
 
-impl Swept {
+impl Report {
     /// Counts one audited pod.
     pub fn count(&mut self, mode: BillingMode, findings: &[Finding]) {
         self.audited += 1;

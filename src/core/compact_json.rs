@@ -9,7 +9,7 @@ use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Seq
 use serde::{Deserialize, forward_to_deserialize_any};
 
 /// Lists and objects that are skipped may be open so deep, as serde_json has it for what is read.
-const DEEPEST: u32 = 128;
+const MAX_DEPTH: u32 = 128;
 
 /// Reads JSON as serde_json does. Not for types that hold themselves, whose depth serde_json bounds.
 ///
@@ -62,7 +62,7 @@ impl<'de> Reader<'de> {
 
     /// Passes a value.
     fn value(&mut self) -> Result<&'de str, Declined> {
-        let end = after_value(self.text, self.at, DEEPEST).ok_or(Declined)?;
+        let end = after_value(self.text, self.at, MAX_DEPTH).ok_or(Declined)?;
         let value = self.text.get(self.at..end).ok_or(Declined)?;
         self.at = end;
         Ok(value)

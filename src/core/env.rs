@@ -156,7 +156,7 @@ impl Changes<'_> {
 /// Finds what makes `entries` settled: each required variable once with its value, and none that
 /// `goes`. The first right entry of a required variable stays where it is; wrong and surplus ones go.
 #[must_use]
-pub(super) fn settle<'a>(
+pub(super) fn reconcile<'a>(
     entries: &[EnvEntry<'_>],
     required: &[Cow<'a, Variable>],
     goes: impl Fn(&str) -> bool,
@@ -297,7 +297,7 @@ mod tests {
         ];
         for (before, remove, add) in table {
             let json = format!("[{before},{c}]");
-            let changes = settle(&entries(&json), &required, |name| name == "GOES");
+            let changes = reconcile(&entries(&json), &required, |name| name == "GOES");
             assert_eq!(changes.remove, remove, "{before}");
             assert_eq!(
                 changes
@@ -320,7 +320,7 @@ mod tests {
             r#"[{"name":"C","valueFrom":{"fileKeyRef":{"path":"p"}}}]"#,
         ] {
             assert_eq!(
-                settle(&entries(wrong), &required, |_| false).remove,
+                reconcile(&entries(wrong), &required, |_| false).remove,
                 [0],
                 "{wrong}"
             );

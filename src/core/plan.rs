@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
-use super::env::{Changes, Value, Variable, could_bring, settle};
+use super::env::{Changes, Value, Variable, could_bring, reconcile};
 use super::pod::{Container, ContainerList, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text};
 use super::policy::Policy;
 use super::policy_file::EnvFromRule;
@@ -154,7 +154,7 @@ pub fn plan<'a>(
     for (list, index, container) in scope.containers(pod) {
         let required = rules.required(container)?;
         let keys = rules.vendor_keys;
-        let changes = settle(container.entries(), &required, |name| keys.contains(name));
+        let changes = reconcile(container.entries(), &required, |name| keys.contains(name));
         of_container(keys, container, &required, &changes, &mut warnings);
         if !changes.is_empty() {
             containers.push(ContainerPlan {

@@ -509,12 +509,12 @@ fn query<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D:
 }
 
 /// No API server waits longer.
-const LONGEST_TIMEOUT: Duration = Duration::from_secs(30);
+const MAX_TIMEOUT: Duration = Duration::from_secs(30);
 
 fn duration<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     let text = String::deserialize(deserializer)?;
     match humantime::parse_duration(&text) {
-        Ok(duration) if !duration.is_zero() && duration <= LONGEST_TIMEOUT => Ok(duration),
+        Ok(duration) if !duration.is_zero() && duration <= MAX_TIMEOUT => Ok(duration),
         _ => Err(serde::de::Error::custom(
             "expected a duration above zero and of 30s at most, such as 2s or 500ms",
         )),

@@ -9,9 +9,9 @@ use super::pod::Container;
 use super::vendor_keys::VendorKeys;
 
 /// The API server shows longer warnings shortened, in bytes.
-const LONGEST_WARNING: usize = 256;
+const MAX_WARNING_BYTES: usize = 256;
 /// The API server drops all warnings past 4,096 bytes together.
-const MOST_WARNINGS: usize = 15;
+const MAX_WARNINGS: usize = 15;
 
 /// What a warning is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,17 +149,17 @@ fn is_vendor_base_url(vendor_keys: &VendorKeys, name: &str) -> bool {
 #[must_use]
 pub fn answered(warnings: &[Warning]) -> Vec<String> {
     let mut warnings: Vec<String> = warnings.iter().map(|one| one.text.clone()).collect();
-    let more = warnings.len().saturating_sub(MOST_WARNINGS);
+    let more = warnings.len().saturating_sub(MAX_WARNINGS);
     if more > 0 {
-        warnings.truncate(MOST_WARNINGS - 1);
+        warnings.truncate(MAX_WARNINGS - 1);
         warnings.push(format!(
             "and {} more warnings; llm-billing-webhook review shows them all",
             more + 1
         ));
     }
     for warning in &mut warnings {
-        if warning.len() > LONGEST_WARNING {
-            warning.truncate(warning.floor_char_boundary(LONGEST_WARNING - "…".len()));
+        if warning.len() > MAX_WARNING_BYTES {
+            warning.truncate(warning.floor_char_boundary(MAX_WARNING_BYTES - "…".len()));
             warning.push('…');
         }
     }

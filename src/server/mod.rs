@@ -10,6 +10,7 @@ pub mod webhook;
 use std::future::{Ready, pending, ready};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -20,16 +21,18 @@ use axum_server::{Handle, Server};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::sleep;
 use tower_service::Service;
 use tracing::{error, info, warn};
 
 use crate::audit::{Selection, sweep};
-use crate::core::audit::Swept;
+use crate::core::audit::Report;
 use crate::database::LookupError;
-use crate::server::certificate::secret::Shared;
+use crate::server::certificate::secret::SharedSecret;
 use crate::server::certificate::tls::{
-    self, Certificate, CertificateFiles, CertificatePem, RELOAD_INTERVAL, Shown,
+    self, Certificate, CertificateFiles, CertificatePem, LiveCertificate, RELOAD_INTERVAL,
 };
+use crate::server::readiness::Readiness;
 use crate::server::tasks::{TaskError, Tasks};
 use crate::server::webhook::App;
 use crate::telemetry;
@@ -49,23 +52,23 @@ const BACKLOG: u32 = 1024;
 /// How often a database that has not answered yet is asked again.
 const DATABASE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How the server ends.
+/// How the server drains.
 #[derive(Clone, Copy, Debug)]
 pub struct Drain {
-    /// How long new connections are still accepted after SIGTERM, while the cluster takes the address out.
+    /// How long new connections are still accepted after SIGTERM, while the cluster removes the pod's address.
     pub delay: Duration,
-    /// How long requests may go on after that.
+    /// How long requests under way may take after that.
     pub timeout: Duration,
 }
 
-/// Who looks after the certificate while it is served. Each has served one already.
-pub enum Upkeep {
-    /// Nobody.
-    None,
-    /// Whoever writes these files; what they held is beside them.
+/// Where the serving certificate comes from. The server already has one.
+pub enum CertificateSource {
+    /// Generated for this process; never replaced.
+    Generated,
+    /// Files, and what they held when they were read.
     Files(CertificateFiles, CertificatePem),
-    /// The replicas themselves.
-    Shared(Box<Shared>),
+    /// The Secret that the replicas share.
+    Secret(Box<SharedSecret>),
 }
 
 /// Audits of the running pods while the webhook serves.
@@ -116,38 +119,39 @@ impl Bound {
         })
     }
 
-    /// Serves until SIGTERM or SIGINT, then drains. A second signal ends it at once.
+    /// Serves until SIGTERM or SIGINT, then drains. A second signal ends the drain at once.
     ///
     /// # Errors
-    /// The system's, if a port cannot be served or signals cannot be had; or one that names the task that ended or
-    /// panicked. In that case too, requests under way are answered first.
+    /// The system's, if a port or signals cannot be had; or one that names the task that ended, failed or panicked. In
+    /// that case too the server drains, unless the task is the webhook's listener.
     pub async fn serve(
         self,
         app: Arc<App>,
         certificate: Certificate,
-        upkeep: Upkeep,
+        source: CertificateSource,
         audits: Option<Audits>,
         drain: Drain,
     ) -> io::Result<()> {
-        // A connection is an open file, and many a container starts with a limit of 1,024.
+        // Each connection is an open file, and containers often start with a limit of 1,024.
         rlimit::increase_nofile_limit(u64::MAX)?;
-        let mut stop = Stop::new()?;
-        let served = certificate.served();
-        let shown = Shown {
-            served: &served,
+        let stop = Stop::new()?;
+        let config = certificate.server_config();
+        let live = LiveCertificate {
+            config: &config,
             readiness: &app.readiness,
             metrics: &app.metrics,
         };
-        shown.show(&certificate);
+        live.record(&certificate);
 
-        let webhook_handle = Handle::new();
-        let acceptor = RustlsAcceptor::new(served.clone())
+        let handle = Handle::new();
+        let acceptor = RustlsAcceptor::new(config.clone())
             .handshake_timeout(HEAD_TIMEOUT)
             .acceptor(ConnectionLimit::new());
-        let webhook = patient(axum_server::from_tcp(self.webhook)?)
+        let webhook = with_timeouts(axum_server::from_tcp(self.webhook)?)
             .acceptor(acceptor)
-            .handle(webhook_handle.clone());
-        let health = patient(axum_server::from_tcp(self.health)?).acceptor(ConnectionLimit::new());
+            .handle(handle.clone());
+        let health =
+            with_timeouts(axum_server::from_tcp(self.health)?).acceptor(ConnectionLimit::new());
         info!(webhook = %self.webhook_address, health = %self.health_address, "listening");
 
         let mut tasks = Tasks::default();
@@ -158,35 +162,14 @@ impl Bound {
         tasks.spawn_endless("database readiness", wait_for_database(Arc::clone(&app)));
         tasks.spawn_endless(
             "database connections",
-            look_after_connections(Arc::clone(&app)),
+            maintain_connections(Arc::clone(&app)),
         );
-        tasks.spawn_endless("certificate", upkeep.run(served, Arc::clone(&app)));
+        tasks.spawn_endless("certificate", source.run(config, Arc::clone(&app)));
         if let Some(audits) = audits {
             tasks.spawn_endless("audits", audit(Arc::clone(&app), audits));
         }
 
-        let failure = tokio::select! {
-            () = stop.received() => None,
-            failure = tasks.ended() => Some(failure),
-        };
-        if let Some(failure) = &failure {
-            error!(error = telemetry::chain(failure), "stopping");
-        }
-        let is_listening = |over: &TaskError| over.task() != WEBHOOK_LISTENER;
-        if failure.as_ref().is_none_or(is_listening) {
-            app.readiness.set_draining();
-            info!(delay = ?drain.delay, timeout = ?drain.timeout, "draining");
-            tokio::select! {
-                () = tokio::time::sleep(drain.delay) => webhook_handle.graceful_shutdown(Some(drain.timeout)),
-                () = stop.received() => webhook_handle.shutdown(),
-            }
-            loop {
-                tokio::select! {
-                    over = tasks.ended() => if !is_listening(&over) { break },
-                    () = stop.received() => webhook_handle.shutdown(),
-                }
-            }
-        }
+        let failure = run(&mut tasks, stop, &handle, &app.readiness, drain).await;
         tasks.shutdown().await;
         app.database.close_idle().await;
         info!("stopped");
@@ -197,18 +180,70 @@ impl Bound {
 /// The task whose end ends the drain.
 const WEBHOOK_LISTENER: &str = "webhook listener";
 
-impl Upkeep {
-    /// Serves each changed certificate, for ever.
-    async fn run(self, served: RustlsConfig, app: Arc<App>) {
-        let shown = Shown {
-            served: &served,
+/// Waits for a signal or the end of a task, then drains: `/readyz` fails at once, the listener closes after the delay, and
+/// requests under way have the time-out. A second signal cuts the drain short. Returns the first failure of a task.
+async fn run(
+    tasks: &mut Tasks,
+    mut stop: Stop,
+    handle: &Handle<SocketAddr>,
+    readiness: &Readiness,
+    drain: Drain,
+) -> Option<TaskError> {
+    let mut failure = None;
+    tokio::select! {
+        () = stop.received() => {}
+        ended = tasks.ended() => {
+            error!(error = telemetry::chain(&ended), "stopping");
+            if ended.task() == WEBHOOK_LISTENER {
+                return Some(ended);
+            }
+            failure = Some(ended);
+        }
+    }
+    let mut is_signalled = failure.is_none();
+    readiness.set_draining();
+    info!(delay = ?drain.delay, timeout = ?drain.timeout, "draining");
+    let mut delay = pin!(sleep(drain.delay));
+    let mut is_closing = false;
+    loop {
+        tokio::select! {
+            () = &mut delay, if !is_closing => {
+                is_closing = true;
+                handle.graceful_shutdown(Some(drain.timeout));
+            }
+            () = stop.received() => {
+                if is_signalled {
+                    handle.shutdown();
+                }
+                is_signalled = true;
+            }
+            ended = tasks.ended() => match ended {
+                TaskError::Ended(WEBHOOK_LISTENER) => return failure,
+                ended => {
+                    error!(error = telemetry::chain(&ended), "stopping");
+                    let is_last = ended.task() == WEBHOOK_LISTENER;
+                    failure.get_or_insert(ended);
+                    if is_last {
+                        return failure;
+                    }
+                }
+            },
+        }
+    }
+}
+
+impl CertificateSource {
+    /// Serves each changed certificate. Never returns.
+    async fn run(self, config: RustlsConfig, app: Arc<App>) {
+        let live = LiveCertificate {
+            config: &config,
             readiness: &app.readiness,
             metrics: &app.metrics,
         };
         match self {
-            Self::None => pending().await,
-            Self::Files(files, seen) => tls::reload(&files, seen, shown).await,
-            Self::Shared(shared) => shared.keep(shown).await,
+            Self::Generated => pending().await,
+            Self::Files(files, pem) => tls::reload(&files, pem, live).await,
+            Self::Secret(secret) => secret.run(live).await,
         }
     }
 }
@@ -224,8 +259,8 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)?.into_std()
 }
 
-/// HTTP/1.1, which is what the API server speaks to webhooks, with an end to every wait for a request.
-fn patient(server: Server<SocketAddr>) -> Server<SocketAddr> {
+/// Configures HTTP/1.1, which API servers speak to webhooks, with a time-out for every request's head.
+fn with_timeouts(server: Server<SocketAddr>) -> Server<SocketAddr> {
     let mut server = server.http1_only().first_request_timeout(HEAD_TIMEOUT);
     server
         .http_builder()
@@ -290,17 +325,17 @@ async fn wait_for_database(app: Arc<App>) {
             Err(refused @ LookupError::Refused(_)) => error!(error = %refused, "not ready"),
             Err(failed) => warn!(error = %failed, "not ready"),
         }
-        tokio::time::sleep(DATABASE_INTERVAL).await;
+        sleep(DATABASE_INTERVAL).await;
     }
     pending().await
 }
 
 /// Closes old connections to the database, and takes its URL from its source again, again and again for ever. A URL that
 /// cannot be used is said once, and the one in use stays.
-async fn look_after_connections(app: Arc<App>) {
+async fn maintain_connections(app: Arc<App>) {
     let mut failing = false;
     loop {
-        tokio::time::sleep(RELOAD_INTERVAL).await;
+        sleep(RELOAD_INTERVAL).await;
         app.database.close_old().await;
         let reread = app.database.reread();
         match &reread {
@@ -324,19 +359,19 @@ async fn audit(app: Arc<App>, audits: Audits) {
         interval,
     } = audits;
     loop {
-        let mut swept = Swept::default();
+        let mut report = Report::default();
         let (database, policy) = (&app.database, &app.policy);
-        match sweep(&client, database, policy, &selection, &mut swept, drop).await {
-            Ok(()) if swept.not_audited.is_empty() => {
-                app.metrics.audits.record(&swept);
-                info!(audited = swept.audited, drifted = swept.drifted, "audit");
+        match sweep(&client, database, policy, &selection, &mut report, drop).await {
+            Ok(()) if report.not_audited.is_empty() => {
+                app.metrics.audits.record(&report);
+                info!(audited = report.audited, drifted = report.drifted, "audit");
             }
             Ok(()) => {
                 app.metrics.audits.fail();
                 error!(
-                    error = swept.not_audited.first(),
-                    audited = swept.audited,
-                    not_audited = swept.not_audited.len(),
+                    error = report.not_audited.first(),
+                    audited = report.audited,
+                    not_audited = report.not_audited.len(),
                     "some pods were not audited; what the last whole audit found stays"
                 );
             }
@@ -344,12 +379,12 @@ async fn audit(app: Arc<App>, audits: Audits) {
                 app.metrics.audits.fail();
                 error!(
                     error = telemetry::chain(&error),
-                    audited = swept.audited,
+                    audited = report.audited,
                     "the audit ended early; what the last whole one found stays"
                 );
             }
         }
-        tokio::time::sleep(interval).await;
+        sleep(interval).await;
     }
 }
 
@@ -372,5 +407,67 @@ impl Stop {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{Ipv4Addr, TcpStream as StdTcpStream};
+
+    use axum::Router;
+    use axum::routing::get;
+    use tokio::sync::Notify;
+    use tokio::task::spawn_blocking;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn failed_task_drains_and_requests_under_way_are_answered() {
+        let listener = listen((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (arrived, drained) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let (signal, wait) = (Arc::clone(&arrived), Arc::clone(&drained));
+        let answer = async move || {
+            signal.notify_one();
+            wait.notified().await;
+            "answered"
+        };
+        let handle = Handle::new();
+        let server = axum_server::from_tcp(listener)
+            .unwrap()
+            .handle(handle.clone());
+        let mut tasks = Tasks::default();
+        let routes = Router::new().route("/", get(answer)).into_make_service();
+        tasks.spawn(WEBHOOK_LISTENER, server.serve(routes));
+        tasks.spawn("broken", async move {
+            arrived.notified().await;
+            Err(io::Error::other("on purpose"))
+        });
+        let client = spawn_blocking(move || {
+            let mut stream = StdTcpStream::connect(address).unwrap();
+            let request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+            stream.write_all(request).unwrap();
+            let mut response = String::new();
+            stream.read_to_string(&mut response).unwrap();
+            response
+        });
+        let readiness = Readiness::default();
+        let drain = Drain {
+            delay: Duration::ZERO,
+            timeout: Duration::from_secs(30),
+        };
+        let (failure, ()) = tokio::join!(
+            run(&mut tasks, Stop::new().unwrap(), &handle, &readiness, drain),
+            async {
+                while !readiness.is_draining() {
+                    tokio::task::yield_now().await;
+                }
+                drained.notify_one();
+            }
+        );
+        let failure = failure.map(|failure| telemetry::chain(&failure).to_string());
+        assert_eq!(failure.unwrap(), "the task \"broken\" failed: on purpose");
+        assert!(client.await.unwrap().ends_with("answered"));
     }
 }

@@ -11,7 +11,7 @@ use tokio::task::{Id, JoinSet};
 #[derive(Debug, Error)]
 pub(super) enum TaskError {
     /// The task returned.
-    #[error("the task {0:?} ended; see the log above for its last lines")]
+    #[error("the task {0:?} ended unexpectedly")]
     Ended(&'static str),
     /// The task returned an error.
     #[error("the task {0:?} failed")]
@@ -89,7 +89,7 @@ mod tests {
         tasks.spawn_endless("short", async {});
         assert_eq!(
             chain(&tasks.ended().await),
-            "the task \"short\" ended; see the log above for its last lines"
+            "the task \"short\" ended unexpectedly"
         );
         tasks.spawn("listener", async { Err(io::Error::other("closed")) });
         let error = tasks.ended().await;

@@ -30,7 +30,7 @@ const BACKDATED: Duration = Duration::from_secs(60 * 60);
 /// What the replicas share, as PEM texts. Any of them may be empty, or no PEM at all: people edit Secrets. No
 /// `Debug`: the keys are in it.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub struct Held {
+pub struct CertificateBundle {
     /// The authorities that clients are to trust, the newest first.
     pub authorities: String,
     /// The key of the newest authority.
@@ -43,15 +43,15 @@ pub struct Held {
 
 /// What the serving certificate must be.
 #[derive(Clone, Debug)]
-pub struct Wanted {
+pub struct CertificateSpec {
     names: Vec<String>,
     certificate_lifetime: Duration,
     authority_lifetime: Duration,
 }
 
-/// Why the wanted certificate cannot be had.
+/// Why the spec certificate cannot be had.
 #[derive(Debug, Error)]
-pub enum WantedError {
+pub enum CertificateSpecError {
     /// There is nothing to certify.
     #[error(
         "no DNS name is given; set --tls-dns-name to the names by which the API server calls the webhook"
@@ -65,29 +65,29 @@ pub enum WantedError {
     Lifetimes,
 }
 
-impl Wanted {
+impl CertificateSpec {
     /// A certificate for these DNS names.
     ///
     /// # Errors
-    /// [`WantedError`]
+    /// [`CertificateSpecError`]
     pub fn new(
         names: Vec<String>,
         certificate_lifetime: Duration,
         authority_lifetime: Duration,
-    ) -> Result<Self, WantedError> {
+    ) -> Result<Self, CertificateSpecError> {
         if names.is_empty() {
-            return Err(WantedError::NoName);
+            return Err(CertificateSpecError::NoName);
         }
         if let Some(name) = names
             .iter()
             .find(|name| ServerName::try_from(name.as_str()).is_err())
         {
-            return Err(WantedError::Name(name.clone()));
+            return Err(CertificateSpecError::Name(name.clone()));
         }
         if certificate_lifetime < Duration::from_secs(5)
             || authority_lifetime / 2 < certificate_lifetime
         {
-            return Err(WantedError::Lifetimes);
+            return Err(CertificateSpecError::Lifetimes);
         }
         Ok(Self {
             names,
@@ -103,23 +103,23 @@ impl Wanted {
         (self.certificate_lifetime / 20).min(Duration::from_secs(10))
     }
 
-    /// What must be held from now on, if it is not what is held. `now` is in seconds since the epoch;
+    /// What must be bundle from now on, if it is not what is bundle. `now` is in seconds since the epoch;
     /// `is_settled` says that clients have had the time to learn the newest authority.
     ///
     /// # Errors
     /// If no key or certificate can be made.
     pub fn next(
         &self,
-        held: &Held,
+        bundle: &CertificateBundle,
         now: i64,
         is_settled: bool,
-    ) -> Result<Option<Held>, rcgen::Error> {
-        let mut trusted = trusted(&held.authorities, now);
-        let mut next = held.clone();
+    ) -> Result<Option<CertificateBundle>, rcgen::Error> {
+        let mut trusted = trusted(&bundle.authorities, now);
+        let mut next = bundle.clone();
         let signer = trusted
             .first()
             .filter(|newest| newest.lasts(now, self.certificate_lifetime))
-            .and_then(|newest| newest.signer(&held.authority_key));
+            .and_then(|newest| newest.signer(&bundle.authority_key));
         let is_new = signer.is_none();
         let signer = match signer {
             Some(signer) => signer,
@@ -131,7 +131,7 @@ impl Wanted {
             }
         };
         next.authorities = trusted.iter().map(|one| format!("{}\n", one.pem)).collect();
-        let names = match serving(held, &trusted, now) {
+        let names = match serving(bundle, &trusted, now) {
             None => Some(self.names.clone()),
             // Nobody trusts the new authority yet.
             Some(_) if is_new || !is_settled => None,
@@ -149,7 +149,7 @@ impl Wanted {
         if let Some(names) = names {
             (next.certificate, next.key) = self.make_certificate(&signer, names, now)?;
         }
-        Ok((next != *held).then_some(next))
+        Ok((next != *bundle).then_some(next))
     }
 
     fn is_due(&self, serving: &Serving, now: i64) -> bool {
@@ -194,33 +194,33 @@ impl Wanted {
     }
 }
 
-impl Held {
+impl CertificateBundle {
     /// What is kept, put right from what is remembered of it if nobody would accept a certificate by what is kept
     /// alone: clients go on trusting what the replicas serve, even if the Secret is deleted.
     #[must_use]
     pub fn restored(kept: Option<Self>, remembered: &Self, now: i64) -> Self {
-        let Some(mut held) = kept else {
+        let Some(mut bundle) = kept else {
             return remembered.clone();
         };
-        if held.is_accepted(now) {
-            return held;
+        if bundle.is_accepted(now) {
+            return bundle;
         }
-        held.authorities += &remembered.authorities;
-        if !held.is_accepted(now) {
-            held.certificate.clone_from(&remembered.certificate);
-            held.key.clone_from(&remembered.key);
+        bundle.authorities += &remembered.authorities;
+        if !bundle.is_accepted(now) {
+            bundle.certificate.clone_from(&remembered.certificate);
+            bundle.key.clone_from(&remembered.key);
         }
-        held
+        bundle
     }
 
-    /// Whether clients that trust the authorities that are held accept the certificate.
+    /// Whether clients that trust the authorities that are bundle accept the certificate.
     #[must_use]
     pub fn is_accepted(&self, now: i64) -> bool {
         serving(self, &trusted(&self.authorities, now), now).is_some()
     }
 }
 
-/// The certificate that is held, if clients accept it by one of its names.
+/// The certificate that is bundle, if clients accept it by one of its names.
 struct Serving {
     names: Vec<String>,
     /// In seconds since the epoch.
@@ -228,10 +228,10 @@ struct Serving {
     is_of_the_newest: bool,
 }
 
-fn serving(held: &Held, trusted: &[Authority], now: i64) -> Option<Serving> {
+fn serving(bundle: &CertificateBundle, trusted: &[Authority], now: i64) -> Option<Serving> {
     let pem = CertificatePem {
-        certificate: held.certificate.clone().into_bytes(),
-        key: held.key.clone().into_bytes(),
+        certificate: bundle.certificate.clone().into_bytes(),
+        key: bundle.key.clone().into_bytes(),
         client_ca: None,
     };
     let Certificate { not_after, .. } = Certificate::from_pem(&pem).ok()?;
@@ -354,30 +354,30 @@ mod tests {
     /// Some day in 2026.
     const START: i64 = 1_790_000_000;
 
-    fn wanted(names: &[&str]) -> Wanted {
+    fn spec(names: &[&str]) -> CertificateSpec {
         let names = names.iter().map(|&name| name.to_owned()).collect();
         let days = |days: u64| Duration::from_secs(days * 24 * 60 * 60);
-        Wanted::new(names, days(90), days(365)).unwrap()
+        CertificateSpec::new(names, days(90), days(365)).unwrap()
     }
 
-    fn service() -> Wanted {
-        wanted(&["w.ns.svc", "w.ns.svc.cluster.local"])
+    fn service() -> CertificateSpec {
+        spec(&["w.ns.svc", "w.ns.svc.cluster.local"])
     }
 
-    fn first() -> Held {
+    fn first() -> CertificateBundle {
         service()
-            .next(&Held::default(), START, false)
+            .next(&CertificateBundle::default(), START, false)
             .unwrap()
             .unwrap()
     }
 
-    fn count(held: &Held) -> usize {
-        held.authorities.matches("BEGIN CERTIFICATE").count()
+    fn count(bundle: &CertificateBundle) -> usize {
+        bundle.authorities.matches("BEGIN CERTIFICATE").count()
     }
 
     /// Whether a client that trusts `authorities` accepts what `served` has.
-    fn accepts(authorities: &str, served: &Held, now: i64) -> bool {
-        let client = Held {
+    fn accepts(authorities: &str, served: &CertificateBundle, now: i64) -> bool {
+        let client = CertificateBundle {
             authorities: authorities.to_owned(),
             ..served.clone()
         };
@@ -386,54 +386,59 @@ mod tests {
 
     #[test]
     fn out_of_nothing_come_one_authority_and_a_certificate_that_its_clients_accept() {
-        let held = first();
-        assert_eq!(count(&held), 1);
-        assert!(held.is_accepted(START));
+        let bundle = first();
+        assert_eq!(count(&bundle), 1);
+        assert!(bundle.is_accepted(START));
         // A client's clock may be behind, and by the end of its life nobody accepts it.
-        assert!(held.is_accepted(START - 3000));
-        assert!(held.is_accepted(START + 90 * DAY));
-        assert!(!held.is_accepted(START + 90 * DAY + 1));
+        assert!(bundle.is_accepted(START - 3000));
+        assert!(bundle.is_accepted(START + 90 * DAY));
+        assert!(!bundle.is_accepted(START + 90 * DAY + 1));
         for settled in [false, true] {
-            assert!(service().next(&held, START + 1, settled).unwrap().is_none());
+            assert!(
+                service()
+                    .next(&bundle, START + 1, settled)
+                    .unwrap()
+                    .is_none()
+            );
         }
     }
 
     #[test]
     fn a_certificate_is_renewed_when_a_third_of_its_life_is_left() {
-        let held = first();
-        let at = |day| service().next(&held, START + day * DAY, true).unwrap();
+        let bundle = first();
+        let at = |day| service().next(&bundle, START + day * DAY, true).unwrap();
         assert!(at(60).is_none());
         let renewed = at(61).unwrap();
-        assert!(renewed.authorities == held.authorities);
-        assert!(renewed.authority_key == held.authority_key);
-        assert!(renewed.certificate != held.certificate && renewed.key != held.key);
-        assert!(accepts(&held.authorities, &renewed, START + 150 * DAY));
+        assert!(renewed.authorities == bundle.authorities);
+        assert!(renewed.authority_key == bundle.authority_key);
+        assert!(renewed.certificate != bundle.certificate && renewed.key != bundle.key);
+        assert!(accepts(&bundle.authorities, &renewed, START + 150 * DAY));
     }
 
     #[test]
     fn a_new_authority_is_published_first_and_signs_once_clients_know_it() {
-        let mut held = first();
+        let mut bundle = first();
         for day in [70, 140, 210] {
-            held = service()
-                .next(&held, START + day * DAY, true)
+            bundle = service()
+                .next(&bundle, START + day * DAY, true)
                 .unwrap()
                 .unwrap();
         }
         // 365 - 90: the old authority no longer outlives what it would sign.
         let (before, now) = (START + 275 * DAY, START + 275 * DAY + 1);
-        assert!(service().next(&held, before, false).unwrap().is_none());
-        let published = service().next(&held, now, true).unwrap().unwrap();
+        assert!(service().next(&bundle, before, false).unwrap().is_none());
+        let published = service().next(&bundle, now, true).unwrap().unwrap();
         assert_eq!(count(&published), 2);
-        assert!(published.authorities.ends_with(&held.authorities));
-        assert!(published.certificate == held.certificate && published.key == held.key);
+        assert!(published.authorities.ends_with(&bundle.authorities));
+        assert!(published.certificate == bundle.certificate && published.key == bundle.key);
         assert!(service().next(&published, now, false).unwrap().is_none());
 
         let signed = service().next(&published, now, true).unwrap().unwrap();
         assert!(signed.authorities == published.authorities);
         // Replicas that are behind are accepted, and so are those that are not.
-        assert!(accepts(&signed.authorities, &held, now));
+        assert!(accepts(&signed.authorities, &bundle, now));
         assert!(accepts(&signed.authorities, &signed, now));
-        assert!(!accepts(&held.authorities, &signed, now));
+        assert!(!accepts(&bundle.authorities, &signed, now));
         assert!(service().next(&signed, now, true).unwrap().is_none());
 
         let later = START + 366 * DAY;
@@ -444,9 +449,9 @@ mod tests {
 
     #[test]
     fn what_is_damaged_is_made_anew_and_what_clients_trust_stays_trusted() {
-        let (held, other) = (first(), first());
-        let damaged = |damage: &dyn Fn(&mut Held)| {
-            let mut damaged = held.clone();
+        let (bundle, other) = (first(), first());
+        let damaged = |damage: &dyn Fn(&mut CertificateBundle)| {
+            let mut damaged = bundle.clone();
             damage(&mut damaged);
             service()
                 .next(&damaged, START, false)
@@ -454,41 +459,41 @@ mod tests {
                 .map(|next| (damaged, next))
         };
         for key in ["", "no PEM", other.authority_key.as_str()] {
-            let (_, next) = damaged(&|held| held.authority_key = key.to_owned()).unwrap();
+            let (_, next) = damaged(&|bundle| bundle.authority_key = key.to_owned()).unwrap();
             assert_eq!(count(&next), 2);
             // The certificate is of the authority that clients know.
-            assert!(next.certificate == held.certificate);
+            assert!(next.certificate == bundle.certificate);
         }
-        type Damage<'d> = &'d dyn Fn(&mut Held);
+        type Damage<'d> = &'d dyn Fn(&mut CertificateBundle);
         let unusable: [Damage<'_>; 4] = [
-            &|held| held.certificate.clear(),
-            &|held| held.key = "no PEM".to_owned(),
-            &|held| held.key = other.key.clone(),
-            &|held| held.certificate = other.certificate.clone(),
+            &|bundle| bundle.certificate.clear(),
+            &|bundle| bundle.key = "no PEM".to_owned(),
+            &|bundle| bundle.key = other.key.clone(),
+            &|bundle| bundle.certificate = other.certificate.clone(),
         ];
         for damage in unusable {
             let (_, next) = damaged(damage).unwrap();
-            assert!(next.authorities == held.authorities);
-            assert!(accepts(&held.authorities, &next, START));
+            assert!(next.authorities == bundle.authorities);
+            assert!(accepts(&bundle.authorities, &next, START));
         }
-        let (_, next) = damaged(&|held| held.authorities = "no PEM".to_owned()).unwrap();
+        let (_, next) = damaged(&|bundle| bundle.authorities = "no PEM".to_owned()).unwrap();
         assert_eq!(count(&next), 1);
         assert!(next.is_accepted(START));
-        let (_, next) = damaged(&|held| held.authorities.insert_str(0, "# ours\n")).unwrap();
-        assert!(next == held);
+        let (_, next) = damaged(&|bundle| bundle.authorities.insert_str(0, "# ours\n")).unwrap();
+        assert!(next == bundle);
     }
 
     #[test]
     fn what_is_deleted_or_damaged_comes_back_from_memory_unless_what_is_left_is_good() {
         let (remembered, other) = (first(), first());
         let restored = |kept| {
-            let restored = Held::restored(kept, &remembered, START);
+            let restored = CertificateBundle::restored(kept, &remembered, START);
             let next = service().next(&restored, START, true).unwrap();
             next.unwrap_or(restored)
         };
         assert!(restored(None) == remembered);
         // A kept authority is gone, and so is what it signed: both are trusted from now on.
-        let no_certificate = Held {
+        let no_certificate = CertificateBundle {
             certificate: String::new(),
             ..other.clone()
         };
@@ -497,7 +502,7 @@ mod tests {
         assert!(next.authorities.starts_with(&other.authorities));
         assert!(accepts(&remembered.authorities, &remembered, START));
         assert!(next.is_accepted(START));
-        let next = restored(Some(Held::default()));
+        let next = restored(Some(CertificateBundle::default()));
         assert!(next.certificate == remembered.certificate);
         assert_eq!(count(&next), 2);
         // What somebody put in place of it, or left out of it, on purpose.
@@ -506,33 +511,36 @@ mod tests {
 
     #[test]
     fn replicas_that_want_other_names_agree_on_a_certificate_with_all_of_them() {
-        let mut held = first();
-        let other = wanted(&["w.ns.svc", "other.ns.svc"]);
-        for (wanted, changes) in [(&other, true), (&service(), false), (&other, false)] {
+        let mut bundle = first();
+        let other = spec(&["w.ns.svc", "other.ns.svc"]);
+        for (spec, changes) in [(&other, true), (&service(), false), (&other, false)] {
             assert!(
-                wanted.next(&held, START, false).unwrap().is_none(),
+                spec.next(&bundle, START, false).unwrap().is_none(),
                 "it is not settled"
             );
-            let next = wanted.next(&held, START, true).unwrap();
+            let next = spec.next(&bundle, START, true).unwrap();
             assert_eq!(next.is_some(), changes);
-            held = next.unwrap_or(held);
+            bundle = next.unwrap_or(bundle);
         }
-        assert!(held.authorities == first_authorities(&held));
-        let leaf = CertificateDer::from_pem_slice(held.certificate.as_bytes()).unwrap();
+        assert!(bundle.authorities == first_authorities(&bundle));
+        let leaf = CertificateDer::from_pem_slice(bundle.certificate.as_bytes()).unwrap();
         assert_eq!(
             names(&leaf).unwrap(),
             ["other.ns.svc", "w.ns.svc", "w.ns.svc.cluster.local"]
         );
-        // Once it is due, only those that are wanted then.
-        let renewed = other.next(&held, START + 61 * DAY, true).unwrap().unwrap();
+        // Once it is due, only those that are spec then.
+        let renewed = other
+            .next(&bundle, START + 61 * DAY, true)
+            .unwrap()
+            .unwrap();
         let leaf = CertificateDer::from_pem_slice(renewed.certificate.as_bytes()).unwrap();
         assert_eq!(names(&leaf).unwrap(), ["w.ns.svc", "other.ns.svc"]);
     }
 
-    /// The authorities as they are held when there is one.
-    fn first_authorities(held: &Held) -> String {
-        assert_eq!(count(held), 1);
-        held.authorities.clone()
+    /// The authorities as they are bundle when there is one.
+    fn first_authorities(bundle: &CertificateBundle) -> String {
+        assert_eq!(count(bundle), 1);
+        bundle.authorities.clone()
     }
 
     #[test]
@@ -541,7 +549,7 @@ mod tests {
         let mut kept = remembered.clone();
         for _ in 0..3 {
             kept.certificate.clear();
-            let restored = Held::restored(Some(kept), &remembered, START);
+            let restored = CertificateBundle::restored(Some(kept), &remembered, START);
             kept = service()
                 .next(&restored, START, true)
                 .unwrap()
@@ -552,28 +560,28 @@ mod tests {
 
     #[test]
     fn through_years_of_rotation_clients_that_are_behind_accept_replicas_that_are_behind() {
-        // Three replicas and a client look at what is held at different times, days apart.
-        let mut held = first();
-        let mut replicas = [held.clone(), held.clone(), held.clone()];
-        let mut client = held.authorities.clone();
+        // Three replicas and a client look at what is bundle at different times, days apart.
+        let mut bundle = first();
+        let mut replicas = [bundle.clone(), bundle.clone(), bundle.clone()];
+        let mut client = bundle.authorities.clone();
         let mut known_since = START;
         let mut authorities = 1;
         for step in 0..800 {
             let now = START + step * DAY;
             let is_settled = now - known_since >= 2 * DAY;
-            if let Some(next) = service().next(&held, now, is_settled).unwrap() {
-                if next.authorities != held.authorities {
+            if let Some(next) = service().next(&bundle, now, is_settled).unwrap() {
+                if next.authorities != bundle.authorities {
                     known_since = now;
-                    authorities += usize::from(next.authority_key != held.authority_key);
+                    authorities += usize::from(next.authority_key != bundle.authority_key);
                 }
-                held = next;
+                bundle = next;
             }
             let behind = usize::try_from(step % 3).unwrap();
-            replicas[behind] = held.clone();
+            replicas[behind] = bundle.clone();
             for replica in &replicas {
                 assert!(accepts(&client, replica, now), "step {step}");
             }
-            client.clone_from(&held.authorities);
+            client.clone_from(&bundle.authorities);
         }
         // A new one every 275 days.
         assert_eq!(authorities, 3);
@@ -584,7 +592,7 @@ mod tests {
         let of = |names: &[&str], lifetime, authority_lifetime| {
             let names = names.iter().map(|&name| name.to_owned()).collect();
             let seconds = Duration::from_secs;
-            Wanted::new(names, seconds(lifetime), seconds(authority_lifetime))
+            CertificateSpec::new(names, seconds(lifetime), seconds(authority_lifetime))
                 .err()
                 .map(|error| error.to_string())
         };

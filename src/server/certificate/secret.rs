@@ -23,8 +23,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
-use super::rotation::{Held, Wanted};
-use super::tls::{self, Certificate, CertificatePem, Shown, TlsError};
+use super::rotation::{CertificateBundle, CertificateSpec};
+use super::tls::{self, Certificate, CertificatePem, LiveCertificate, TlsError};
 use crate::cluster::ClusterError;
 use crate::telemetry;
 
@@ -34,16 +34,16 @@ const START_TIMEOUT: Duration = Duration::from_secs(30);
 const START_PAUSE: Duration = Duration::from_secs(1);
 /// Looks in whose time all that is asked of the API server at one look must be answered: less than the time in which
 /// an authority settles, so that no slow replica writes an older list over a newer one.
-const LONGEST_LOOK: u32 = 2;
+const MAX_RECONCILE_INTERVALS: u32 = 2;
 /// Looks after which an authority that was there each time is known to all API servers: they follow webhook
 /// configurations within a second or so, and looks are ten seconds apart.
-const SETTLING_LOOKS: u32 = 3;
+const SETTLING_INTERVALS: u32 = 3;
 /// Replicas that start together meet again and again, but each time one of them is done.
-const MOST_CONFLICTS: usize = 16;
+const MAX_CONFLICTS: usize = 16;
 
 /// Where the certificate is kept and published.
 #[derive(Clone, Debug)]
-pub struct Places {
+pub struct SharedSecretConfig {
     /// The namespace of the Secret.
     pub namespace: String,
     /// The Secret; made if it is not there.
@@ -57,14 +57,14 @@ pub struct Places {
 }
 
 /// The shared certificate, as one replica sees it. No `Debug`: keys are in it.
-pub struct Shared {
+pub struct SharedSecret {
     secrets: Api<Secret>,
-    places: Places,
+    config: SharedSecretConfig,
     configurations: Vec<Configuration>,
-    wanted: Wanted,
+    spec: CertificateSpec,
     /// Tells this replica's creation of the Secret from another's.
     manager: String,
-    held: Held,
+    bundle: CertificateBundle,
     served: Option<CertificatePem>,
     /// Since when each look has found these authorities in all configurations.
     published: Option<(String, Instant)>,
@@ -72,7 +72,7 @@ pub struct Shared {
 
 /// Why there is no certificate to serve, or why it is not kept.
 #[derive(Debug, Error)]
-pub enum SharedError {
+pub enum SecretError {
     /// The Secret cannot be read or written.
     #[error("cannot keep the certificate in Secret {0}")]
     Secret(String, #[source] ClusterError),
@@ -90,7 +90,7 @@ pub enum SharedError {
     Timeout,
 }
 
-impl SharedError {
+impl SecretError {
     /// Whether it will not pass by itself: a role lacks a permission, say.
     const fn is_final(&self) -> bool {
         match self {
@@ -103,10 +103,10 @@ impl SharedError {
     }
 }
 
-impl Shared {
+impl SharedSecret {
     /// Nothing is asked of the API server yet.
     #[must_use]
-    pub fn new(client: &Client, places: Places, wanted: Wanted) -> Self {
+    pub fn new(client: &Client, config: SharedSecretConfig, spec: CertificateSpec) -> Self {
         let configurations = |kind: ApiResource, names: &[String]| -> Vec<Configuration> {
             let one = |name: &String| Configuration {
                 api: Api::all_with(client.clone(), &kind),
@@ -118,16 +118,16 @@ impl Shared {
         let mutating = kind_of::<MutatingWebhookConfiguration>();
         let validating = kind_of::<ValidatingWebhookConfiguration>();
         Self {
-            secrets: Api::namespaced(client.clone(), &places.namespace),
+            secrets: Api::namespaced(client.clone(), &config.namespace),
             configurations: [
-                configurations(mutating, &places.mutating),
-                configurations(validating, &places.validating),
+                configurations(mutating, &config.mutating),
+                configurations(validating, &config.validating),
             ]
             .concat(),
-            places,
-            wanted,
+            config,
+            spec,
             manager: format!("{}-{}", env!("CARGO_PKG_NAME"), Uuid::new_v4()),
-            held: Held::default(),
+            bundle: CertificateBundle::default(),
             served: None,
             published: None,
         }
@@ -136,15 +136,15 @@ impl Shared {
     /// The first certificate, made if no replica has made one.
     ///
     /// # Errors
-    /// [`SharedError`], the last of many tries'.
-    pub async fn obtain(&mut self) -> Result<Certificate, SharedError> {
+    /// [`SecretError`], the last of many tries'.
+    pub async fn obtain(&mut self) -> Result<Certificate, SecretError> {
         let started = Instant::now();
         loop {
-            let looked = match self.look().await {
+            let reconciled = match self.reconcile().await {
                 Ok((pem, Ok(()))) => Ok(pem),
                 Ok((_, Err(error))) | Err(error) => Err(error),
             };
-            match looked {
+            match reconciled {
                 Ok(pem) => {
                     let certificate = Certificate::from_pem(&pem)?;
                     self.served = Some(pem);
@@ -160,14 +160,14 @@ impl Shared {
     }
 
     /// Looks after it, for ever.
-    pub(in crate::server) async fn keep(mut self, shown: Shown<'_>) {
+    pub(in crate::server) async fn run(mut self, live: LiveCertificate<'_>) {
         let mut failing = false;
         loop {
-            sleep(self.wanted.interval()).await;
-            let failed = match self.look().await {
+            sleep(self.spec.interval()).await;
+            let failed = match self.reconcile().await {
                 Ok((pem, published)) => {
                     if self.served.as_ref() != Some(&pem) {
-                        shown.change(Certificate::from_pem(&pem));
+                        live.replace(Certificate::from_pem(&pem));
                         self.served = Some(pem);
                     }
                     published.err()
@@ -175,7 +175,7 @@ impl Shared {
                 Err(error) => Some(error),
             };
             if let Some(error) = &failed {
-                shown.metrics.certificate_reload("failed");
+                live.metrics.certificate_reload("failed");
                 // Said once, not every ten seconds.
                 if !failing {
                     error!(
@@ -190,70 +190,76 @@ impl Shared {
 
     /// Does what must be done, and tells what is to be served: also if it cannot be published just now, for nothing
     /// is signed by an authority that was not published before.
-    async fn look(&mut self) -> Result<(CertificatePem, Result<(), SharedError>), SharedError> {
-        let longest = self.wanted.interval() * LONGEST_LOOK;
+    async fn reconcile(
+        &mut self,
+    ) -> Result<(CertificatePem, Result<(), SecretError>), SecretError> {
+        let longest = self.spec.interval() * MAX_RECONCILE_INTERVALS;
         let done = async {
-            self.agree().await?;
+            self.sync_secret().await?;
             Ok(self.publish().await)
         };
         let published = timeout(longest.max(Duration::from_secs(1)), done)
             .await
-            .unwrap_or(Err(SharedError::Timeout))?;
+            .unwrap_or(Err(SecretError::Timeout))?;
         let client_ca = self
-            .places
+            .config
             .client_ca
             .as_deref()
             .map(tls::read)
             .transpose()?;
         let pem = CertificatePem {
-            certificate: self.held.certificate.clone().into_bytes(),
-            key: self.held.key.clone().into_bytes(),
+            certificate: self.bundle.certificate.clone().into_bytes(),
+            key: self.bundle.key.clone().into_bytes(),
             client_ca,
         };
         Ok((pem, published))
     }
 
-    /// Brings what is held and what is in the Secret to the same.
-    async fn agree(&mut self) -> Result<(), SharedError> {
+    /// Brings what is bundle and what is in the Secret to the same.
+    async fn sync_secret(&mut self) -> Result<(), SecretError> {
         let failed = |error| {
-            let Places {
+            let SharedSecretConfig {
                 namespace, secret, ..
-            } = &self.places;
-            SharedError::Secret(format!("{namespace}/{secret}"), error)
+            } = &self.config;
+            SecretError::Secret(format!("{namespace}/{secret}"), error)
         };
         let mut conflicts = 0;
         loop {
-            let kept = self.secrets.get_opt(&self.places.secret).await;
+            let kept = self.secrets.get_opt(&self.config.secret).await;
             let kept = kept.map_err(|error| failed(error.into()))?;
-            let kept_held = kept.as_ref().map(held);
+            let kept_held = kept.as_ref().map(bundle);
             let now = OffsetDateTime::now_utc().unix_timestamp();
-            let mut restored = Held::restored(kept_held.clone(), &self.held, now);
+            let mut restored = CertificateBundle::restored(kept_held.clone(), &self.bundle, now);
             if !restored.is_accepted(now) {
                 // There may be replicas, or a certificate of somebody else's, that are trusted by what is published.
                 restored.authorities += &self.published_authorities().await?;
             }
             let is_settled = self.is_settled(&restored.authorities);
-            let next = self.wanted.next(&restored, now, is_settled)?;
+            let next = self.spec.next(&restored, now, is_settled)?;
             let next = next.unwrap_or(restored);
             if kept_held.as_ref() == Some(&next) {
-                self.held = next;
+                self.bundle = next;
                 return Ok(());
             }
             match self.write(kept, &next).await {
                 Ok(()) => {
-                    info!(secret = self.places.secret, "certificate kept");
-                    self.held = next;
+                    info!(secret = self.config.secret, "certificate kept");
+                    self.bundle = next;
                     return Ok(());
                 }
-                Err(ClusterError::Conflict(_)) if conflicts < MOST_CONFLICTS => conflicts += 1,
+                Err(ClusterError::Conflict(_)) if conflicts < MAX_CONFLICTS => conflicts += 1,
                 Err(error) => return Err(failed(error)),
             }
         }
     }
 
-    async fn write(&self, kept: Option<Secret>, held: &Held) -> Result<(), ClusterError> {
-        let name = &self.places.secret;
-        let data = fields(held)
+    async fn write(
+        &self,
+        kept: Option<Secret>,
+        bundle: &CertificateBundle,
+    ) -> Result<(), ClusterError> {
+        let name = &self.config.secret;
+        let data = fields(bundle)
             .map(|(field, text)| (field.to_owned(), ByteString(text.clone().into_bytes())));
         match kept {
             // Replaces what was read, and nothing newer: the API server compares its version.
@@ -282,19 +288,19 @@ impl Shared {
     }
 
     /// The authorities that clients trust now.
-    async fn published_authorities(&self) -> Result<String, SharedError> {
+    async fn published_authorities(&self) -> Result<String, SecretError> {
         let mut all = String::new();
         for Configuration { api, name, .. } in &self.configurations {
             let found = api.get_opt(name).await;
-            let found = found.map_err(|error| SharedError::Publish(name.clone(), error.into()))?;
+            let found = found.map_err(|error| SecretError::Publish(name.clone(), error.into()))?;
             all.extend(found.iter().flat_map(ca_bundles));
         }
         Ok(all)
     }
 
     /// Puts the authorities into every configuration that lacks them.
-    async fn publish(&mut self) -> Result<(), SharedError> {
-        let authorities = &self.held.authorities;
+    async fn publish(&mut self) -> Result<(), SecretError> {
+        let authorities = &self.bundle.authorities;
         for configuration in &mut self.configurations {
             match configuration.publish(authorities).await {
                 Ok(false) => {}
@@ -302,7 +308,7 @@ impl Shared {
                 Ok(true) => self.published = None,
                 Err(error) => {
                     self.published = None;
-                    return Err(SharedError::Publish(configuration.name.clone(), error));
+                    return Err(SecretError::Publish(configuration.name.clone(), error));
                 }
             }
         }
@@ -314,7 +320,7 @@ impl Shared {
     }
 
     fn is_settled(&self, authorities: &str) -> bool {
-        let time = self.wanted.interval() * SETTLING_LOOKS;
+        let time = self.spec.interval() * SETTLING_INTERVALS;
         matches!(&self.published, Some((known, since)) if known == authorities && since.elapsed() >= time)
     }
 }
@@ -324,23 +330,23 @@ fn kind_of<K: Resource<DynamicType = ()>>() -> ApiResource {
 }
 
 /// The Secret's fields, by the names that certificates have in Secrets.
-fn fields(held: &Held) -> [(&'static str, &String); 4] {
+fn fields(bundle: &CertificateBundle) -> [(&'static str, &String); 4] {
     [
-        ("ca.crt", &held.authorities),
-        ("ca.key", &held.authority_key),
-        ("tls.crt", &held.certificate),
-        ("tls.key", &held.key),
+        ("ca.crt", &bundle.authorities),
+        ("ca.key", &bundle.authority_key),
+        ("tls.crt", &bundle.certificate),
+        ("tls.key", &bundle.key),
     ]
 }
 
-fn held(secret: &Secret) -> Held {
+fn bundle(secret: &Secret) -> CertificateBundle {
     let text = |field: &str| {
         let bytes = secret.data.as_ref().and_then(|data| data.get(field));
         bytes.map_or(String::new(), |bytes| {
             String::from_utf8_lossy(&bytes.0).into_owned()
         })
     };
-    Held {
+    CertificateBundle {
         authorities: text("ca.crt"),
         authority_key: text("ca.key"),
         certificate: text("tls.crt"),
@@ -383,7 +389,7 @@ impl Configuration {
                     info!(name = self.name, "caBundle written");
                     return Ok(true);
                 }
-                Err(ClusterError::Conflict(_)) if conflicts < MOST_CONFLICTS => conflicts += 1,
+                Err(ClusterError::Conflict(_)) if conflicts < MAX_CONFLICTS => conflicts += 1,
                 Err(error) => return Err(error),
             }
         }

@@ -135,9 +135,9 @@ impl Certificate {
         })
     }
 
-    /// The certificate in the form that the server takes, and in which it can be replaced.
+    /// Returns the server's TLS configuration, in which the certificate can be replaced.
     #[must_use]
-    pub fn served(&self) -> RustlsConfig {
+    pub fn server_config(&self) -> RustlsConfig {
         RustlsConfig::from_config(Arc::clone(&self.config))
     }
 }
@@ -149,22 +149,22 @@ pub(in crate::server) fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     })
 }
 
-/// What serves a certificate, and what tells of it.
+/// The certificate that is being served, and where its expiry is recorded.
 #[derive(Clone, Copy)]
-pub(in crate::server) struct Shown<'a> {
-    pub(in crate::server) served: &'a RustlsConfig,
+pub(in crate::server) struct LiveCertificate<'a> {
+    pub(in crate::server) config: &'a RustlsConfig,
     pub(in crate::server) readiness: &'a Readiness,
     pub(in crate::server) metrics: &'a Metrics,
 }
 
-impl Shown<'_> {
-    /// Serves a certificate that changed; the old one stays in place of one that cannot be served.
-    pub(in crate::server) fn change(self, loaded: Result<Certificate, TlsError>) {
+impl LiveCertificate<'_> {
+    /// Serves a changed certificate. If it cannot be served, the old one stays.
+    pub(in crate::server) fn replace(self, loaded: Result<Certificate, TlsError>) {
         match loaded {
             Ok(certificate) => {
-                self.served
+                self.config
                     .reload_from_config(Arc::clone(&certificate.config));
-                self.show(&certificate);
+                self.record(&certificate);
                 self.metrics.certificate_reload("ok");
                 info!(not_after = certificate.not_after, "certificate reloaded");
             }
@@ -178,7 +178,8 @@ impl Shown<'_> {
         }
     }
 
-    pub(in crate::server) fn show(self, certificate: &Certificate) {
+    /// Records the expiry for readiness and metrics.
+    pub(in crate::server) fn record(self, certificate: &Certificate) {
         self.readiness.set_certificate_expiry(certificate.not_after);
         self.metrics.certificate_expiry(certificate.not_after);
     }
@@ -189,7 +190,7 @@ impl Shown<'_> {
 pub(in crate::server) async fn reload(
     files: &CertificateFiles,
     mut seen: CertificatePem,
-    shown: Shown<'_>,
+    live: LiveCertificate<'_>,
 ) {
     let mut unreadable = false;
     loop {
@@ -205,6 +206,6 @@ pub(in crate::server) async fn reload(
             Err(error) => Err(error),
         };
         unreadable = matches!(loaded, Err(TlsError::Read { .. }));
-        shown.change(loaded);
+        live.replace(loaded);
     }
 }
