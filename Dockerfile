@@ -9,10 +9,11 @@ FROM ${BUILD_IMAGE} AS build
 WORKDIR /build
 # rust-toolchain.toml stays outside: it names lints and a formatter besides, which would be downloaded.
 COPY Cargo.toml Cargo.lock ./
+COPY tests/support/Cargo.toml tests/support/
 # The dependencies alone, around an empty program: a layer that only a changed Cargo.toml or Cargo.lock makes anew.
-RUN mkdir src \
+RUN mkdir src tests/support/src \
     && echo 'fn main() {}' > src/main.rs \
-    && touch src/lib.rs \
+    && touch src/lib.rs tests/support/src/lib.rs \
     && cargo build --release --locked --bin llm-billing-webhook
 COPY src src
 # Cargo compares times, and the sources' may be older than the empty program's.

@@ -10,8 +10,8 @@
 
 mod support;
 
-use support::in_process::{stored, written};
 use support::{RECORDED, SETTLED, body, policy};
+use test_support::in_process::{stored, written};
 
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;

@@ -19,8 +19,8 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
-use support::in_process::{stored, written};
 use support::{BEHIND_SPACE, RECORDED, SETTLED, body, policy};
+use test_support::in_process::{stored, written};
 
 const ENTRIES: [usize; 4] = [10, 100, 1_000, 10_000];
 const CONTAINERS: [usize; 3] = [1, 10, 100];

@@ -5,16 +5,12 @@
 
 #![expect(
     clippy::expect_used,
-    clippy::print_stderr,
     clippy::print_stdout,
     clippy::unwrap_used,
     reason = "a benchmark prints what it finds, and ends where it cannot go on"
 )]
 
 mod subject;
-#[allow(dead_code, reason = "the tests use the rest")]
-#[path = "../../tests/integration/support/mod.rs"]
-mod support;
 mod wrk;
 
 use std::collections::BTreeMap;
@@ -23,8 +19,8 @@ use std::time::Duration;
 
 use serde_json::Value;
 use subject::{Kind, Subject, ready_after};
-use support::postgres::{Cluster, PgBouncer, Postgres};
-use support::{env_map, patched, program, recorded};
+use test_support::postgres::{Cluster, PgBouncer, Postgres};
+use test_support::{env_map, patched, program, recorded};
 use wrk::{Load, Measured, median};
 
 /// Workspaces in the small table and in the large one.
@@ -142,7 +138,7 @@ impl Bench {
             "large-pod-20-containers",
         ] {
             let mut review = recorded(name);
-            review["request"]["object"]["metadata"]["labels"][support::WORKSPACE_LABEL] =
+            review["request"]["object"]["metadata"]["labels"][test_support::WORKSPACE_LABEL] =
                 uuid::Uuid::nil().to_string().into();
             let expected = env_after(&review, &webhook);
             for alternative in [&careful, &idiomatic] {

@@ -10,9 +10,9 @@ use serde_json::Value;
 use tempfile::TempDir;
 use ureq::Agent;
 
-use crate::support::PROXY;
-use crate::support::process::{cpu_of, memory_of};
-use crate::support::program::{Authority, Start, wait_for};
+use test_support::PROXY;
+use test_support::process::{cpu_of, memory_of};
+use test_support::program::{Authority, Start, wait_for};
 
 /// Which program.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -79,7 +79,7 @@ impl Subject {
         wrap: impl Fn(Command) -> Command,
     ) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let authority = Authority::new();
+        let authority = Authority::generate();
         let (certificate, key) = authority.issue("localhost");
         fs::write(folder.path().join("tls.crt"), certificate).unwrap();
         fs::write(folder.path().join("tls.key"), key).unwrap();

@@ -11,7 +11,7 @@ use serde_json::Value;
 use tempfile::NamedTempFile;
 use uuid::Uuid;
 
-use crate::support::{WORKSPACE_LABEL, recorded};
+use test_support::{WORKSPACE_LABEL, recorded};
 
 /// Reviews that are sent in turn.
 pub(crate) struct Load {

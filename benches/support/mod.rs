@@ -1,9 +1,5 @@
 //! What the benchmarks in process measure: recorded reviews, and ones that are made to grow.
 
-#[allow(dead_code, reason = "tests use the rest")]
-#[path = "../../tests/integration/support/in_process.rs"]
-pub(crate) mod in_process;
-
 use std::fs;
 
 use base64::Engine;
@@ -11,7 +7,7 @@ use base64::engine::general_purpose::STANDARD;
 use llm_billing_webhook::core::policy::Policy;
 use serde_json::Value;
 
-use self::in_process::{answer, stored};
+use test_support::in_process::{answer, stored};
 
 /// The recorded pods, from one container to twenty with 200 KB.
 pub(crate) const RECORDED: [&str; 3] = [

@@ -14,9 +14,9 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 
-use crate::support::program::{Authority, wait_for};
-use crate::support::{WORKSPACE_LABEL, fixtures};
 use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_true, env_of, pod, policy};
+use test_support::program::{Authority, wait_for};
+use test_support::{WORKSPACE_LABEL, fixtures};
 
 /// A mutating webhook of somebody else's, that appends a vendor key to the first container, or a sidecar with one.
 fn start_meddler(patch: &'static str, authority: &Authority) -> (u16, Arc<AtomicUsize>) {
@@ -114,7 +114,7 @@ fn what_a_later_webhook_appends_is_settled_by_being_asked_again() {
         let Some(world) = World::start() else { return };
         let postgres = World::workspaces();
         let _webhook = world.install(&postgres, &policy(""), &["guard.enabled=true"]);
-        let authority = Authority::new();
+        let authority = Authority::generate();
         let (port, calls) = start_meddler(patch, &authority);
         register_meddler(&world, port, &authority, "Never");
         let (status, created) = create_meddled(&world, &calls);
@@ -137,7 +137,7 @@ fn what_acts_after_that_is_refused_by_the_guard_and_stored_without_it() {
         let Some(world) = World::start() else { return };
         let postgres = World::workspaces();
         let _webhook = world.install(&postgres, &policy(""), &[guard]);
-        let authority = Authority::new();
+        let authority = Authority::generate();
         let (port, calls) = start_meddler(KEY, &authority);
         // It is asked again as well, last of all.
         register_meddler(&world, port, &authority, "IfNeeded");

@@ -2,9 +2,9 @@
 
 use serde_json::{Value, json};
 
-use crate::support::WORKSPACE_LABEL;
-use crate::support::program::wait_for;
 use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_true, env_of, pod, policy};
+use test_support::WORKSPACE_LABEL;
+use test_support::program::wait_for;
 
 /// Workspace label and the mode that it stands for: each mode and each fallback.
 const CASES: [(&str, &str); 8] = [

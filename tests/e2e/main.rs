@@ -3,7 +3,6 @@
 //! it says once that it was skipped. Each test has a control plane of its own, on loopback.
 
 #![expect(
-    clippy::expect_used,
     clippy::print_stderr,
     clippy::unwrap_used,
     reason = "a test that cannot go on has failed, and says so"
@@ -12,7 +11,4 @@
 mod admission;
 mod creation;
 mod operation;
-#[allow(dead_code, reason = "the integration tests use the rest")]
-#[path = "../integration/support/mod.rs"]
-mod support;
 mod world;

@@ -5,19 +5,19 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::WORKSPACE_LABEL;
-use crate::support::chart::{RELEASE, chart, of_kind, render};
-use crate::support::haproxy::{Haproxy, Slot};
-use crate::support::postgres::free_port;
-use crate::support::program::{Authority, Start, program, shown, wait_for};
-use crate::support::transcript::{commands, page};
 use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_true, pod, policy};
+use test_support::WORKSPACE_LABEL;
+use test_support::chart::{RELEASE, chart, of_kind, render};
+use test_support::haproxy::{Haproxy, Slot};
+use test_support::postgres::free_port;
+use test_support::program::{Authority, Start, program, shown, wait_for};
+use test_support::transcript::{commands, page};
 
 #[test]
 fn rolling_both_of_two_instances_over_during_fifty_creates_a_second_fails_none() {
     let Some(world) = World::start() else { return };
     let postgres = World::workspaces();
-    let (authority, slots) = (Authority::new(), [Slot::free(), Slot::free()]);
+    let (authority, slots) = (Authority::generate(), [Slot::free(), Slot::free()]);
     let start = |slot: Slot| slot.start(&authority, &policy(""), &postgres.url());
     let mut instances = slots.map(start);
     let proxy = Haproxy::before(&slots);
@@ -153,7 +153,7 @@ fn type_commands_of(name: &str, is_installed: bool) {
         "helm install {RELEASE} {} -n {RELEASE} -f {values}",
         chart().display()
     );
-    let authority = Authority::new();
+    let authority = Authority::generate();
     let ca = world.write("ca.crt", &authority.pem());
     let certificate = world.write("tls.crt", &authority.issue("localhost").0);
     let make_certificate = format!(

@@ -10,11 +10,11 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
-use crate::support::api_server::ApiServer;
-use crate::support::chart::{render, with_tools};
-use crate::support::postgres::Postgres;
-use crate::support::program::{Start, Webhook, shown, wait_for};
-use crate::support::{PROXY, WORKSPACE_LABEL};
+use test_support::api_server::ApiServer;
+use test_support::chart::{render, with_tools};
+use test_support::postgres::Postgres;
+use test_support::program::{Start, Webhook, shown, wait_for};
+use test_support::{PROXY, WORKSPACE_LABEL};
 
 /// The namespace of the workspaces in the fixtures.
 pub(crate) const NAMESPACE: &str = "ws-acme";

@@ -13,13 +13,13 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
-use crate::support::api_server::{ApiServer, collection_of, say_skipped};
-use crate::support::chart::{RELEASE, of_kind, render};
-use crate::support::load::BYOK;
-use crate::support::postgres::Postgres;
-use crate::support::program::{Start, Webhook, program, shown, wait_for};
-use crate::support::transcript::{page, printed, transcripts};
-use crate::support::{PROXY, WORKSPACE_LABEL};
+use test_support::api_server::{ApiServer, collection_of, say_skipped};
+use test_support::chart::{RELEASE, of_kind, render};
+use test_support::load::BYOK;
+use test_support::postgres::Postgres;
+use test_support::program::{Start, Webhook, program, shown, wait_for};
+use test_support::transcript::{page, printed, transcripts};
+use test_support::{PROXY, WORKSPACE_LABEL};
 
 /// Workspaces, by what happens to their pods.
 const TRUE: &str = "11111111-1111-4111-8111-111111111111";
@@ -473,7 +473,7 @@ fn a_list_that_expires_between_two_pages_tells_how_far_the_audit_came() {
     let api = ApiServer::stand_in();
     let folder = tempfile::tempdir().unwrap();
     let database = folder.path().join("modes.sqlite");
-    crate::support::sqlite(
+    test_support::sqlite(
         &database,
         "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)",
     );
@@ -936,7 +936,7 @@ fn a_sweep_keeps_no_more_than_a_page_and_asks_a_query_a_page() {
         pods / 2
     ));
     // As large as a workspace's pods are, with the mode that most of them have.
-    let recorded = &crate::support::recorded_reviews()["claude-code-pod"]["request"]["object"];
+    let recorded = &test_support::recorded_reviews()["claude-code-pod"]["request"]["object"];
     let threads = 8;
     std::thread::scope(|scope| {
         for thread in 0..threads {

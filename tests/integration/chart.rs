@@ -17,11 +17,11 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::support::api_server::{ApiServer, collection_of};
-use crate::support::chart::{RELEASE, chart, helm, of_kind, refusal, render, with_tools};
-use crate::support::fixtures;
-use crate::support::program::{Authority, run};
-use crate::support::transcript::page;
+use test_support::api_server::{ApiServer, collection_of};
+use test_support::chart::{RELEASE, chart, helm, of_kind, refusal, render, with_tools};
+use test_support::fixtures;
+use test_support::program::{Authority, run};
+use test_support::transcript::page;
 
 const DATABASE: &str = "database.existingSecret=db";
 
@@ -381,7 +381,7 @@ fn no_token_and_no_permission_is_there_unless_the_replicas_keep_their_certificat
 
 #[test]
 fn the_authority_of_a_provided_certificate_is_published_by_the_chart() {
-    let pem = Authority::new().pem();
+    let pem = Authority::generate().pem();
     let ca_bundle = format!("tls.provided.caBundle={pem}");
     let objects = render(&[
         DATABASE,

@@ -2,16 +2,16 @@
 
 use std::fs;
 
-use crate::support::postgres::Postgres;
-use crate::support::program::{Authority, run};
-use crate::support::{PROXY, WORKSPACE_LABEL};
+use test_support::postgres::Postgres;
+use test_support::program::{Authority, run};
+use test_support::{PROXY, WORKSPACE_LABEL};
 
 #[test]
 fn a_complete_and_right_setting_is_reported_line_by_line() {
     let postgres = Postgres::with("CREATE TABLE workspaces (id uuid, llm_billing_mode text)");
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let (certificate, key) = Authority::new().issue("localhost");
+    let (certificate, key) = Authority::generate().issue("localhost");
     for (name, text) in [
         ("policy.yaml", PROXY),
         ("tls.crt", &certificate),
@@ -110,7 +110,7 @@ fn an_expired_certificate_is_an_error_and_one_about_to_expire_a_warning() {
     ] {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-        let (certificate, key) = Authority::new().issue_for("localhost", seconds);
+        let (certificate, key) = Authority::generate().issue_for("localhost", seconds);
         fs::write(path("tls.crt"), certificate).unwrap();
         fs::write(path("tls.key"), key).unwrap();
         let (code, report, _) = run(&[

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::support::program::run;
-use crate::support::transcript::page;
+use test_support::program::run;
+use test_support::transcript::page;
 
 const HEAD: &str = "\
 <!-- Written by scripts/configuration. -->

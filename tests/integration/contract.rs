@@ -6,11 +6,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::support::postgres::Postgres;
-use crate::support::program::{Start, Webhook};
-use crate::support::{
-    assert_expected, defaulted, patch_of, patched, policy_of, review_of, vectors,
-};
+use test_support::postgres::Postgres;
+use test_support::program::{Start, Webhook};
+use test_support::{assert_expected, defaulted, patch_of, patched, policy_of, review_of, vectors};
 
 const SCHEMA: &str = "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);";
 
@@ -83,7 +81,7 @@ fn every_vector_passes_on_sqlite() {
     let vectors = vectors();
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("vectors.sqlite");
-    crate::support::sqlite(&file, &(SCHEMA.to_owned() + &rows(&vectors)));
+    test_support::sqlite(&file, &(SCHEMA.to_owned() + &rows(&vectors)));
     let url = |file: &Path| format!("sqlite://{}", file.display());
     every_vector_passes(
         &vectors,

@@ -4,10 +4,8 @@ use llm_billing_webhook::core::policy::Policy;
 use llm_billing_webhook::core::resolution::LookupOutcome;
 use serde_json::{Value, json};
 
-use crate::support::in_process::answer;
-use crate::support::{
-    assert_expected, defaulted, patch_of, patched, policy_of, review_of, vectors,
-};
+use test_support::in_process::answer;
+use test_support::{assert_expected, defaulted, patch_of, patched, policy_of, review_of, vectors};
 
 /// What a vector says that the lookup finds.
 fn stored(vector: &Value) -> LookupOutcome {
@@ -45,7 +43,7 @@ fn the_reason_names_the_row_of_the_table_that_applied() {
     let policy = Policy::parse("unlabelled: platform_managed").unwrap();
     let reason = |workspace: &Value, stored: &LookupOutcome| {
         let pod = json!({"metadata": {"labels": {"molecule.ai/workspace-id": workspace}}});
-        let answer = answer(&policy, stored, &crate::support::create(&pod));
+        let answer = answer(&policy, stored, &test_support::create(&pod));
         answer["response"]["auditAnnotations"]["reason"]
             .as_str()
             .unwrap()

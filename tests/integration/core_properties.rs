@@ -8,8 +8,8 @@ use proptest::sample::{Index, select};
 use proptest::{collection, option};
 use serde_json::{Value, json};
 
-use crate::support::in_process::{answer, answer_to, stored};
-use crate::support::{
+use test_support::in_process::{answer, answer_to, stored};
+use test_support::{
     PROXY, RUNTIME_LABEL, WORKSPACE_LABEL, create, defaulted, patch_of, patched, recorded,
 };
 

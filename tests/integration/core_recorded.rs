@@ -8,8 +8,9 @@ use llm_billing_webhook::core::pod::{ContainerList, Text};
 use llm_billing_webhook::core::policy::Policy;
 use serde_json::{Value, json};
 
-use crate::support::in_process::{answer, stored};
-use crate::support::{PROXY, defaulted, fixtures, patch_of, patched, recorded_reviews};
+use test_support::fuzz;
+use test_support::in_process::{answer, stored};
+use test_support::{PROXY, defaulted, fixtures, patch_of, patched, recorded_reviews};
 
 const MODES: [&str; 3] = ["platform_managed", "byok", "disabled"];
 
@@ -86,7 +87,7 @@ fn a_change_of_mode_makes_a_patched_pod_true_again() {
     );
     let byok = patched(&managed, &answer(&policy, &stored("byok"), &managed));
     let object = &byok["request"]["object"];
-    let env = crate::support::env_map(&object["spec"]["containers"][0]);
+    let env = test_support::env_map(&object["spec"]["containers"][0]);
     assert_eq!(env["MOLECULE_LLM_BILLING_MODE"], "byok");
     assert_eq!(env["MOLECULE_LLM_BILLING_MODE_RESOLVED"], "byok");
     assert_eq!(
@@ -129,5 +130,16 @@ fn what_is_read_of_a_review_is_what_kube_reads_of_it() {
             own_names.extend(entries.map(|entry| entry.name.as_str().to_owned()));
         }
         assert_eq!(own_names, names, "{name}");
+    }
+}
+
+#[test]
+fn fuzz_targets_accept_recorded_inputs() {
+    for review in recorded_reviews().values() {
+        fuzz::review(review.to_string().as_bytes());
+    }
+    let default = include_str!("../../src/core/policy.default.yaml");
+    for policy in [PROXY, default, "vendorKey: []"] {
+        fuzz::policy(policy);
     }
 }

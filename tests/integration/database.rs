@@ -11,11 +11,11 @@ use llm_billing_webhook::core::resolution::LookupOutcome;
 use llm_billing_webhook::database::{Database, UrlSource};
 use serde_json::{Value, json};
 
-use crate::support::load;
-use crate::support::postgres::{Cluster, PgBouncer, Postgres};
-use crate::support::program::{Authority, Start, Webhook, run, shown, wait_for};
-use crate::support::relay::Relay;
-use crate::support::{PROXY, create, pod};
+use test_support::load;
+use test_support::postgres::{Cluster, PgBouncer, Postgres};
+use test_support::program::{Authority, Start, Webhook, run, shown, wait_for};
+use test_support::relay::Relay;
+use test_support::{PROXY, create, pod};
 
 const ID: &str = "88888888-8888-8888-8888-888888888888";
 
@@ -38,7 +38,7 @@ impl Kind {
                 if file.exists() {
                     std::fs::remove_file(&file).unwrap();
                 }
-                crate::support::sqlite(&file, schema);
+                test_support::sqlite(&file, schema);
                 format!("sqlite://{}", file.display())
             }
         }
@@ -61,7 +61,7 @@ fn start(policy: &str, database_url: &str) -> Webhook {
 /// Exit code and stderr of a `serve` that must end by itself.
 fn start_in_vain(policy: &str, database_url: &str) -> (i32, String) {
     let folder = tempfile::tempdir().unwrap();
-    let (certificate, key) = Authority::new().issue("localhost");
+    let (certificate, key) = Authority::generate().issue("localhost");
     std::fs::write(folder.path().join("tls.crt"), certificate).unwrap();
     std::fs::write(folder.path().join("tls.key"), key).unwrap();
     let mut command = Start {
@@ -263,7 +263,7 @@ fn a_database_that_is_down_at_start_is_waited_for_and_pods_are_answered_meanwhil
         resolved(&webhook, &pod),
         ("platform_managed".to_owned(), "lookup_error".to_owned())
     );
-    crate::support::sqlite(
+    test_support::sqlite(
         &file,
         &format!(
             "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT); INSERT INTO workspaces VALUES ('{ID}', 'byok')"
@@ -517,7 +517,7 @@ fn a_role_that_may_only_select_is_enough_and_sqlite_is_opened_read_only() {
     // The PostgreSQL tests all use such a role; SQLite has no roles.
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("read-only.sqlite");
-    crate::support::sqlite(
+    test_support::sqlite(
         &file,
         "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)",
     );
@@ -631,7 +631,7 @@ fn a_url_is_given_once_and_a_file_that_is_missing_is_named() {
 
 #[test]
 fn the_databases_certificate_is_checked_against_a_private_ca_and_its_host_name() {
-    let authority = Authority::new();
+    let authority = Authority::generate();
     let cluster = Cluster::with_certificate(&authority.issue("localhost"));
     let postgres = Postgres::on(
         &cluster,
@@ -643,7 +643,10 @@ fn the_databases_certificate_is_checked_against_a_private_ca_and_its_host_name()
         std::fs::write(&file, authority.pem()).unwrap();
         format!("?sslmode=verify-full&sslrootcert={}", file.display())
     };
-    let (right, wrong) = (ca("ca.crt", &authority), ca("other.crt", &Authority::new()));
+    let (right, wrong) = (
+        ca("ca.crt", &authority),
+        ca("other.crt", &Authority::generate()),
+    );
     let url = postgres.url_by(cluster.port());
     let by_name = url.replace("127.0.0.1", "localhost");
     let missing = "?sslmode=verify-full&sslrootcert=/nonexistent/ca.crt".to_owned();

@@ -7,8 +7,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::support::program::run;
-use crate::support::transcript::{commands, page, transcripts};
+use test_support::program::run;
+use test_support::transcript::{commands, page, transcripts};
 
 /// Pages whose commands with output a test runs.
 const WITH_OUTPUT: [&str; 2] = ["README.md", "docs/audit.md"];

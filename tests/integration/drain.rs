@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::support::haproxy::{Haproxy, Slot};
-use crate::support::load::{Asker, PATIENT, Tally, schema};
-use crate::support::postgres::Postgres;
-use crate::support::program::{Authority, Start, Webhook, wait_for};
-use crate::support::{PROXY, create, pod};
+use test_support::haproxy::{Haproxy, Slot};
+use test_support::load::{Asker, PATIENT, Tally, schema};
+use test_support::postgres::Postgres;
+use test_support::program::{Authority, Start, Webhook, wait_for};
+use test_support::{PROXY, create, pod};
 
 const ID: &str = "88888888-8888-8888-8888-888888888888";
 
@@ -44,7 +44,7 @@ fn a_request_under_way_at_sigterm_is_answered_and_the_exit_code_is_0() {
 fn readiness_turns_off_at_once_and_new_requests_are_answered_until_the_delay_is_over() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("drain.sqlite");
-    crate::support::sqlite(
+    test_support::sqlite(
         &file,
         "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)",
     );
@@ -97,7 +97,7 @@ fn a_second_signal_ends_it_at_once() {
 #[test]
 fn rolling_both_of_two_instances_over_under_load_fails_no_admission() {
     let postgres = Postgres::with(&schema());
-    let (authority, slots) = (Authority::new(), [Slot::free(), Slot::free()]);
+    let (authority, slots) = (Authority::generate(), [Slot::free(), Slot::free()]);
     let policy = format!("lookup: {{timeout: {PATIENT}}}\n{PROXY}");
     let start = |slot: Slot| slot.start(&authority, &policy, &postgres.url());
     let mut instances = slots.map(start);

@@ -6,11 +6,11 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::support::PROXY;
-use crate::support::load::{Asker, PATIENT, schema};
-use crate::support::postgres::{Cluster, Postgres};
-use crate::support::program::{Start, Webhook};
-use crate::support::relay::Relay;
+use test_support::PROXY;
+use test_support::load::{Asker, PATIENT, schema};
+use test_support::postgres::{Cluster, Postgres};
+use test_support::program::{Start, Webhook};
+use test_support::relay::Relay;
 
 /// Who ask at the same time: no more than lookups that may wait while the database is in doubt.
 const CLIENTS: usize = 16;

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::support::program::{Start, Webhook, read_to_end, wait_for};
-use crate::support::{create, pod};
+use test_support::program::{Start, Webhook, read_to_end, wait_for};
+use test_support::{create, pod};
 
 const HEAD: &str = "POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
 /// The webhook's own bounds on a first request and on a body, and some leeway.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::support::program::{Start, Webhook, read_to_end};
-use crate::support::{PROXY, create, pod};
+use test_support::program::{Start, Webhook, read_to_end};
+use test_support::{PROXY, create, pod};
 
 const ID: &str = "88888888-8888-8888-8888-888888888888";
 /// The beginning of a request's head; its length and its end are still to come.
@@ -17,7 +17,7 @@ const HEAD: &str = "POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Type: applicatio
 fn start(arguments: &[&str]) -> (Webhook, tempfile::TempDir) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("http.sqlite");
-    crate::support::sqlite(
+    test_support::sqlite(
         &file,
         "CREATE TABLE workspaces (id TEXT PRIMARY KEY, llm_billing_mode TEXT)",
     );
@@ -300,7 +300,7 @@ fn unusual_pods_are_answered_and_what_the_plan_does_not_own_stays() {
         let review = create(&json!({"metadata": {"labels": labels}, "spec": spec}));
         let answer = webhook.mutate(&review);
         assert_eq!(answer["response"]["allowed"], true);
-        let after = crate::support::patched(&review, &answer)["request"]["object"].clone();
+        let after = test_support::patched(&review, &answer)["request"]["object"].clone();
         assert_eq!(after["metadata"]["labels"], labels);
         let own = |entry: &&Value| {
             !entry["name"]

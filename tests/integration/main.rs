@@ -2,8 +2,6 @@
 //! ask the real program. Each file's head says what belongs in it.
 
 #![expect(
-    clippy::expect_used,
-    clippy::print_stderr,
     clippy::unwrap_used,
     reason = "a test that cannot go on has failed, and says so"
 )]
@@ -30,7 +28,6 @@ mod redaction;
 mod review;
 mod secret;
 mod soak;
-mod support;
 mod tls;
 mod traces;
 mod validate;

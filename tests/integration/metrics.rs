@@ -7,13 +7,13 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::api_server::ApiServer;
-use crate::support::chart::with_tools;
-use crate::support::load::BYOK;
-use crate::support::postgres::{Postgres, free_port};
-use crate::support::program::{Start, Webhook, wait_for};
-use crate::support::transcript::page;
-use crate::support::{PROXY, create, pod};
+use test_support::api_server::ApiServer;
+use test_support::chart::with_tools;
+use test_support::load::BYOK;
+use test_support::postgres::{Postgres, free_port};
+use test_support::program::{Start, Webhook, wait_for};
+use test_support::transcript::page;
+use test_support::{PROXY, create, pod};
 
 /// A series by its type and the names of its labels.
 type Series = BTreeMap<String, (String, BTreeSet<String>)>;
@@ -27,7 +27,7 @@ struct Run {
 }
 
 fn run() -> Run {
-    let postgres = Postgres::with(&crate::support::load::schema());
+    let postgres = Postgres::with(&test_support::load::schema());
     let (api, folder) = (ApiServer::stand_in(), tempfile::tempdir().unwrap());
     let kubeconfig = api.kubeconfig(folder.path(), None);
     let webhook = Start {

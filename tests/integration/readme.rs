@@ -5,9 +5,9 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::support::program::program;
-use crate::support::transcript::{page, printed, transcripts};
-use crate::support::{env_map, patched};
+use test_support::program::program;
+use test_support::transcript::{page, printed, transcripts};
+use test_support::{env_map, patched};
 
 #[test]
 fn each_transcript_in_the_readme_is_what_the_program_prints() {

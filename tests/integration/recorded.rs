@@ -3,10 +3,10 @@
 use llm_billing_webhook::core::policy::Policy;
 use serde_json::json;
 
-use crate::support::in_process::{answer, stored};
-use crate::support::postgres::Postgres;
-use crate::support::program::{Start, Webhook};
-use crate::support::{PROXY, WORKSPACE_LABEL, defaulted, patch_of, patched, recorded_reviews};
+use test_support::in_process::{answer, stored};
+use test_support::postgres::Postgres;
+use test_support::program::{Start, Webhook};
+use test_support::{PROXY, WORKSPACE_LABEL, defaulted, patch_of, patched, recorded_reviews};
 
 /// Every workspace of the recorded reviews, with one mode.
 fn rows(mode: &str) -> String {
@@ -48,7 +48,7 @@ fn the_program_answers_each_recorded_review_on_sqlite() {
     for mode in ["platform_managed", "byok", "disabled"] {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("recorded.sqlite");
-        crate::support::sqlite(&file, &(SCHEMA.to_owned() + &rows(mode)));
+        test_support::sqlite(&file, &(SCHEMA.to_owned() + &rows(mode)));
         let database_url = &format!("sqlite://{}", file.display());
         let webhook = Start {
             policy: PROXY,

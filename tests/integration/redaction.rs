@@ -5,9 +5,9 @@ use std::fs;
 
 use serde_json::json;
 
-use crate::support::postgres::{PASSWORD, Postgres};
-use crate::support::program::{Start, run};
-use crate::support::{create, patch_of, pod};
+use test_support::postgres::{PASSWORD, Postgres};
+use test_support::program::{Start, run};
+use test_support::{create, patch_of, pod};
 
 const TOKEN: &str = "literal-usage-token-0123456789";
 const KEYS: [&str; 3] = [

@@ -7,8 +7,8 @@ use std::process::Stdio;
 
 use serde_json::{Value, json};
 
-use crate::support::program::{program, run, shown};
-use crate::support::{PROXY, fixtures, recorded_reviews};
+use test_support::program::{program, run, shown};
+use test_support::{PROXY, fixtures, recorded_reviews};
 
 /// A folder with the policy and this file; the file's path.
 fn files(name: &str, text: &str) -> (tempfile::TempDir, String) {
@@ -99,8 +99,8 @@ fn a_recorded_review_gets_the_patch_that_the_webhook_gives() {
     for (name, recorded) in recorded_reviews() {
         let (code, patch, _) = review(&recorded.to_string(), &["--mode", "byok", "-o", "patch"]);
         let policy = llm_billing_webhook::core::policy::Policy::parse(PROXY).unwrap();
-        let stored = crate::support::in_process::stored("byok");
-        let expected = crate::support::patch_of(&crate::support::in_process::answer(
+        let stored = test_support::in_process::stored("byok");
+        let expected = test_support::patch_of(&test_support::in_process::answer(
             &policy, &stored, &recorded,
         ));
         assert_eq!(
@@ -156,7 +156,7 @@ fn the_mode_comes_from_the_database_unless_it_is_given() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("review.sqlite");
     let id = "88888888-8888-8888-8888-888888888888";
-    crate::support::sqlite(
+    test_support::sqlite(
         &file,
         &format!(
             "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT); INSERT INTO workspaces VALUES ('{id}', 'byok')"

@@ -11,11 +11,11 @@ use base64::engine::general_purpose::STANDARD;
 use rcgen::{CertificateParams, Issuer, KeyPair};
 use serde_json::{Value, json};
 
-use crate::support::api_server::ApiServer;
-use crate::support::chart::{RELEASE, of_kind, render, render_with_hooks};
-use crate::support::pod;
-use crate::support::postgres::free_port;
-use crate::support::program::{Start, Webhook, program, shown, wait_for};
+use test_support::api_server::ApiServer;
+use test_support::chart::{RELEASE, of_kind, render, render_with_hooks};
+use test_support::pod;
+use test_support::postgres::free_port;
+use test_support::program::{Start, Webhook, program, shown, wait_for};
 
 const DATABASE: &str = "database.existingSecret=db";
 const SECRET: &str =
@@ -92,7 +92,7 @@ impl Cluster {
         let arguments = self.arguments(address, lifetime, ca_lifetime);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let start = Start {
-            policy: crate::support::PROXY,
+            policy: test_support::PROXY,
             database_url: "sqlite://nowhere.sqlite",
             arguments: &arguments,
             environment: &[("KUBECONFIG", &kubeconfig)],
@@ -329,7 +329,7 @@ fn a_certificate_that_others_made_stays_trusted_when_the_replicas_take_over() {
     let cluster = Cluster::install();
     let address = cluster.at_the_port();
     let provided = Start {
-        policy: crate::support::PROXY,
+        policy: test_support::PROXY,
         database_url: "sqlite://nowhere.sqlite",
         arguments: &["--listen", &address, "--health-listen", "127.0.0.1:0"],
         ..Start::default()

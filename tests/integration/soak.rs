@@ -6,11 +6,11 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
-use crate::support::PROXY;
-use crate::support::haproxy::{Haproxy, Slot};
-use crate::support::load::{Asker, Tally, schema};
-use crate::support::postgres::{Cluster, Postgres};
-use crate::support::program::{Authority, Webhook, wait_for};
+use test_support::PROXY;
+use test_support::haproxy::{Haproxy, Slot};
+use test_support::load::{Asker, Tally, schema};
+use test_support::postgres::{Cluster, Postgres};
+use test_support::program::{Authority, Webhook, wait_for};
 
 /// Says how long, in seconds.
 const SECONDS: &str = "SOAK_SECONDS";
@@ -37,7 +37,7 @@ fn through_swaps_restarts_and_drains_at_random_times_no_answer_is_wrong_or_missi
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &schema());
     let url = postgres.url_by(cluster.port());
-    let authority = Authority::new();
+    let authority = Authority::generate();
     let slots = [Slot::free(), Slot::free()];
     let start = |slot: Slot| slot.start(&authority, PROXY, &url);
     let mut instances = slots.map(start);

@@ -9,10 +9,10 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use serde_json::json;
 
-use crate::support::load::{Asker, PATIENT, schema};
-use crate::support::postgres::Postgres;
-use crate::support::program::{Authority, Start, Webhook, run, wait_for};
-use crate::support::{PROXY, create, pod};
+use test_support::load::{Asker, PATIENT, schema};
+use test_support::postgres::Postgres;
+use test_support::program::{Authority, Start, Webhook, run, wait_for};
+use test_support::{PROXY, create, pod};
 
 /// Asks over a new connection; whether the certificate is from this authority.
 fn trusted(webhook: &Webhook, authority: &Authority) -> bool {
@@ -33,7 +33,7 @@ fn start(arguments: &[&str]) -> Webhook {
 fn changed_files_are_served_without_a_restart() {
     let webhook = start(&[]);
     assert!(trusted(&webhook, &webhook.authority));
-    let next = Authority::new();
+    let next = Authority::generate();
     let (certificate, key) = next.issue("localhost");
 
     // As a kubelet updates a mounted Secret: a folder beside it, then a symbolic link in its place.
@@ -119,7 +119,7 @@ fn certificates_replaced_under_load_fail_no_handshake() {
 #[test]
 fn a_pair_that_cannot_be_served_leaves_the_old_one_in_place() {
     let webhook = start(&[]);
-    let (certificate, _) = Authority::new().issue("localhost");
+    let (certificate, _) = Authority::generate().issue("localhost");
     fs::write(webhook.folder.path().join("tls.crt"), certificate).unwrap();
     let line = webhook.wait_for_log("the old one stays");
     assert!(
@@ -141,7 +141,7 @@ fn a_pair_that_cannot_be_served_leaves_the_old_one_in_place() {
 
 #[test]
 fn with_a_client_ca_only_its_clients_get_an_answer() {
-    let clients = Authority::new();
+    let clients = Authority::generate();
     let folder = tempfile::tempdir().unwrap();
     let ca = folder.path().join("clients.crt");
     fs::write(&ca, clients.pem()).unwrap();
@@ -150,7 +150,7 @@ fn with_a_client_ca_only_its_clients_get_an_answer() {
     let answer =
         |own: Option<&(String, String)>| webhook.authority.client_with(own).get(&url).call();
     assert!(answer(None).is_err());
-    assert!(answer(Some(&Authority::new().issue("api-server"))).is_err());
+    assert!(answer(Some(&Authority::generate().issue("api-server"))).is_err());
     assert_eq!(
         answer(Some(&clients.issue("api-server"))).unwrap().status(),
         405
@@ -169,8 +169,8 @@ fn with_a_client_ca_only_its_clients_get_an_answer() {
 fn a_certificate_that_cannot_be_served_ends_the_start() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let (certificate, key) = Authority::new().issue("localhost");
-    let (_, other_key) = Authority::new().issue("localhost");
+    let (certificate, key) = Authority::generate().issue("localhost");
+    let (_, other_key) = Authority::generate().issue("localhost");
     for (name, content) in [
         ("crt", &certificate),
         ("key", &key),

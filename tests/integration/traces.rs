@@ -14,10 +14,10 @@ use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message;
 use serde_json::{Value, json};
 
-use crate::support::load::{BYOK, schema};
-use crate::support::postgres::{Postgres, free_port};
-use crate::support::program::{Start, Webhook, program, shown, wait_for};
-use crate::support::{PROXY, create, pod};
+use test_support::load::{BYOK, schema};
+use test_support::postgres::{Postgres, free_port};
+use test_support::program::{Start, Webhook, program, shown, wait_for};
+use test_support::{PROXY, create, pod};
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT: &str = "b7ad6b7169203331";

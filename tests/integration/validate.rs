@@ -2,10 +2,10 @@
 
 use serde_json::json;
 
-use crate::support::load;
-use crate::support::postgres::Postgres;
-use crate::support::program::{Start, Webhook};
-use crate::support::{PROXY, create, patched, pod, recorded_reviews};
+use test_support::load;
+use test_support::postgres::Postgres;
+use test_support::program::{Start, Webhook};
+use test_support::{PROXY, create, patched, pod, recorded_reviews};
 
 const ID: &str = "88888888-8888-8888-8888-888888888888";
 
@@ -15,7 +15,7 @@ fn start() -> (Webhook, tempfile::TempDir) {
     let rows = format!(
         "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT); INSERT INTO workspaces VALUES ('{ID}', 'platform_managed')"
     );
-    crate::support::sqlite(&file, &rows);
+    test_support::sqlite(&file, &rows);
     let database_url = &format!("sqlite://{}", file.display());
     (
         Start {

@@ -2,8 +2,8 @@
 
 use llm_billing_webhook::core::policy_file::PolicyFile;
 
-use crate::support::postgres::Postgres;
-use crate::support::program::run;
+use test_support::postgres::Postgres;
+use test_support::program::run;
 
 const ID: &str = "88888888-8888-8888-8888-888888888888";
 
@@ -158,7 +158,7 @@ fn completions_are_printed_for_each_shell_and_an_early_end_of_reading_is_no_erro
             "{shell}"
         );
     }
-    let mut child = crate::support::program::program(&["completions", "zsh"])
+    let mut child = test_support::program::program(&["completions", "zsh"])
         .stdout(std::process::Stdio::piped())
         .spawn()
         .unwrap();

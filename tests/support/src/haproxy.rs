@@ -11,25 +11,25 @@ use super::postgres::free_port;
 use super::program::{Authority, Start, Webhook, wait_for};
 
 /// The proxy.
-pub(crate) struct Haproxy {
+pub struct Haproxy {
     child: Child,
     /// Where it listens on loopback.
-    pub(crate) port: u16,
+    pub port: u16,
     _folder: TempDir,
 }
 
 /// The ports of one program behind it: the webhook's, and that of its health.
 #[derive(Clone, Copy)]
-pub(crate) struct Slot(u16, u16);
+pub struct Slot(u16, u16);
 
 impl Slot {
     /// Two free ports.
-    pub(crate) fn free() -> Self {
+    pub fn free() -> Self {
         Self(free_port(), free_port())
     }
 
     /// Starts the program there.
-    pub(crate) fn start(self, authority: &Authority, policy: &str, database_url: &str) -> Webhook {
+    pub fn start(self, authority: &Authority, policy: &str, database_url: &str) -> Webhook {
         let Self(webhook, health) = self;
         let (webhook, health) = (
             format!("127.0.0.1:{webhook}"),
@@ -56,7 +56,7 @@ impl Slot {
 
 impl Haproxy {
     /// Starts it before these slots.
-    pub(crate) fn before(slots: &[Slot]) -> Self {
+    pub fn before(slots: &[Slot]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = free_port();
         let mut settings = format!(

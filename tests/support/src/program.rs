@@ -24,17 +24,19 @@ use ureq::typestate::AgentScope;
 use ureq::{Agent, Body, http};
 
 /// Longest wait for anything that a test waits for.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The program that is tested: the one that was built with the tests, unless `PROGRAM_UNDER_TEST` names another, such as
 /// an optimised one.
-pub(crate) fn installed() -> PathBuf {
-    let built = || PathBuf::from(env!("CARGO_BIN_EXE_llm-billing-webhook"));
-    std::env::var_os("PROGRAM_UNDER_TEST").map_or_else(built, PathBuf::from)
+pub fn installed() -> PathBuf {
+    let set = |name| std::env::var_os(name).map(PathBuf::from);
+    set("PROGRAM_UNDER_TEST")
+        .or_else(|| set("CARGO_BIN_EXE_llm-billing-webhook"))
+        .expect("cargo says where it built the program")
 }
 
 /// It, to be run with these arguments and no setting from the environment.
-pub(crate) fn program(arguments: &[&str]) -> Command {
+pub fn program(arguments: &[&str]) -> Command {
     let mut command = Command::new(installed());
     for (name, _) in std::env::vars_os() {
         let name_text = name.to_string_lossy();
@@ -47,11 +49,11 @@ pub(crate) fn program(arguments: &[&str]) -> Command {
 }
 
 /// Runs a command to its end: exit code, stdout, stderr.
-pub(crate) fn run(arguments: &[&str]) -> (i32, String, String) {
+pub fn run(arguments: &[&str]) -> (i32, String, String) {
     shown(&program(arguments).stdin(Stdio::null()).output().unwrap())
 }
 
-pub(crate) fn shown(output: &Output) -> (i32, String, String) {
+pub fn shown(output: &Output) -> (i32, String, String) {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
     (
         output.status.code().unwrap(),
@@ -62,27 +64,27 @@ pub(crate) fn shown(output: &Output) -> (i32, String, String) {
 
 /// A certificate authority of the test's own.
 #[derive(Clone)]
-pub(crate) struct Authority(Arc<CertifiedIssuer<'static, KeyPair>>);
+pub struct Authority(Arc<CertifiedIssuer<'static, KeyPair>>);
 
 impl Authority {
-    pub(crate) fn new() -> Self {
+    pub fn generate() -> Self {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap());
         Self(Arc::new(issuer.unwrap()))
     }
 
-    pub(crate) fn pem(&self) -> String {
+    pub fn pem(&self) -> String {
         self.0.pem()
     }
 
     /// Certificate and key for `name`, in PEM.
-    pub(crate) fn issue(&self, name: &str) -> (String, String) {
+    pub fn issue(&self, name: &str) -> (String, String) {
         self.issue_for(name, 24 * 60 * 60 * 365)
     }
 
     /// The same, to expire so many seconds from now.
-    pub(crate) fn issue_for(&self, name: &str, seconds: i64) -> (String, String) {
+    pub fn issue_for(&self, name: &str, seconds: i64) -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new([name.to_owned()]).unwrap();
         let now = std::time::SystemTime::now()
@@ -97,17 +99,17 @@ impl Authority {
     }
 
     /// A client that trusts this authority alone.
-    pub(crate) fn client(&self) -> Agent {
+    pub fn client(&self) -> Agent {
         self.client_with(None)
     }
 
     /// The same, with a certificate and key of its own.
-    pub(crate) fn client_with(&self, own: Option<&(String, String)>) -> Agent {
+    pub fn client_with(&self, own: Option<&(String, String)>) -> Agent {
         self.config(own).build().into()
     }
 
     /// One that connects anew for each request.
-    pub(crate) fn client_without_keep_alive(&self) -> Agent {
+    pub fn client_without_keep_alive(&self) -> Agent {
         self.config(None).max_idle_connections(0).build().into()
     }
 
@@ -134,42 +136,42 @@ impl Authority {
 }
 
 /// A running `serve`.
-pub(crate) struct Webhook {
+pub struct Webhook {
     child: Child,
     log: Arc<Mutex<String>>,
     /// Gathers the log, and ends when it does.
     gathering: Option<JoinHandle<()>>,
     /// Where the webhook listens.
-    pub(crate) address: SocketAddr,
+    pub address: SocketAddr,
     /// Where health and metrics listen.
-    pub(crate) health: SocketAddr,
+    pub health: SocketAddr,
     /// What signed its certificate.
-    pub(crate) authority: Authority,
+    pub authority: Authority,
     /// Trusts that authority.
-    pub(crate) client: Agent,
+    pub client: Agent,
     /// Holds policy, certificate and key.
-    pub(crate) folder: TempDir,
+    pub folder: TempDir,
 }
 
 /// How a webhook is started.
 #[derive(Default)]
-pub(crate) struct Start<'a> {
-    pub(crate) policy: &'a str,
+pub struct Start<'a> {
+    pub policy: &'a str,
     /// Empty where it is among the arguments.
-    pub(crate) database_url: &'a str,
-    pub(crate) arguments: &'a [&'a str],
-    pub(crate) log: &'a str,
+    pub database_url: &'a str,
+    pub arguments: &'a [&'a str],
+    pub log: &'a str,
     /// Signs the certificate; absent, one that is made for it.
-    pub(crate) authority: Option<&'a Authority>,
+    pub authority: Option<&'a Authority>,
     /// The program looks after its certificate itself, as the arguments say.
-    pub(crate) keeps_certificate: bool,
-    pub(crate) environment: &'a [(&'a str, &'a str)],
+    pub keeps_certificate: bool,
+    pub environment: &'a [(&'a str, &'a str)],
 }
 
 impl Start<'_> {
     /// Starts the program, and waits until it listens.
-    pub(crate) fn start(&self) -> Webhook {
-        let authority = self.authority.cloned().unwrap_or_else(Authority::new);
+    pub fn start(&self) -> Webhook {
+        let authority = self.authority.cloned().unwrap_or_else(Authority::generate);
         let folder = tempfile::tempdir().unwrap();
         let (certificate, key) = authority.issue("localhost");
         fs::write(folder.path().join("tls.crt"), certificate).unwrap();
@@ -215,7 +217,7 @@ impl Start<'_> {
     }
 
     /// The command that starts the program with what lies in `folder`.
-    pub(crate) fn command(&self, folder: &Path) -> Command {
+    pub fn command(&self, folder: &Path) -> Command {
         fs::write(folder.join("policy.yaml"), self.policy).unwrap();
         let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
         let any_port: &[&str] = if self.arguments.contains(&"--listen") {
@@ -259,12 +261,12 @@ impl Start<'_> {
 
 impl Webhook {
     /// Posts a review to `/mutate`, and gets an admission review back.
-    pub(crate) fn mutate(&self, review: &Value) -> Value {
+    pub fn mutate(&self, review: &Value) -> Value {
         self.ask("/mutate?timeout=10s", review)
     }
 
     /// Posts a review to `/validate`, and gets an admission review back.
-    pub(crate) fn validate(&self, review: &Value) -> Value {
+    pub fn validate(&self, review: &Value) -> Value {
         self.ask("/validate?timeout=10s", review)
     }
 
@@ -277,7 +279,7 @@ impl Webhook {
     }
 
     /// One who asks about a byok workspace.
-    pub(crate) fn asker(&self, on_error: &'static str) -> Asker {
+    pub fn asker(&self, on_error: &'static str) -> Asker {
         Asker {
             client: self.client.clone(),
             port: self.address.port(),
@@ -286,7 +288,7 @@ impl Webhook {
     }
 
     /// Posts anything.
-    pub(crate) fn post(&self, path: &str, content_type: &str, body: &[u8]) -> http::Response<Body> {
+    pub fn post(&self, path: &str, content_type: &str, body: &[u8]) -> http::Response<Body> {
         let url = format!("https://localhost:{}{path}", self.address.port());
         self.client
             .post(&url)
@@ -296,7 +298,7 @@ impl Webhook {
     }
 
     /// A TLS connection without an HTTP client, so that anything can be sent.
-    pub(crate) fn connect(&self) -> StreamOwned<ClientConnection, TcpStream> {
+    pub fn connect(&self) -> StreamOwned<ClientConnection, TcpStream> {
         self.connect_by(&self.authority.pem())
     }
 
@@ -320,18 +322,18 @@ impl Webhook {
     }
 
     /// Whether a client that trusts these authorities alone accepts what is served now.
-    pub(crate) fn is_trusted_by(&self, authorities: &str) -> bool {
+    pub fn is_trusted_by(&self, authorities: &str) -> bool {
         let mut connection = self.connect_by(authorities);
         connection.conn.complete_io(&mut connection.sock).is_ok()
     }
 
     /// Memory that the program has, in KiB.
-    pub(crate) fn memory(&self) -> u64 {
+    pub fn memory(&self) -> u64 {
         memory_of(self.child.id(), "VmRSS")
     }
 
     /// Status and text of a page of the health port.
-    pub(crate) fn health(&self, path: &str) -> (u16, String) {
+    pub fn health(&self, path: &str) -> (u16, String) {
         let mut response = self
             .client
             .get(format!("http://{}{path}", self.health))
@@ -344,12 +346,12 @@ impl Webhook {
     }
 
     /// Everything logged so far.
-    pub(crate) fn log(&self) -> String {
+    pub fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }
 
     /// Waits until the log has a line with this text.
-    pub(crate) fn wait_for_log(&self, text: &str) -> String {
+    pub fn wait_for_log(&self, text: &str) -> String {
         wait_for(text, || {
             self.log()
                 .lines()
@@ -359,19 +361,19 @@ impl Webhook {
     }
 
     /// Stops reading the log until the guard is dropped.
-    pub(crate) fn stop_reading_log(&self) -> MutexGuard<'_, String> {
+    pub fn stop_reading_log(&self) -> MutexGuard<'_, String> {
         self.log.lock().unwrap()
     }
 
     /// Waits until there should be traffic.
-    pub(crate) fn wait_until_ready(&self) {
+    pub fn wait_until_ready(&self) {
         wait_for("it is ready", || {
             (self.health("/readyz").0 == 200).then_some(())
         });
     }
 
     /// Sends a signal, such as `TERM`.
-    pub(crate) fn signal(&self, signal: &str) {
+    pub fn signal(&self, signal: &str) {
         let pid = self.child.id().to_string();
         assert!(
             Command::new("kill")
@@ -383,7 +385,7 @@ impl Webhook {
     }
 
     /// Waits for the end, and for all of the log.
-    pub(crate) fn wait(&mut self) -> ExitStatus {
+    pub fn wait(&mut self) -> ExitStatus {
         let status = wait_for("the program ends", || self.child.try_wait().unwrap());
         if let Some(gathering) = self.gathering.take() {
             gathering.join().unwrap();
@@ -392,7 +394,7 @@ impl Webhook {
     }
 
     /// Ends it, and returns all that it logged.
-    pub(crate) fn log_to_its_end(mut self) -> String {
+    pub fn log_to_its_end(mut self) -> String {
         self.signal("TERM");
         self.wait();
         self.log()
@@ -411,7 +413,7 @@ impl Drop for Webhook {
 }
 
 /// Asks until there is an answer.
-pub(crate) fn wait_for<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
         if let Some(answer) = answer() {
@@ -423,7 +425,7 @@ pub(crate) fn wait_for<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> 
 }
 
 /// Reads all that is left.
-pub(crate) fn read_to_end(mut reader: impl Read) -> Vec<u8> {
+pub fn read_to_end(mut reader: impl Read) -> Vec<u8> {
     let mut bytes = Vec::new();
     // A peer that closes hard is a kind of end.
     let _ = reader.read_to_end(&mut bytes);

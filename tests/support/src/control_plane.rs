@@ -24,9 +24,9 @@ rules:
 ";
 
 /// Running programs, ended by their ids.
-pub(crate) struct ControlPlane {
+pub struct ControlPlane {
     /// Where the API server is.
-    pub(crate) url: String,
+    pub url: String,
     assets: PathBuf,
     folder: TempDir,
     children: Vec<Child>,
@@ -34,7 +34,7 @@ pub(crate) struct ControlPlane {
 
 impl ControlPlane {
     /// Starts etcd and the API server, and waits until it is ready.
-    pub(crate) fn start(assets: &Path) -> Self {
+    pub fn start(assets: &Path) -> Self {
         let [store, peers, port] = [free_port(), free_port(), free_port()];
         let (store, peers) = (
             format!("http://127.0.0.1:{store}"),
@@ -99,7 +99,7 @@ impl ControlPlane {
     }
 
     /// Starts the controllers, which make pods of workloads; whether they are there.
-    pub(crate) fn start_controllers(&mut self, kubeconfig: &Path) -> bool {
+    pub fn start_controllers(&mut self, kubeconfig: &Path) -> bool {
         const PROGRAM: &str = "kube-controller-manager";
         if !self.assets.join(PROGRAM).is_file() {
             return false;
@@ -142,7 +142,7 @@ impl ControlPlane {
     }
 
     /// The events of the audit log so far.
-    pub(crate) fn audit_log(&self) -> Vec<Value> {
+    pub fn audit_log(&self) -> Vec<Value> {
         let log = fs::read_to_string(self.path("audit.log")).unwrap_or_default();
         // The last line may be only half there.
         let events = log
@@ -156,7 +156,7 @@ impl ControlPlane {
     }
 
     /// What signed its certificate, in PEM.
-    pub(crate) fn authority(&self) -> String {
+    pub fn authority(&self) -> String {
         self.authority_if_made().unwrap()
     }
 }

@@ -17,24 +17,24 @@ use super::program::PATIENCE;
 use super::stand_in;
 
 /// A running API server, and its administrator.
-pub(crate) struct ApiServer {
+pub struct ApiServer {
     url: String,
     client: Agent,
     /// The real one, with what it takes to reach it.
-    pub(crate) control_plane: Option<ControlPlane>,
+    pub control_plane: Option<ControlPlane>,
 }
 
 /// The administrator's token at the real one.
-pub(crate) const TOKEN: &str = "administrator";
+pub const TOKEN: &str = "administrator";
 
 impl ApiServer {
     /// Starts one.
-    pub(crate) fn start() -> Self {
+    pub fn start() -> Self {
         Self::of_assets().unwrap_or_else(Self::stand_in)
     }
 
     /// Starts the stand-in.
-    pub(crate) fn stand_in() -> Self {
+    pub fn stand_in() -> Self {
         Self {
             url: format!("http://{}", stand_in::serve()),
             client: agent(None),
@@ -43,7 +43,7 @@ impl ApiServer {
     }
 
     /// Starts the real one, or says aloud that what needs it is skipped.
-    pub(crate) fn real(what: &str) -> Option<Self> {
+    pub fn real(what: &str) -> Option<Self> {
         let real = Self::of_assets();
         if real.is_none() {
             say_skipped(what);
@@ -52,7 +52,7 @@ impl ApiServer {
     }
 
     /// Whether it is the real one.
-    pub(crate) fn is_real(&self) -> bool {
+    pub fn is_real(&self) -> bool {
         self.control_plane.is_some()
     }
 
@@ -67,7 +67,7 @@ impl ApiServer {
     }
 
     /// A kubeconfig for `user`, whom the administrator impersonates, or for the administrator.
-    pub(crate) fn kubeconfig(&self, folder: &Path, user: Option<&str>) -> PathBuf {
+    pub fn kubeconfig(&self, folder: &Path, user: Option<&str>) -> PathBuf {
         let mut who = json!({ "token": TOKEN });
         if let Some(user) = user {
             who["as"] = user.into();
@@ -79,8 +79,7 @@ impl ApiServer {
     }
 
     /// A kubeconfig for whoever has this token.
-    #[allow(dead_code, reason = "tests/e2e uses it")]
-    pub(crate) fn kubeconfig_with_token(&self, folder: &Path, token: &str) -> PathBuf {
+    pub fn kubeconfig_with_token(&self, folder: &Path, token: &str) -> PathBuf {
         let file = folder.join("kubeconfig-with-token");
         self.write_kubeconfig(&file, &json!({ "token": token }));
         file
@@ -104,7 +103,7 @@ impl ApiServer {
     }
 
     /// Sends a request as the administrator: status and body.
-    pub(crate) fn request(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
+    pub fn request(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
         let request = ureq::http::Request::builder()
             .method(method)
             .uri(format!("{}{path}", self.url))
@@ -120,7 +119,7 @@ impl ApiServer {
     }
 
     /// An object by its path; `None` if it is not there.
-    pub(crate) fn get(&self, path: &str) -> Option<Value> {
+    pub fn get(&self, path: &str) -> Option<Value> {
         match self.request("GET", path, None) {
             (200, object) => Some(object),
             (404, _) => None,
@@ -129,14 +128,14 @@ impl ApiServer {
     }
 
     /// Creates an object in the collection of this path.
-    pub(crate) fn create(&self, path: &str, object: &Value) -> Value {
+    pub fn create(&self, path: &str, object: &Value) -> Value {
         let (status, created) = self.request("POST", path, Some(object));
         assert_eq!(status, 201, "{path}: {created}");
         created
     }
 
     /// Changes what is there.
-    pub(crate) fn change(&self, path: &str, change: impl Fn(&mut Value)) {
+    pub fn change(&self, path: &str, change: impl Fn(&mut Value)) {
         loop {
             let mut object = self.get(path).unwrap();
             change(&mut object);
@@ -149,13 +148,13 @@ impl ApiServer {
     }
 
     /// Deletes an object.
-    pub(crate) fn delete(&self, path: &str) {
+    pub fn delete(&self, path: &str) {
         let (status, answer) = self.request("DELETE", path, None);
         assert_eq!(status, 200, "{path}: {answer}");
     }
 
     /// Creates a manifest's objects, each in its own namespace.
-    pub(crate) fn create_all<'o>(&self, objects: impl IntoIterator<Item = &'o Value>) {
+    pub fn create_all<'o>(&self, objects: impl IntoIterator<Item = &'o Value>) {
         for object in objects {
             self.create(&collection_of(object), object);
         }
@@ -163,7 +162,7 @@ impl ApiServer {
 }
 
 /// Says aloud that something needs the real API server, which is not there.
-pub(crate) fn say_skipped(what: &str) {
+pub fn say_skipped(what: &str) {
     // Not by a macro, whose output the test harness keeps for itself.
     let line = format!(
         "skipped: {what}: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver\n"
@@ -172,7 +171,7 @@ pub(crate) fn say_skipped(what: &str) {
 }
 
 /// Where an object's kind is kept, by the rules of Kubernetes' paths.
-pub(crate) fn collection_of(object: &Value) -> String {
+pub fn collection_of(object: &Value) -> String {
     let api = match object["apiVersion"].as_str().unwrap() {
         "v1" => "/api/v1".to_owned(),
         version => format!("/apis/{version}"),
@@ -188,7 +187,7 @@ pub(crate) fn collection_of(object: &Value) -> String {
 }
 
 /// A client that trusts these authorities, if any.
-pub(crate) fn agent(authorities: Option<&str>) -> Agent {
+pub fn agent(authorities: Option<&str>) -> Agent {
     let roots = authorities.map(|pem| {
         let blocks = pem.split_inclusive("-----END CERTIFICATE-----");
         let certificates = blocks.filter_map(|block| Certificate::from_pem(block.as_bytes()).ok());

@@ -10,12 +10,12 @@ use ureq::Agent;
 use super::{create, pod};
 
 /// The byok workspace.
-pub(crate) const BYOK: &str = "88888888-8888-8888-8888-888888888888";
+pub const BYOK: &str = "88888888-8888-8888-8888-888888888888";
 /// What the API server says that it waits at most.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A table with that workspace, for PostgreSQL.
-pub(crate) fn schema() -> String {
+pub fn schema() -> String {
     format!(
         "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);
          INSERT INTO workspaces VALUES ('{BYOK}', 'byok')"
@@ -24,31 +24,31 @@ pub(crate) fn schema() -> String {
 
 /// `lookup.timeout` for tests in which no lookup may fail, however busy the machine is: nearly all the time that there
 /// is.
-pub(crate) const PATIENT: &str = "4s";
+pub const PATIENT: &str = "4s";
 
 /// How admissions ended.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Tally {
+pub struct Tally {
     /// Admitted as byok.
-    pub(crate) right: usize,
+    pub right: usize,
     /// As the policy says for a failed lookup: refused with its code, or platform_managed with a warning.
-    pub(crate) as_the_policy_says: usize,
+    pub as_the_policy_says: usize,
     /// Anything else, no answer included.
-    pub(crate) wrong: Vec<String>,
+    pub wrong: Vec<String>,
     /// No answer before the API server gives up.
-    pub(crate) hung: usize,
+    pub hung: usize,
 }
 
 /// Who asks, where, and what the policy there says about a failed lookup.
-pub(crate) struct Asker {
-    pub(crate) client: Agent,
-    pub(crate) port: u16,
-    pub(crate) on_error: &'static str,
+pub struct Asker {
+    pub client: Agent,
+    pub port: u16,
+    pub on_error: &'static str,
 }
 
 impl Asker {
     /// Asks once.
-    pub(crate) fn ask(&self, tally: &mut Tally) {
+    pub fn ask(&self, tally: &mut Tally) {
         let started = Instant::now();
         let answer = self.answer();
         if started.elapsed() >= PATIENCE {
@@ -92,7 +92,7 @@ impl Asker {
     /// Asks from several clients without a break, each at least once, until what goes on is over. Prints a
     /// line of the table in docs/reliability.md. That one is wrong or hangs fails the test.
     #[expect(clippy::print_stdout, reason = "scripts/faults shows it")]
-    pub(crate) fn ask_during(&self, name: &str, clients: usize, goes_on: impl FnOnce()) -> Tally {
+    pub fn ask_during(&self, name: &str, clients: usize, goes_on: impl FnOnce()) -> Tally {
         let over = AtomicBool::new(false);
         let client = || {
             let mut tally = Tally::default();
@@ -126,7 +126,7 @@ impl Asker {
     }
 
     /// The very next answer is right.
-    pub(crate) fn is_right(&self) {
+    pub fn is_right(&self) {
         let mut tally = Tally::default();
         self.ask(&mut tally);
         let right = Tally {

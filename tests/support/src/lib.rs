@@ -1,20 +1,26 @@
 //! What several test files share: fixtures, pods and reviews, and the real parts to ask.
 
-pub(crate) mod api_server;
-pub(crate) mod chart;
-#[allow(dead_code, reason = "tests/e2e uses the rest")]
-pub(crate) mod control_plane;
-pub(crate) mod haproxy;
-pub(crate) mod in_process;
-pub(crate) mod load;
-#[allow(dead_code, reason = "benches/load uses the rest")]
-pub(crate) mod postgres;
-#[allow(dead_code, reason = "benches/load uses the rest")]
-pub(crate) mod process;
-pub(crate) mod program;
-pub(crate) mod relay;
-pub(crate) mod stand_in;
-pub(crate) mod transcript;
+#![expect(
+    clippy::expect_used,
+    clippy::print_stderr,
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test that cannot go on has failed, and says so"
+)]
+
+pub mod api_server;
+pub mod chart;
+pub mod control_plane;
+pub mod fuzz;
+pub mod haproxy;
+pub mod in_process;
+pub mod load;
+pub mod postgres;
+pub mod process;
+pub mod program;
+pub mod relay;
+pub mod stand_in;
+pub mod transcript;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,21 +31,25 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 /// The default policy's workspace label.
-pub(crate) const WORKSPACE_LABEL: &str = "molecule.ai/workspace-id";
+pub const WORKSPACE_LABEL: &str = "molecule.ai/workspace-id";
 /// The default policy's runtime label.
-pub(crate) const RUNTIME_LABEL: &str = "molecule.ai/runtime";
+pub const RUNTIME_LABEL: &str = "molecule.ai/runtime";
 
 /// A proxy with everything, its token in a Secret.
-pub(crate) const PROXY: &str = include_str!("../../fixtures/policy.yaml");
+pub const PROXY: &str = include_str!("../../fixtures/policy.yaml");
 
-pub(crate) fn fixtures(folder: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures")
-        .join(folder)
+/// The repository's root.
+#[must_use]
+pub fn repository() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+pub fn fixtures(folder: &str) -> PathBuf {
+    repository().join("tests/fixtures").join(folder)
 }
 
 /// The recorded reviews, by file name without ending.
-pub(crate) fn recorded_reviews() -> BTreeMap<String, Value> {
+pub fn recorded_reviews() -> BTreeMap<String, Value> {
     let entries = fs::read_dir(fixtures("admission-reviews")).unwrap();
     let review = |path: PathBuf| {
         let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
@@ -50,18 +60,18 @@ pub(crate) fn recorded_reviews() -> BTreeMap<String, Value> {
 }
 
 /// One of them.
-pub(crate) fn recorded(name: &str) -> Value {
+pub fn recorded(name: &str) -> Value {
     let path = fixtures("admission-reviews").join(format!("{name}.json"));
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
 /// The contract's vectors.
-pub(crate) fn vectors() -> Vec<Value> {
+pub fn vectors() -> Vec<Value> {
     serde_json::from_slice(&fs::read(fixtures("contract/vectors.json")).unwrap()).unwrap()
 }
 
 /// A review of the creation of a pod.
-pub(crate) fn create(pod: &Value) -> Value {
+pub fn create(pod: &Value) -> Value {
     json!({
         "apiVersion": "admission.k8s.io/v1",
         "kind": "AdmissionReview",
@@ -76,7 +86,7 @@ pub(crate) fn create(pod: &Value) -> Value {
 }
 
 /// A pod of one container.
-pub(crate) fn pod(workspace: &str, env: &Value) -> Value {
+pub fn pod(workspace: &str, env: &Value) -> Value {
     json!({
         "apiVersion": "v1",
         "kind": "Pod",
@@ -86,7 +96,7 @@ pub(crate) fn pod(workspace: &str, env: &Value) -> Value {
 }
 
 /// The patch in an answer; `[]` where there is none.
-pub(crate) fn patch_of(answer: &Value) -> Value {
+pub fn patch_of(answer: &Value) -> Value {
     let response = &answer["response"];
     assert_eq!(
         response.get("patchType").is_some(),
@@ -103,7 +113,7 @@ pub(crate) fn patch_of(answer: &Value) -> Value {
 }
 
 /// A review whose object is what the answer's patch makes of it.
-pub(crate) fn patched(review: &Value, answer: &Value) -> Value {
+pub fn patched(review: &Value, answer: &Value) -> Value {
     let patch: json_patch::Patch = serde_json::from_value(patch_of(answer)).unwrap();
     let mut review = review.clone();
     json_patch::patch(&mut review["request"]["object"], &patch).unwrap();
@@ -112,7 +122,7 @@ pub(crate) fn patched(review: &Value, answer: &Value) -> Value {
 
 /// What the API server makes of an object before it calls a webhook again: the real decoder of Kubernetes'
 /// types drops empty values and unset fields, and defaults are filled in.
-pub(crate) fn defaulted(review: &Value) -> Value {
+pub fn defaulted(review: &Value) -> Value {
     let mut review = review.clone();
     let lists = ["initContainers", "containers", "ephemeralContainers"];
     for list in lists {
@@ -146,7 +156,7 @@ pub(crate) fn defaulted(review: &Value) -> Value {
 }
 
 /// The env of a container as the contract sees it, which must have no name twice.
-pub(crate) fn env_map(container: &Value) -> BTreeMap<String, Value> {
+pub fn env_map(container: &Value) -> BTreeMap<String, Value> {
     let mut map = BTreeMap::new();
     for entry in container["env"].as_array().into_iter().flatten() {
         let name = entry["name"].as_str().unwrap().to_owned();
@@ -161,7 +171,7 @@ pub(crate) fn env_map(container: &Value) -> BTreeMap<String, Value> {
 }
 
 /// A vector's proxy as a policy file, which is YAML and so may be JSON.
-pub(crate) fn policy_of(vector: &Value) -> String {
+pub fn policy_of(vector: &Value) -> String {
     let proxy = &vector["proxy"];
     if proxy.is_null() {
         return String::new();
@@ -176,7 +186,7 @@ pub(crate) fn policy_of(vector: &Value) -> String {
 }
 
 /// The creation of a pod whose one container has a vector's env.
-pub(crate) fn review_of(vector: &Value) -> Value {
+pub fn review_of(vector: &Value) -> Value {
     let env = vector["env"]
         .as_object()
         .unwrap()
@@ -190,7 +200,7 @@ pub(crate) fn review_of(vector: &Value) -> Value {
 }
 
 /// Holds an answer against what a vector expects.
-pub(crate) fn assert_expected(vector: &Value, answer: &Value) {
+pub fn assert_expected(vector: &Value, answer: &Value) {
     let (name, expect, response) = (&vector["name"], &vector["expect"], &answer["response"]);
     assert_eq!(
         response["auditAnnotations"]["mode"], expect["mode"],
@@ -218,7 +228,7 @@ pub(crate) fn assert_expected(vector: &Value, answer: &Value) {
 }
 
 /// Runs statements on an SQLite file, and makes the file if it is not there.
-pub(crate) fn sqlite(file: &Path, statements: &str) {
+pub fn sqlite(file: &Path, statements: &str) {
     use sqlx::ConnectOptions;
     let options = sqlx::sqlite::SqliteConnectOptions::new()
         .filename(file)

@@ -2,18 +2,18 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::Path;
 
 use super::chart::with_tools;
 use super::program::{installed, program};
+use super::repository;
 
 /// A page by its path in the repository.
-pub(crate) fn page(path: &str) -> String {
-    fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
+pub fn page(path: &str) -> String {
+    fs::read_to_string(repository().join(path)).unwrap()
 }
 
 /// Each `$ command` of a page's console blocks, with what is printed below it. A block without a `$` is for the reader.
-pub(crate) fn transcripts(page: &str) -> Vec<(String, String)> {
+pub fn transcripts(page: &str) -> Vec<(String, String)> {
     let blocks = page.split("```console\n").skip(1);
     let blocks = blocks.map(|block| block.split("```").next().unwrap());
     let mut transcripts = Vec::new();
@@ -31,7 +31,7 @@ pub(crate) fn transcripts(page: &str) -> Vec<(String, String)> {
 
 /// The commands of a page that show nothing of what they print, a block each: console blocks without a `$`, and
 /// indented blocks that begin with a command.
-pub(crate) fn commands(page: &str) -> Vec<String> {
+pub fn commands(page: &str) -> Vec<String> {
     const FIRST_WORDS: [&str; 8] = [
         "KUBEBUILDER_ASSETS=/path/to/a/folder",
         "cargo",
@@ -68,7 +68,7 @@ pub(crate) fn commands(page: &str) -> Vec<String> {
 
 /// What a command prints at a shell in the repository's folder, where the program is installed, as a plugin of kubectl
 /// too.
-pub(crate) fn printed(command: &str, environment: &[(&str, &str)]) -> String {
+pub fn printed(command: &str, environment: &[(&str, &str)]) -> String {
     let folder = tempfile::tempdir().unwrap();
     let installed = installed();
     for name in ["llm-billing-webhook", "kubectl-llm_billing"] {
@@ -85,7 +85,7 @@ pub(crate) fn printed(command: &str, environment: &[(&str, &str)]) -> String {
     }
     let output = with_tools(&mut shell, folder.path())
         .args(["-c", &format!("exec 2>&1; {command}")])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .current_dir(repository())
         .envs(environment.iter().copied())
         .output()
         .unwrap();

@@ -31,7 +31,7 @@ struct Stored {
 type Shared = Arc<Mutex<Store>>;
 
 /// Serves on a thread of its own, which ends with the process.
-pub(crate) fn serve() -> SocketAddr {
+pub fn serve() -> SocketAddr {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let address = listener.local_addr().unwrap();

@@ -15,10 +15,10 @@ use super::process::{cpu_of, cpu_of_family};
 use super::program::wait_for;
 
 /// The password of the databases' owner and of their reader.
-pub(crate) const PASSWORD: &str = "correct-horse-battery-staple";
+pub const PASSWORD: &str = "correct-horse-battery-staple";
 
 /// A running server.
-pub(crate) struct Cluster {
+pub struct Cluster {
     binaries: PathBuf,
     folder: PathBuf,
     port: u16,
@@ -52,12 +52,12 @@ CONF
 
 impl Cluster {
     /// Starts one.
-    pub(crate) fn start() -> Arc<Self> {
+    pub fn start() -> Arc<Self> {
         Self::start_with(None)
     }
 
     /// Starts one that speaks TLS, with this certificate and key in PEM.
-    pub(crate) fn with_certificate(pem: &(String, String)) -> Arc<Self> {
+    pub fn with_certificate(pem: &(String, String)) -> Arc<Self> {
         Self::start_with(Some(pem))
     }
 
@@ -105,7 +105,7 @@ impl Cluster {
     }
 
     /// Runs `pg_ctl` with these arguments, such as `restart --mode=immediate`.
-    pub(crate) fn pg_ctl(&self, arguments: &[&str]) {
+    pub fn pg_ctl(&self, arguments: &[&str]) {
         let mut command = as_postgres(self.binaries.join("pg_ctl"));
         command
             .arg("--pgdata")
@@ -123,31 +123,31 @@ impl Cluster {
     }
 
     /// Ends one of this role's server processes with signal 9, by its id.
-    pub(crate) fn kill_a_backend(&self, role: &str) {
+    pub fn kill_a_backend(&self, role: &str) {
         let of_role = format!("SELECT pid FROM pg_stat_activity WHERE usename = '{role}' LIMIT 1");
         let pid = self.query("postgres", &of_role);
         run_to_success(as_postgres("kill").args(["-9", &pid]));
     }
 
     /// Where it listens on loopback.
-    pub(crate) fn port(&self) -> u16 {
+    pub fn port(&self) -> u16 {
         self.port
     }
 
     /// The CPU time that its processes have used.
-    pub(crate) fn cpu(&self) -> Duration {
+    pub fn cpu(&self) -> Duration {
         let first_line = fs::read_to_string(self.folder.join("data/postmaster.pid")).unwrap();
         cpu_of_family(first_line.lines().next().unwrap().parse().unwrap())
     }
 
     /// How many connections this role has.
-    pub(crate) fn connections(&self, role: &str) -> String {
+    pub fn connections(&self, role: &str) -> String {
         let of_role = format!("SELECT count(*) FROM pg_stat_activity WHERE usename = '{role}'");
         self.query("postgres", &of_role)
     }
 
     /// Restarts it as a standby without a primary: in recovery for good, and read only.
-    pub(crate) fn become_standby(&self) {
+    pub fn become_standby(&self) {
         fs::write(self.folder.join("data/standby.signal"), "").unwrap();
         self.pg_ctl(&["restart", "--mode=fast"]);
     }
@@ -189,20 +189,20 @@ impl Cluster {
 }
 
 /// A database, and a role that may only read its tables.
-pub(crate) struct Postgres {
+pub struct Postgres {
     cluster: Arc<Cluster>,
     name: String,
 }
 
 impl Postgres {
     /// Makes a database with this schema on the cluster that the tests share.
-    pub(crate) fn with(schema: &str) -> Self {
+    pub fn with(schema: &str) -> Self {
         static SHARED: OnceLock<Arc<Cluster>> = OnceLock::new();
         Self::on(SHARED.get_or_init(Cluster::start), schema)
     }
 
     /// Makes a database with this schema; the role `reader` gets SELECT on its tables.
-    pub(crate) fn on(cluster: &Arc<Cluster>, schema: &str) -> Self {
+    pub fn on(cluster: &Arc<Cluster>, schema: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
         cluster.execute("postgres", &format!("CREATE DATABASE {name}"));
@@ -218,22 +218,22 @@ impl Postgres {
     }
 
     /// Runs statements as the owner.
-    pub(crate) fn execute(&self, statements: &str) {
+    pub fn execute(&self, statements: &str) {
         self.cluster.execute(&self.name, statements);
     }
 
     /// What a query of one value finds, asked as the owner.
-    pub(crate) fn query(&self, query: &str) -> String {
+    pub fn query(&self, query: &str) -> String {
         self.cluster.query(&self.name, query)
     }
 
     /// The URL for the role that may only read.
-    pub(crate) fn url(&self) -> String {
+    pub fn url(&self) -> String {
         self.url_with(PASSWORD)
     }
 
     /// The same by way of this port of loopback.
-    pub(crate) fn url_by(&self, port: u16) -> String {
+    pub fn url_by(&self, port: u16) -> String {
         format!(
             "postgres://reader:{PASSWORD}@127.0.0.1:{port}/{}",
             self.name
@@ -241,7 +241,7 @@ impl Postgres {
     }
 
     /// The first one with another password.
-    pub(crate) fn url_with(&self, password: &str) -> String {
+    pub fn url_with(&self, password: &str) -> String {
         format!(
             "postgres://reader:{password}@localhost:{}/{}?host={}",
             self.cluster.port,
@@ -252,7 +252,7 @@ impl Postgres {
 }
 
 /// PgBouncer in transaction mode before a cluster, with fewer connections than the webhook uses.
-pub(crate) struct PgBouncer {
+pub struct PgBouncer {
     child: Child,
     port: u16,
     _folder: tempfile::TempDir,
@@ -260,12 +260,12 @@ pub(crate) struct PgBouncer {
 
 impl PgBouncer {
     /// Starts it.
-    pub(crate) fn before(cluster: &Cluster) -> Self {
+    pub fn before(cluster: &Cluster) -> Self {
         Self::with(cluster, "")
     }
 
     /// Starts it with further settings, one a line.
-    pub(crate) fn with(cluster: &Cluster, further: &str) -> Self {
+    pub fn with(cluster: &Cluster, further: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         let port = free_port();
@@ -312,12 +312,12 @@ impl PgBouncer {
     }
 
     /// Where it listens on loopback.
-    pub(crate) fn port(&self) -> u16 {
+    pub fn port(&self) -> u16 {
         self.port
     }
 
     /// The CPU time that it has used.
-    pub(crate) fn cpu(&self) -> Duration {
+    pub fn cpu(&self) -> Duration {
         cpu_of(self.child.id())
     }
 }
@@ -362,7 +362,7 @@ fn as_postgres(program: impl AsRef<std::ffi::OsStr>) -> Command {
 
 /// A port of loopback that nothing listens on. It is below those that connections get by themselves, so that
 /// it stays free while what listens there restarts.
-pub(crate) fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
         let next = std::process::id() * 64 + NEXT.fetch_add(1, Ordering::Relaxed);

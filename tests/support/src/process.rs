@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 /// A size of its `/proc/PID/status`, such as `VmRSS`, in KiB.
-pub(crate) fn memory_of(pid: u32, field: &str) -> u64 {
+pub fn memory_of(pid: u32, field: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with(field));
     let kibibytes = line.and_then(|line| line.split_whitespace().nth(1));
@@ -12,13 +12,13 @@ pub(crate) fn memory_of(pid: u32, field: &str) -> u64 {
 }
 
 /// The CPU time that it has used, of user and system.
-pub(crate) fn cpu_of(pid: u32) -> Duration {
+pub fn cpu_of(pid: u32) -> Duration {
     let stat = stat(pid).unwrap();
     stat.cpu
 }
 
 /// The same, and that of its children that still run.
-pub(crate) fn cpu_of_family(pid: u32) -> Duration {
+pub fn cpu_of_family(pid: u32) -> Duration {
     let processes = fs::read_dir("/proc").unwrap();
     let pids = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
     let children = pids.filter_map(stat).filter(|stat| stat.parent == pid);

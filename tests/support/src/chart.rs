@@ -3,17 +3,18 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use super::repository;
 use serde_json::Value;
 
 /// The release's name and namespace in every test.
-pub(crate) const RELEASE: &str = "llm-billing-webhook";
+pub const RELEASE: &str = "llm-billing-webhook";
 
-pub(crate) fn chart() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("charts/llm-billing-webhook")
+pub fn chart() -> PathBuf {
+    repository().join("charts/llm-billing-webhook")
 }
 
 /// Runs Helm.
-pub(crate) fn helm(arguments: &[&str]) -> Output {
+pub fn helm(arguments: &[&str]) -> Output {
     let mut command = Command::new("helm");
     with_tools(command.args(arguments), Path::new(""))
         .output()
@@ -21,7 +22,7 @@ pub(crate) fn helm(arguments: &[&str]) -> Output {
 }
 
 /// Lets a command find Helm and kubectl where scripts/check puts them, and before all else what is in `folder`.
-pub(crate) fn with_tools<'c>(command: &'c mut Command, folder: &Path) -> &'c mut Command {
+pub fn with_tools<'c>(command: &'c mut Command, folder: &Path) -> &'c mut Command {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or(std::env::home_dir().map(|home| home.join(".cache")));
     let path = std::env::var_os("PATH").unwrap_or_default();
@@ -40,14 +41,14 @@ fn template<'a>(chart: &'a str, settings: &[&'a str]) -> Vec<&'a str> {
 }
 
 /// What the chart makes of these settings, without hooks.
-pub(crate) fn render(settings: &[&str]) -> Vec<Value> {
+pub fn render(settings: &[&str]) -> Vec<Value> {
     let mut objects = render_with_hooks(settings);
     objects.retain(|object| object["metadata"]["annotations"]["helm.sh/hook"].is_null());
     objects
 }
 
 /// The same with the hooks of `helm test`.
-pub(crate) fn render_with_hooks(settings: &[&str]) -> Vec<Value> {
+pub fn render_with_hooks(settings: &[&str]) -> Vec<Value> {
     let chart = chart();
     let done = helm(&template(chart.to_str().unwrap(), settings));
     assert!(
@@ -59,7 +60,7 @@ pub(crate) fn render_with_hooks(settings: &[&str]) -> Vec<Value> {
 }
 
 /// What Helm says of settings that it refuses.
-pub(crate) fn refusal(settings: &[&str]) -> String {
+pub fn refusal(settings: &[&str]) -> String {
     let chart = chart();
     let done = helm(&template(chart.to_str().unwrap(), settings));
     assert!(!done.status.success(), "{settings:?} is accepted");
@@ -67,7 +68,7 @@ pub(crate) fn refusal(settings: &[&str]) -> String {
 }
 
 /// The documents of a manifest.
-pub(crate) fn objects(manifest: &str) -> Vec<Value> {
+pub fn objects(manifest: &str) -> Vec<Value> {
     // As Kubernetes reads it: 0440 is an octal number.
     let options = serde_saphyr::options! { legacy_octal_numbers: true };
     let documents: Vec<Value> =
@@ -79,7 +80,7 @@ pub(crate) fn objects(manifest: &str) -> Vec<Value> {
 }
 
 /// The one object of a kind.
-pub(crate) fn of_kind<'o>(objects: &'o [Value], kind: &str) -> &'o Value {
+pub fn of_kind<'o>(objects: &'o [Value], kind: &str) -> &'o Value {
     let mut found = objects.iter().filter(|object| object["kind"] == kind);
     let one = found.next();
     assert!(found.next().is_none(), "{kind} is there twice");

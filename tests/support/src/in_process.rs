@@ -8,32 +8,24 @@ use llm_billing_webhook::core::response::Response;
 use serde_json::Value;
 
 /// Returns the answer to a review.
-pub(crate) fn answer(policy: &Policy, lookup: &LookupOutcome, review: &Value) -> Value {
+pub fn answer(policy: &Policy, lookup: &LookupOutcome, review: &Value) -> Value {
     answer_to(policy, lookup, &serde_json::to_vec(review).unwrap()).unwrap()
 }
 
 /// Returns the answer to a body.
-pub(crate) fn answer_to(
-    policy: &Policy,
-    lookup: &LookupOutcome,
-    body: &[u8],
-) -> Result<Value, BodyError> {
+pub fn answer_to(policy: &Policy, lookup: &LookupOutcome, body: &[u8]) -> Result<Value, BodyError> {
     let answer = written(policy, lookup, body)?;
     Ok(serde_json::from_str(&answer).unwrap())
 }
 
 /// Returns the answer to a body, as it is sent.
-pub(crate) fn written(
-    policy: &Policy,
-    lookup: &LookupOutcome,
-    body: &[u8],
-) -> Result<String, BodyError> {
+pub fn written(policy: &Policy, lookup: &LookupOutcome, body: &[u8]) -> Result<String, BodyError> {
     let review = decode(body)?;
     let decision = begin(policy, Webhook::Mutate, &review).finish(lookup);
     Ok(Response::new(review.uid(), &decision).json)
 }
 
 /// Returns the outcome of a lookup that finds this mode.
-pub(crate) fn stored(mode: &str) -> LookupOutcome {
+pub fn stored(mode: &str) -> LookupOutcome {
     LookupOutcome::Row(Some(mode.to_owned()))
 }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// The port, and what is known of those who use it.
-pub(crate) struct Relay {
-    pub(crate) port: u16,
+pub struct Relay {
+    pub port: u16,
     state: Arc<State>,
 }
 
@@ -19,7 +19,7 @@ struct State {
 
 impl Relay {
     /// Starts it before a database's port.
-    pub(crate) fn to(database: u16) -> Self {
+    pub fn to(database: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let state = Arc::<State>::default();
@@ -49,12 +49,12 @@ impl Relay {
     }
 
     /// From now on nothing is passed on, or all is.
-    pub(crate) fn swallow(&self, silent: bool) {
+    pub fn swallow(&self, silent: bool) {
         self.state.silent.store(silent, Ordering::Relaxed);
     }
 
     /// How often clients have sent something: once for each answer that they wait for.
-    pub(crate) fn asked(&self) -> usize {
+    pub fn asked(&self) -> usize {
         self.state.asked.load(Ordering::Relaxed)
     }
 }
