@@ -101,36 +101,36 @@ impl Plan<'_> {
     /// Returns the containers and variables that must change, as a refusal names them: by name, never by value.
     #[must_use]
     pub fn findings(&self) -> String {
-        self.told(|told, name| {
-            told.push_str(&format!("container {name:?} has not settled "));
+        self.summarize(|summary, name| {
+            summary.push_str(&format!("container {name:?} has not settled "));
         })
     }
 
     /// Which variables change in which container: by name, never by value.
     #[must_use]
     pub fn changed(&self) -> String {
-        self.told(|told, name| {
-            told.push_str(name);
-            told.push_str(": ");
+        self.summarize(|summary, name| {
+            summary.push_str(name);
+            summary.push_str(": ");
         })
     }
 
-    /// The containers that are not settled: all of a few, the first of many.
-    fn told(&self, begin: impl Fn(&mut String, &str)) -> String {
+    /// Summarizes the containers that must change: all of a few, the first of many.
+    fn summarize(&self, begin: impl Fn(&mut String, &str)) -> String {
         const SHOWN: usize = 3;
-        let mut told = String::new();
+        let mut summary = String::with_capacity(256);
         for (index, plan) in self.containers.iter().take(SHOWN).enumerate() {
             if index > 0 {
-                told.push_str("; ");
+                summary.push_str("; ");
             }
-            begin(&mut told, plan.container.name.as_str());
-            add_names(&mut told, &plan.variables());
+            begin(&mut summary, plan.container.name.as_str());
+            summarize_names(&mut summary, &plan.variables());
         }
         let more = self.containers.len().saturating_sub(SHOWN);
         if more > 0 {
-            told.push_str(&format!("; and {more} more containers"));
+            summary.push_str(&format!("; and {more} more containers"));
         }
-        told
+        summary
     }
 }
 
@@ -324,7 +324,7 @@ impl<'a> Rules<'a> {
                 return Ok(required.into());
             }
             let mut keys = String::new();
-            add_names(&mut keys, &could_come);
+            summarize_names(&mut keys, &could_come);
             return Err(Refusal::EnvFromVendorKey {
                 container: container.name.as_str().to_owned(),
                 keys,
@@ -336,7 +336,7 @@ impl<'a> Rules<'a> {
 }
 
 /// Adds names to a message: all of a few, the first of many.
-fn add_names(message: &mut String, names: &[&str]) {
+fn summarize_names(message: &mut String, names: &[&str]) {
     const SHOWN: usize = 8;
     for (index, name) in names.iter().take(SHOWN).enumerate() {
         if index > 0 {
@@ -535,7 +535,7 @@ mod tests {
         assert_eq!(plan.changed(), format!("i: {modes}; c: {modes}"));
         let listed = |names: &[&str]| {
             let mut message = String::new();
-            add_names(&mut message, names);
+            summarize_names(&mut message, names);
             message
         };
         assert_eq!(
