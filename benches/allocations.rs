@@ -1,17 +1,17 @@
-//! How often one admission asks for memory, from the body's bytes to the answer's, and for how much.
+//! Heap allocations of one admission, from request body to answer: their count and bytes.
 //!
 //! `cargo bench --bench allocations`
 
 #![expect(
     clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a benchmark prints what it finds, and ends where it cannot go on"
+    reason = "a benchmark prints its results, and panics if it cannot continue"
 )]
 
 mod support;
 
 use support::{RECORDED, SETTLED, body, policy};
-use test_support::in_process::{stored, written};
+use test_support::in_process::{answer_json, stored};
 
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
@@ -26,10 +26,10 @@ fn main() {
         let body = body(name);
         for mode in ["platform_managed", "byok"] {
             let stored = stored(mode);
-            // The first one also makes what is made but once.
-            written(&policy, &stored, &body).unwrap();
+            // The first run also makes one-time allocations.
+            answer_json(&policy, &stored, &body).unwrap();
             let before = dhat::HeapStats::get();
-            let answer = written(&policy, &stored, &body).unwrap();
+            let answer = answer_json(&policy, &stored, &body).unwrap();
             let after = dhat::HeapStats::get();
             println!(
                 "| {name} | {mode} | {} | {} | {} |",

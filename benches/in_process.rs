@@ -1,12 +1,12 @@
-//! From the body's bytes to the answer's, with the lookup's answer given, against the floor: one skim over the
-//! same bytes, which any webhook must make. And how the time grows with the pod.
+//! Time from request body to answer with a fixed lookup outcome, relative to the floor: one serde_json skim of the
+//! body. Also how the time grows with the pod. HTTPS and the database are in load/.
 //!
-//! `cargo bench --bench in_process` prints the ratios at its end.
+//! `cargo bench --bench in_process` prints the ratios at the end.
 
 #![expect(
     clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a benchmark prints what it finds, and ends where it cannot go on"
+    reason = "a benchmark prints its results, and panics if it cannot continue"
 )]
 
 mod support;
@@ -19,8 +19,8 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
-use support::{BEHIND_SPACE, RECORDED, SETTLED, body, policy};
-use test_support::in_process::{stored, written};
+use support::{LEADING_SPACE, RECORDED, SETTLED, body, policy};
+use test_support::in_process::{answer_json, stored};
 
 const ENTRIES: [usize; 4] = [10, 100, 1_000, 10_000];
 const CONTAINERS: [usize; 3] = [1, 10, 100];
@@ -39,14 +39,15 @@ fn main() {
 }
 
 fn all_bodies() -> impl Iterator<Item = (String, Vec<u8>)> {
-    let named = RECORDED.into_iter().chain([SETTLED, BEHIND_SPACE]);
+    let named = RECORDED.into_iter().chain([SETTLED, LEADING_SPACE]);
     let named = named.map(|name| (name.to_owned(), body(name)));
-    let entries = ENTRIES.map(|count| (of_entries(count), grown(1, count)));
-    let containers = CONTAINERS.map(|count| (of_containers(count), grown(count, 20)));
+    let entries = ENTRIES.map(|count| (entries_id(count), grown(1, count)));
+    let containers = CONTAINERS.map(|count| (containers_id(count), grown(count, 20)));
     named.chain(entries).chain(containers)
 }
 
-/// The first recorded review with so many containers, of so many env entries each; one in ten is a vendor key.
+/// Returns the first recorded review with this many containers and env entries per container; every tenth entry is a
+/// vendor key.
 fn grown(containers: usize, entries: usize) -> Vec<u8> {
     let mut review: Value = serde_json::from_slice(&body(RECORDED[0])).unwrap();
     let entry = |index: usize| match index % 10 {
@@ -65,11 +66,11 @@ fn grown(containers: usize, entries: usize) -> Vec<u8> {
     serde_json::to_vec(&review).unwrap()
 }
 
-fn of_entries(count: usize) -> String {
+fn entries_id(count: usize) -> String {
     format!("1 container, {count} entries")
 }
 
-fn of_containers(count: usize) -> String {
+fn containers_id(count: usize) -> String {
     let plural = if count == 1 { "" } else { "s" };
     format!("{count} container{plural}, 20 entries")
 }
@@ -84,7 +85,7 @@ fn measure(criterion: &mut Criterion, id: &str, body: &[u8]) {
     for mode in MODES {
         let stored = stored(mode);
         group.bench_function(BenchmarkId::from_parameter(mode), |bencher| {
-            bencher.iter(|| written(&policy, &stored, black_box(body)).unwrap());
+            bencher.iter(|| answer_json(&policy, &stored, black_box(body)).unwrap());
         });
     }
     group.finish();
@@ -103,14 +104,19 @@ fn print_ratios(results: &Path) {
     };
     println!("\n| body to answer, against the skim | platform_managed | byok |\n|---|---|---|");
     for (id, _) in all_bodies() {
-        let of = |mode| ratio(&id, mode, &id, "skim");
-        println!("| {id} | {} | {} |", of(MODES[0]), of(MODES[1]));
+        let ratio_of = |mode| ratio(&id, mode, &id, "skim");
+        println!("| {id} | {} | {} |", ratio_of(MODES[0]), ratio_of(MODES[1]));
     }
     println!("\n| ten times as much | platform_managed | byok |\n|---|---|---|");
-    let entries = ENTRIES.map(of_entries);
-    let containers = CONTAINERS.map(of_containers);
+    let entries = ENTRIES.map(entries_id);
+    let containers = CONTAINERS.map(containers_id);
     for pair in entries.windows(2).chain(containers.windows(2)) {
-        let of = |mode| ratio(&pair[1], mode, &pair[0], mode);
-        println!("| {} | {} | {} |", pair[1], of(MODES[0]), of(MODES[1]));
+        let ratio_of = |mode| ratio(&pair[1], mode, &pair[0], mode);
+        println!(
+            "| {} | {} | {} |",
+            pair[1],
+            ratio_of(MODES[0]),
+            ratio_of(MODES[1])
+        );
     }
 }

@@ -1,5 +1,5 @@
-//! One sweep over the running pods: pages from the API server, modes from the database, verdicts from the core. What
-//! is shown or done about a verdict is cli's and server's business.
+//! A sweep over the running pods: lists them in pages, looks up their modes and audits each pod. Output and eviction
+//! are in cli, metrics in server.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -23,35 +23,35 @@ use crate::core::policy_file::Unlabelled;
 use crate::core::resolution::{BillingMode, Reason, Resolution, Source};
 use crate::database::{Database, LookupError};
 
-/// Pods in one page, and workspaces in one query at most. kubectl asks for as many.
-const PAGE: u32 = 500;
+/// Limit on pods in a page, and so on workspaces in a query. The same as kubectl's.
+const PAGE_SIZE: u32 = 500;
 
-/// The namespaces whose pods are report.
+/// The namespaces whose pods are audited.
 #[derive(Clone, Debug, Default)]
 pub enum Namespaces {
-    /// All of them.
+    /// All namespaces.
     #[default]
     All,
-    /// This one.
+    /// One namespace, by name.
     One(String),
-    /// Those that this label selector selects.
+    /// The namespaces that match a label selector.
     Selected(String),
 }
 
-/// Which pods are report.
+/// The pods to audit.
 #[derive(Clone, Debug, Default)]
 pub struct Selection {
-    /// Where.
+    /// Their namespaces.
     pub namespaces: Namespaces,
-    /// A label selector that they must fit besides.
+    /// A label selector that they must also match.
     pub labels: Option<String>,
-    /// The workspace that they must belong to.
+    /// The workspace id that they must have.
     pub workspace: Option<String>,
 }
 
 impl Selection {
-    /// Whether the policy lets this be report: where pods without the label count, somebody has to say where the
-    /// webhook is asked about them.
+    /// Checks that the selection names namespaces or a workspace if the policy covers pods without the workspace
+    /// label. Only the namespaces tell which of these pods the webhook covers.
     ///
     /// # Errors
     /// [`SweepError::Scope`]
@@ -66,7 +66,7 @@ impl Selection {
         }
     }
 
-    /// The label selector as the API server takes it.
+    /// Returns the label selector for the list request.
     fn label_selector(&self, policy: &Policy) -> String {
         let label = policy.workspace_label.as_str();
         let workspace = match (&self.workspace, policy.unlabelled) {
@@ -86,34 +86,34 @@ pub struct AuditedPod {
     pub namespace: String,
     /// Its name.
     pub pod: String,
-    /// Tells it from a later pod of the same name.
+    /// Distinguishes it from a later pod of the same name.
     #[serde(skip)]
     pub uid: String,
-    /// The controller that would make it anew, as `Kind/name`.
+    /// The controller that would recreate it, as `Kind/name`.
     pub owner: Option<String>,
-    /// The workspace that it claims.
+    /// The workspace id in its label.
     pub workspace: String,
-    /// The mode that the database says.
+    /// The resolved mode.
     pub mode: BillingMode,
-    /// Where that comes from.
+    /// The mode's source.
     pub source: Source,
-    /// Which rule gave it.
+    /// The rule that gave the mode.
     pub reason: Reason,
-    /// The mode that its env says.
+    /// The mode in its env; `-` if none.
     pub mode_in_env: String,
-    /// Empty if its env is true.
+    /// Empty if its env matches the mode.
     pub findings: Vec<Finding>,
-    /// What there is to them, by names.
+    /// Details of the findings: names, never values.
     pub details: Vec<String>,
 }
 
-/// Why a sweep ended before its end.
+/// Why a sweep ended early.
 #[derive(Debug, Error)]
 pub enum SweepError {
-    /// Pods without the label count, but nobody says which.
+    /// The policy covers pods without the label, but the selection names no namespaces.
     #[error(
-        "by the policy's `unlabelled`, pods without the label count too, where the webhook is asked about them; \
-         say where that is, by one namespace or by a selector of namespaces"
+        "the policy's `unlabelled` also covers pods without the workspace label; \
+         select the namespaces that the webhook covers"
     )]
     Scope,
     /// The namespaces cannot be listed.
@@ -122,13 +122,13 @@ pub enum SweepError {
     /// The pods cannot be listed.
     #[error("cannot list the pods in {0}")]
     List(String, #[source] ClusterError),
-    /// The list is older than the API server remembers.
+    /// The list's continue token expired.
     #[error(
-        "the list of pods in {0} expired before its end, for there are many or the database is slow; \
+        "the list of pods in {0} expired before its end: too many pods, or a slow database; \
          audit one namespace at a time"
     )]
     Expired(String),
-    /// What came is no list of pods.
+    /// The response is not a list of pods.
     #[error("cannot read the list of pods in {0}")]
     Page(String),
     /// The modes cannot be looked up.
@@ -149,7 +149,7 @@ struct PageMetadata {
     next: String,
 }
 
-/// What an audit needs of a pod besides what the webhook reads.
+/// The pod fields that only the audit reads.
 #[derive(Deserialize)]
 struct Running<'a> {
     #[serde(borrow)]
@@ -186,11 +186,14 @@ struct Owner<'a> {
     controller: Option<bool>,
 }
 
-/// Audits the pods that run, and tells each as it comes; only one page is kept at a time. `report` counts, and is
-/// right even if the sweep ends early.
+/// Audits the selected running pods, one page at a time, and passes each to `each`. `report` counts the pods audited
+/// so far, even if the sweep ends early.
 ///
 /// # Errors
-/// [`SweepError`]: what was not audited is not told to be true.
+/// [`SweepError`]. Pods that were not audited are not counted in `report.audited`.
+///
+/// # Panics
+/// On Tokio's current-thread runtime: parsing a page uses [`block_in_place`].
 pub async fn sweep(
     client: &Client,
     database: &Arc<Database>,
@@ -206,48 +209,48 @@ pub async fn sweep(
         Namespaces::Selected(selector) => {
             let all: Api<Namespace> = Api::all(client.clone());
             let selected = ListParams::default().labels(selector);
-            let found = all.list_metadata(&selected).await;
-            let found = found.map_err(|error| SweepError::Namespaces(error.into()))?;
-            found
-                .items
+            let list = all.list_metadata(&selected).await;
+            let list = list.map_err(|error| SweepError::Namespaces(error.into()))?;
+            list.items
                 .into_iter()
-                .map(|one| one.metadata.name)
+                .map(|namespace| namespace.metadata.name)
                 .collect()
         }
     };
     let labels = selection.label_selector(policy);
     for namespace in namespaces {
-        let place = match &namespace {
+        let location = match &namespace {
             Some(namespace) => format!("namespace {namespace}"),
             None => "all namespaces".to_owned(),
         };
         let request = Request::new(PodResource::url_path(&(), namespace.as_deref()));
         let mut parameters = ListParams::default()
             .labels(&labels)
-            // What has ended uses no key.
+            // A pod that has ended uses no key.
             .fields("status.phase!=Succeeded,status.phase!=Failed")
-            .limit(PAGE);
+            .limit(PAGE_SIZE);
         loop {
-            let listed = |error: kube::Error| match error {
+            let list_error = |error: kube::Error| match error {
                 kube::Error::Api(status) if status.code == 410 => {
-                    SweepError::Expired(place.clone())
+                    SweepError::Expired(location.clone())
                 }
-                error => SweepError::List(place.clone(), error.into()),
+                error => SweepError::List(location.clone(), error.into()),
             };
             let page = request.list(&parameters).map_err(|error| {
                 let error = ClusterError::Unreachable(error.to_string());
-                SweepError::List(place.clone(), error)
+                SweepError::List(location.clone(), error)
             })?;
-            let page = client.request_text(page).await.map_err(listed)?;
+            let page = client.request_text(page).await.map_err(list_error)?;
+            // Parsing and planning 500 large pods takes long: another thread must run this one's admissions and probes.
             let page: Page<'_> = block_in_place(|| serde_json::from_str(&page))
-                .map_err(|_| SweepError::Page(place.clone()))?;
-            for verdict in audit_page(&page, database, policy, &place).await? {
+                .map_err(|_| SweepError::Page(location.clone()))?;
+            for verdict in audit_page(&page, database, policy, &location).await? {
                 match verdict {
                     Ok(audited) => {
                         report.count(audited.mode, &audited.findings);
                         each(audited);
                     }
-                    Err(why) => report.not_audited.push(why),
+                    Err(reason) => report.not_audited.push(reason),
                 }
             }
             if page.metadata.next.is_empty() {
@@ -259,29 +262,28 @@ pub async fn sweep(
     Ok(())
 }
 
-/// A pod's audit, or why there is none.
+/// An audited pod, or why it was not audited.
 type PodAudit = Result<AuditedPod, String>;
 
 async fn audit_page(
     page: &Page<'_>,
     database: &Arc<Database>,
     policy: &Policy,
-    place: &str,
+    location: &str,
 ) -> Result<Vec<PodAudit>, SweepError> {
-    // Reading and planning 500 large pods takes long: meanwhile another thread takes over this one's admissions and probes.
     let pods: Vec<_> = block_in_place(|| {
         let items = page.items.iter();
-        items.map(|item| running_pod(item, place)).collect()
+        items.map(|item| running_pod(item, location)).collect()
     });
-    let (begun, lookups) = block_in_place(|| begin_page(policy, &pods));
+    let (started, lookups) = block_in_place(|| begin_page(policy, &pods));
     let lookups: Vec<Vec<ParameterValue>> = lookups.into_iter().collect();
     let outcomes = database
         .lookup_batch(lookups.clone())
         .await
-        .map_err(|error| SweepError::Lookup(place.to_owned(), error))?;
+        .map_err(|error| SweepError::Lookup(location.to_owned(), error))?;
     let outcomes: BTreeMap<_, _> = lookups.iter().zip(outcomes).collect();
-    let finish = |one: Begun<'_>| -> PodAudit {
-        let (metadata, pod, step) = one?;
+    let finish = |started: Started<'_>| -> PodAudit {
+        let (metadata, pod, step) = started?;
         let decision = match step {
             Step::Done(decision) => decision,
             Step::Lookup(parameters, pending) => match outcomes.get(&parameters) {
@@ -292,28 +294,28 @@ async fn audit_page(
         };
         Ok(audited(policy, metadata, pod, &decision))
     };
-    Ok(block_in_place(|| begun.into_iter().map(finish).collect()))
+    Ok(block_in_place(|| started.into_iter().map(finish).collect()))
 }
 
 /// A pod of a page, or why it cannot be read.
 type PageItem<'a> = Result<(RunningMetadata<'a>, Pod<'a>), String>;
 
-/// A pod whose decision has begun, or why there is none.
-type Begun<'a> = Result<(&'a RunningMetadata<'a>, &'a Pod<'a>, Step<'a>), String>;
+/// A pod and the first step of its decision, or why it is not audited.
+type Started<'a> = Result<(&'a RunningMetadata<'a>, &'a Pod<'a>, Step<'a>), String>;
 
-/// Begins the decisions about a page's pods. Returns the lookups that they wait for too: each workspace's once, however
-/// many pods it has.
+/// Begins the decisions about a page's pods. Also returns the parameters of the lookups that they need, without
+/// duplicates.
 fn begin_page<'a>(
     policy: &'a Policy,
     pods: &'a [PageItem<'a>],
-) -> (Vec<Begun<'a>>, BTreeSet<Vec<ParameterValue>>) {
-    let mut begun = Vec::new();
+) -> (Vec<Started<'a>>, BTreeSet<Vec<ParameterValue>>) {
+    let mut started = Vec::new();
     let mut lookups = BTreeSet::new();
     for item in pods {
         let (metadata, pod) = match item {
             Ok((metadata, pod)) => (metadata, pod),
-            Err(why) => {
-                begun.push(Err(why.clone()));
+            Err(reason) => {
+                started.push(Err(reason.clone()));
                 continue;
             }
         };
@@ -333,15 +335,15 @@ fn begin_page<'a>(
                 lookups.insert(parameters.clone());
             }
         }
-        begun.push(Ok((metadata, pod, step)));
+        started.push(Ok((metadata, pod, step)));
     }
-    (begun, lookups)
+    (started, lookups)
 }
 
 /// Reads one item of a page.
-fn running_pod<'a>(item: &'a RawValue, place: &str) -> PageItem<'a> {
+fn running_pod<'a>(item: &'a RawValue, location: &str) -> PageItem<'a> {
     let Ok(Running { metadata }) = serde_json::from_str(item.get()) else {
-        return Err(format!("a pod in {place} cannot be read"));
+        return Err(format!("a pod in {location} cannot be read"));
     };
     match serde_json::from_str(item.get()) {
         Ok(pod) => Ok((metadata, pod)),
@@ -360,7 +362,7 @@ fn audited(
         findings,
         details,
     } = audit(policy, decision, pod);
-    // A pod that is refused for its missing label has no resolution.
+    // A pod refused for its missing label has no resolution.
     let missing = Resolution::fallback(Reason::MissingWorkspaceId);
     let resolution = decision.resolution.unwrap_or(missing);
     let controller = running

@@ -1,5 +1,5 @@
-//! The Kubernetes API as a client: how to reach it, how its errors read, and what commands ask of it: an object, an
-//! eviction, an event. Pods are listed by audit.rs; the certificate's Secret is server/certificate/secret.rs's.
+//! Kubernetes API client: connection, errors, and requests to read an object, evict a pod and write an event. Listing
+//! pods is in audit.rs, the certificate's Secret in server/certificate/secret.rs.
 
 use std::time::Duration;
 
@@ -14,23 +14,25 @@ use kube::{Api, Client, Config};
 use serde_json::Value;
 use thiserror::Error;
 
-/// Longest wait for an answer: the API server ends what takes longer than a minute.
-const MAX_ANSWER_BYTES: Duration = Duration::from_secs(65);
+/// Longer than the API server's own limit on requests, which is one minute.
+const READ_TIMEOUT: Duration = Duration::from_secs(65);
 
-/// What went wrong, in the API server's words where it has any. They name objects, and never what is in them.
+/// An error of the Kubernetes API, with the API server's message if it sent one. Names objects, never their contents.
 #[derive(Debug, Error)]
 pub enum ClusterError {
-    /// Neither a service account nor a kubeconfig tells where the API server is.
-    #[error("no cluster is known here; mount a service account's token, or set KUBECONFIG ({0})")]
+    /// Neither a kubeconfig nor a service account is configured.
+    #[error(
+        "no cluster configured: set KUBECONFIG, or run in a pod with a service account token ({0})"
+    )]
     Unknown(String),
-    /// Somebody else changed the object meanwhile.
-    #[error("the object was changed meanwhile: {0}")]
+    /// Another client changed the object concurrently.
+    #[error("the object was changed concurrently: {0}")]
     Conflict(String),
-    /// The API server refuses the request.
-    #[error("the API server refuses: {0}")]
+    /// The API server refused the request.
+    #[error("the API server refused the request: {0}")]
     Refused(String),
-    /// The API server cannot be asked.
-    #[error("the API server cannot be asked: {0}")]
+    /// The request failed on the way or in the API server.
+    #[error("the request to the API server failed: {0}")]
     Unreachable(String),
 }
 
@@ -38,23 +40,23 @@ impl From<kube::Error> for ClusterError {
     fn from(error: kube::Error) -> Self {
         match error {
             kube::Error::Api(status) if status.code == 409 => Self::Conflict(status.message),
-            // Too many requests, or a fault of the server's: it may pass.
+            // Too many requests, or a server error: possibly transient.
             kube::Error::Api(status) if status.code == 429 || status.code >= 500 => {
                 Self::Unreachable(status.message)
             }
             kube::Error::Api(status) => Self::Refused(status.message),
-            // Its text quotes what was answered.
+            // The error's own text quotes the response.
             kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => {
                 Self::Unreachable("its answer cannot be read".to_owned())
             }
-            // Its text has its causes in it.
+            // The error's own text includes its causes.
             error => Self::Unreachable(error.to_string()),
         }
     }
 }
 
-/// A client for the cluster that the environment tells of: by `KUBECONFIG` or the kubeconfig in its usual place, else by
-/// a service account's token. What the API server cannot do just now is tried again.
+/// Returns a client for the cluster of `KUBECONFIG`, the default kubeconfig or the service account, in this order. It
+/// retries transient errors.
 ///
 /// # Errors
 /// [`ClusterError::Unknown`] and [`ClusterError::Unreachable`]
@@ -62,26 +64,26 @@ pub async fn connect() -> Result<Client, ClusterError> {
     Ok(Client::try_from(config().await?)?)
 }
 
-/// One that takes the first answer, for evictions: a disruption budget refuses them as if the server were busy. And
-/// the API server's address, to ask people about.
+/// Returns a client that does not retry, and the API server's URL to show in a prompt. Evictions need it: a disruption
+/// budget refuses them with 429, like a busy server.
 ///
 /// # Errors
 /// As [`connect`].
 pub async fn connect_without_retries() -> Result<(Client, String), ClusterError> {
     let mut config = config().await?;
     config.default_retry = false;
-    let address = config.cluster_url.to_string();
-    Ok((Client::try_from(config)?, address))
+    let url = config.cluster_url.to_string();
+    Ok((Client::try_from(config)?, url))
 }
 
 async fn config() -> Result<Config, ClusterError> {
     let config = Config::infer().await;
     let mut config = config.map_err(|error| ClusterError::Unknown(error.to_string()))?;
-    config.read_timeout = Some(MAX_ANSWER_BYTES);
+    config.read_timeout = Some(READ_TIMEOUT);
     Ok(config)
 }
 
-/// An object as it is stored, by its path, without the record of who manages which field.
+/// Returns the object at an API path, without `managedFields`.
 ///
 /// # Errors
 /// [`ClusterError`]
@@ -96,25 +98,25 @@ pub async fn get(client: &Client, path: &str) -> Result<Value, ClusterError> {
     Ok(object)
 }
 
-/// A pod by what tells it from any other.
+/// The unique identity of a pod.
 #[derive(Clone, Copy, Debug)]
 pub struct PodName<'a> {
     /// Its namespace.
     pub namespace: &'a str,
     /// Its name.
     pub name: &'a str,
-    /// Tells it from a later pod of the same name.
+    /// Distinguishes it from a later pod of the same name.
     pub uid: &'a str,
 }
 
-/// What became of an eviction.
+/// The result of an eviction.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Evicted {
-    /// The pod is being ended.
+    /// The pod is terminating.
     Done,
-    /// A disruption budget keeps it for now; the API server's words.
+    /// A disruption budget prevents it for now; the API server's message.
     Kept(String),
-    /// It is not there any more, or is another one.
+    /// The pod is gone, or another one has its name.
     Gone,
 }
 
@@ -142,27 +144,29 @@ pub async fn evict(
             ..DeleteOptions::default()
         }),
     };
-    // kube's own eviction spells a field's name wrong, and loses dry-run and precondition.
+    // kube's own `evict` misspells a field, which drops the dry run and the precondition.
     let pods: Api<Pod> = Api::namespaced(client.clone(), pod.namespace);
-    let answered: Result<Value, _> = pods
+    let response: Result<Value, _> = pods
         .create_subresource("eviction", pod.name, &PostParams::default(), &eviction)
         .await;
-    match answered {
+    match response {
         Ok(_) => Ok(Evicted::Done),
-        Err(kube::Error::Api(status)) if is_of_budget(&status) => Ok(Evicted::Kept(status.message)),
+        Err(kube::Error::Api(status)) if is_budget_refusal(&status) => {
+            Ok(Evicted::Kept(status.message))
+        }
         Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => Ok(Evicted::Gone),
         Err(error) => Err(error.into()),
     }
 }
 
-/// Whether a disruption budget refuses, and not a server that is busy.
-fn is_of_budget(status: &Status) -> bool {
+/// Reports whether a disruption budget refused the eviction, and not a busy server.
+fn is_budget_refusal(status: &Status) -> bool {
     let causes = status.details.iter().flat_map(|details| &details.causes);
     let mut reasons = causes.map(|cause| cause.reason.as_str());
     status.code == 429 && reasons.any(|reason| reason == "DisruptionBudget")
 }
 
-/// Writes a warning where `kubectl describe pod` shows it.
+/// Writes a warning event on a pod, which `kubectl describe pod` shows.
 ///
 /// # Errors
 /// [`ClusterError`]
@@ -174,7 +178,7 @@ pub async fn warn_on_pod(
 ) -> Result<(), ClusterError> {
     let now = Some(Time(Timestamp::now()));
     let text = |text: &str| Some(text.to_owned());
-    // The API server refuses more.
+    // The API server refuses longer messages.
     let message = message.get(..message.floor_char_boundary(1024));
     let event = Event {
         metadata: ObjectMeta {

@@ -1,9 +1,9 @@
-//! Admission webhook that makes every workspace pod's LLM billing env true.
+//! Admission webhook that sets the environment variables of workspace pods to match their LLM billing mode.
 //!
-//! Imports point one way: `main` → [`cli`] → [`server`] → [`audit`] → [`database`], [`cluster`] → [`metrics`] → [`core`].
-//! The core decides (identify, resolve, plan, patch) and knows no IO, no async and no HTTP; everything
-//! else fetches what the core asks for and carries out what it answers.
-//! `tests/integration/boundary.rs` holds that line, and fails if files import each other in a circle.
+//! Imports point one way:
+//! `main` → [`cli`] → [`server`] → [`audit`] → [`database`], [`cluster`] → [`metrics`] → [`core`].
+//! The core decides (identify, resolve, plan, patch) without IO, async or HTTP. The other modules execute its lookups
+//! and send its responses. `tests/integration/boundary.rs` enforces this and rejects import cycles.
 
 pub mod audit;
 pub mod cli;

@@ -1,4 +1,4 @@
-//! The program: parses its arguments, runs the command, prints one error, returns the exit code.
+//! The entry point: parses the arguments, runs the command and returns its exit code.
 
 use std::process::ExitCode;
 

@@ -1,5 +1,4 @@
-//! Every metric family and its labels. Labels come from enums or fixed texts: nothing that a pod brings is
-//! ever one.
+//! All metric families and their labels. Label values come from enums or fixed texts, never from a pod.
 
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
@@ -20,41 +19,41 @@ use crate::core::audit::{Finding, Report};
 use crate::core::decision::{Decision, Labels, NONE, Webhook};
 use crate::core::resolution::BillingMode;
 
-/// Labels of one admission.
+/// Labels of an admission.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Admission {
+struct AdmissionLabels {
     /// `mutate` or `validate`.
     webhook: &'static str,
     /// `create`, `ephemeralcontainers` or `other`.
     operation: &'static str,
     /// The resolved mode, or `none`.
     mode: &'static str,
-    /// Where it comes from, or `none`.
+    /// The source of the mode, or `none`.
     source: &'static str,
-    /// Which rule gave it, or `none`.
+    /// The reason for the mode, or `none`.
     reason: &'static str,
     /// `patched`, `unchanged`, `untouched`, `refused` or `bad_request`.
     outcome: &'static str,
 }
 
-/// Labels of a duration of the whole admission.
+/// Labels of an admission's duration.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct WebhookLabels {
     /// `mutate` or `validate`.
     webhook: &'static str,
 }
 
-/// Labels by how something ended.
+/// Labels of an operation's result.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Ending {
+struct ResultLabels {
     /// For lookups `found`, `not_found` or [`crate::database::LookupError::kind`]; for reloads and audits `ok` or
     /// `failed`.
     result: &'static str,
 }
 
-/// A connection to the database by what it does.
+/// Labels of database connections.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ConnectionState {
+struct ConnectionLabels {
     /// `used` or `idle`.
     state: &'static str,
 }
@@ -62,25 +61,25 @@ struct ConnectionState {
 /// Labels of a warning.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct WarningLabels {
-    /// What it is about, as [`crate::core::warning::WarningKind`] spells it.
+    /// The name of a [`crate::core::warning::WarningKind`].
     kind: &'static str,
 }
 
-/// Labels of pods whose env is not true.
+/// Labels of pods whose env does not match the billing mode.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Drift {
-    /// The mode that the database says.
+struct DriftLabels {
+    /// The mode in the database.
     mode: &'static str,
-    /// What was found, as [`crate::core::audit::Finding`] spells it.
+    /// The name of a [`crate::core::audit::Finding`].
     finding: &'static str,
 }
 
-/// What audits found: of one server, or of one run of `audit`.
+/// Metrics of audits, of a server or of one run of `audit`.
 #[derive(Clone, Debug, Default)]
 pub struct AuditMetrics {
-    drift: Family<Drift, Gauge>,
+    drift: Family<DriftLabels, Gauge>,
     audited: Gauge,
-    audits: Family<Ending, Counter>,
+    audits: Family<ResultLabels, Counter>,
     last: Gauge,
 }
 
@@ -88,29 +87,29 @@ impl AuditMetrics {
     fn register(&self, registry: &mut Registry) {
         registry.register(
             "drift_pods",
-            "Running pods whose env is not true; one counts once for each finding",
+            "Running pods whose env does not match the billing mode, counted once per finding",
             self.drift.clone(),
         );
         registry.register(
             "audited_pods",
-            "Running workspace pods that the last whole audit saw",
+            "Running workspace pods seen by the last complete audit",
             self.audited.clone(),
         );
-        registry.register("audits", "Audits by how they ended", self.audits.clone());
+        registry.register("audits", "Audits, by result", self.audits.clone());
         registry.register_with_unit(
             "last_audit_timestamp",
-            "When the last whole audit ended, since the epoch",
+            "Unix time of the end of the last complete audit",
             Unit::Seconds,
             self.last.clone(),
         );
     }
 
-    /// Records a whole audit that has just ended.
+    /// Records a complete audit that has just ended.
     pub fn record(&self, report: &Report) {
         for mode in BillingMode::ALL {
             for finding in Finding::ALL {
                 let count = report.by_finding.get(&(mode, finding));
-                let drift = Drift {
+                let drift = DriftLabels {
                     mode: mode.as_str(),
                     finding: finding.as_str(),
                 };
@@ -121,19 +120,19 @@ impl AuditMetrics {
         }
         self.audited.set(gauge(report.audited));
         self.last.set(OffsetDateTime::now_utc().unix_timestamp());
-        self.ended("ok");
+        self.count("ok");
     }
 
-    /// Records one that ended early: what the last whole one found stays.
+    /// Records an audit that ended early. The results of the last complete audit stay.
     pub fn fail(&self) {
-        self.ended("failed");
+        self.count("failed");
     }
 
-    fn ended(&self, result: &'static str) {
-        self.audits.get_or_create(&Ending { result }).inc();
+    fn count(&self, result: &'static str) {
+        self.audits.get_or_create(&ResultLabels { result }).inc();
     }
 
-    /// These metrics alone, in the text format.
+    /// Returns these metrics in the OpenMetrics text format.
     ///
     /// # Errors
     /// None in practice: writing to a string does not fail.
@@ -154,12 +153,12 @@ fn encode(registry: &Registry) -> Result<String, std::fmt::Error> {
     Ok(text)
 }
 
-/// What is counted of the connections.
+/// Metrics of the database's connections.
 #[derive(Clone, Debug)]
 pub struct ConnectionMetrics {
-    /// Connections that turned out to be of no use, and lookups tried again on another.
+    /// Lookups retried because their connection was lost.
     pub retries: Counter,
-    /// How long lookups waited for a connection, one that had to be made included.
+    /// Time that lookups waited for a connection, including the time to open a new one.
     pub wait: Histogram,
 }
 
@@ -167,48 +166,48 @@ impl Default for ConnectionMetrics {
     fn default() -> Self {
         Self {
             retries: Counter::default(),
-            // From 0.1 ms to 3.3 s: it is a part of the lookup's time-out.
+            // From 0.1 ms to 3.3 s: the wait is part of the lookup's time-out.
             wait: Histogram::new(exponential_buckets(0.000_1, 2.0, 16)),
         }
     }
 }
 
-/// How many connections there are.
+/// Current numbers of database connections.
 #[derive(Clone, Copy, Debug)]
 pub struct Connections {
-    /// Those on which a lookup runs, or which are being made.
+    /// Connections that execute a lookup or are being opened.
     pub used: usize,
-    /// Those that wait for one.
+    /// Idle connections.
     pub idle: usize,
 }
 
-/// What the name of each metric begins with.
+/// Prefix of all metric names.
 const PREFIX: &str = "llm_billing";
 
 /// All metrics of one server.
 #[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
-    admissions: Family<Admission, Counter>,
+    admissions: Family<AdmissionLabels, Counter>,
     admission_duration: Family<WebhookLabels, Histogram, fn() -> Histogram>,
-    lookup_duration: Family<Ending, Histogram, fn() -> Histogram>,
-    certificate_reloads: Family<Ending, Counter>,
+    lookup_duration: Family<ResultLabels, Histogram, fn() -> Histogram>,
+    certificate_reloads: Family<ResultLabels, Counter>,
     certificate_expiry: Gauge<f64, AtomicU64>,
     in_flight: Gauge,
     warnings: Family<WarningLabels, Counter>,
-    connections: Family<ConnectionState, Gauge>,
-    /// What its audits found, if it audits.
+    connections: Family<ConnectionLabels, Gauge>,
+    /// The audits' metrics, exposed only if audits run.
     pub audits: AuditMetrics,
 }
 
-/// From 0.5 ms to 8 s: the API server waits 30 s at most, and 10 s by default.
-fn buckets() -> Histogram {
+/// Returns a histogram from 0.5 ms to 8 s. The API server waits 10 s by default and 30 s at most.
+fn duration_histogram() -> Histogram {
     Histogram::new(exponential_buckets(0.000_5, 2.0, 15))
 }
 
 impl Metrics {
-    /// Metrics of a server over this database: which program runs, which policy if its text is given, and how many of the
-    /// log's lines were lost. Audits are told of only `with_audits`: without them, zeros would be a lie.
+    /// Creates a server's metrics. `policy_text` adds the policy's checksum. `with_audits` adds the audits' metrics:
+    /// without audits, zeros would be misleading.
     #[must_use]
     pub fn new(
         policy_text: Option<&str>,
@@ -218,54 +217,55 @@ impl Metrics {
     ) -> Self {
         let mut registry = Registry::with_prefix(PREFIX);
         let admissions = Family::default();
-        let admission_duration = Family::new_with_constructor(buckets as fn() -> Histogram);
-        let lookup_duration = Family::new_with_constructor(buckets as fn() -> Histogram);
-        let certificate_reloads = Family::<Ending, Counter>::default();
-        // There from the start, so that the first one is an increase.
+        let admission_duration =
+            Family::new_with_constructor(duration_histogram as fn() -> Histogram);
+        let lookup_duration = Family::new_with_constructor(duration_histogram as fn() -> Histogram);
+        let certificate_reloads = Family::<ResultLabels, Counter>::default();
+        // Initialized, so that the first reload is an increase.
         for result in ["ok", "failed"] {
-            drop(certificate_reloads.get_or_create(&Ending { result }));
+            drop(certificate_reloads.get_or_create(&ResultLabels { result }));
         }
         let certificate_expiry = Gauge::default();
         let in_flight = Gauge::default();
         let warnings = Family::default();
         let connections = Family::default();
-        registry.register("admissions", "Admissions answered", admissions.clone());
+        registry.register(
+            "admissions",
+            "Admission requests answered",
+            admissions.clone(),
+        );
         registry.register_with_unit(
             "admission_duration",
-            "From the arrival of a request's head to its answer",
+            "Time from the arrival of an admission request's head to its response",
             Unit::Seconds,
             admission_duration.clone(),
         );
         registry.register_with_unit(
             "lookup_duration",
-            "One lookup of a workspace's mode, retry included",
+            "Time to look up a workspace's billing mode, including retries",
             Unit::Seconds,
             lookup_duration.clone(),
         );
         registry.register(
             "certificate_reloads",
-            "Changed certificates, and looks for one that failed",
+            "Changed certificates loaded, and failed attempts to load or reconcile one",
             certificate_reloads.clone(),
         );
         registry.register_with_unit(
             "certificate_expiry_timestamp",
-            "When the serving certificate expires, since the epoch",
+            "Unix time of the serving certificate's expiry",
             Unit::Seconds,
             certificate_expiry.clone(),
         );
         registry.register(
             "admissions_in_flight",
-            "Admissions that are being answered",
+            "Admission requests in flight",
             in_flight.clone(),
         );
-        registry.register(
-            "warnings",
-            "Warnings answered, by what they are about",
-            warnings.clone(),
-        );
+        registry.register("warnings", "Warnings returned, by kind", warnings.clone());
         registry.register(
             "database_connections",
-            "Connections to the database",
+            "Connections to the database, by state",
             connections.clone(),
         );
         registry.register_collector(Box::new(DroppedLines(dropped_lines)));
@@ -276,12 +276,12 @@ impl Metrics {
         register_build(&mut registry, policy_text);
         registry.register(
             "lookup_retries",
-            "Lookups tried again because their connection was of no use",
+            "Lookups retried because their connection was lost",
             database.retries.clone(),
         );
         registry.register_with_unit(
             "connection_wait",
-            "How long lookups waited for a connection",
+            "Time that lookups waited for a connection",
             Unit::Seconds,
             database.wait.clone(),
         );
@@ -299,13 +299,13 @@ impl Metrics {
         }
     }
 
-    /// Counts an admission as one that is being answered, until what it returns is dropped.
+    /// Counts an admission as in flight until the returned guard is dropped.
     pub fn in_flight(&self) -> InFlight<'_> {
         self.in_flight.inc();
         InFlight(&self.in_flight)
     }
 
-    /// Counts a decision, its warnings, and how long the admission took.
+    /// Counts a decision and its warnings, and observes the admission's duration.
     pub fn admission(
         &self,
         webhook: Webhook,
@@ -323,7 +323,7 @@ impl Metrics {
             reason,
             outcome,
         } = decision.labels();
-        let admission = Admission {
+        let admission = AdmissionLabels {
             webhook: webhook.as_str(),
             operation: target.as_str(),
             mode,
@@ -334,9 +334,9 @@ impl Metrics {
         self.count(admission, took);
     }
 
-    /// Counts a request that gets no decision, and how long its answer took.
+    /// Counts a request that gets no decision, and observes its duration.
     pub fn bad_request(&self, webhook: Webhook, took: Duration) {
-        let admission = Admission {
+        let admission = AdmissionLabels {
             webhook: webhook.as_str(),
             operation: AdmissionTarget::NotApplicable.as_str(),
             mode: NONE,
@@ -347,7 +347,7 @@ impl Metrics {
         self.count(admission, took);
     }
 
-    fn count(&self, admission: Admission, took: Duration) {
+    fn count(&self, admission: AdmissionLabels, took: Duration) {
         let webhook = WebhookLabels {
             webhook: admission.webhook,
         };
@@ -357,17 +357,17 @@ impl Metrics {
         self.admissions.get_or_create(&admission).inc();
     }
 
-    /// Counts a lookup by its result.
+    /// Counts a lookup by its result, and observes its duration.
     pub fn lookup(&self, result: &'static str, took: Duration) {
         self.lookup_duration
-            .get_or_create(&Ending { result })
+            .get_or_create(&ResultLabels { result })
             .observe(took.as_secs_f64());
     }
 
-    /// Counts an attempt to load changed certificate files.
+    /// Counts an attempt to load or reconcile a changed certificate.
     pub fn certificate_reload(&self, result: &'static str) {
         self.certificate_reloads
-            .get_or_create(&Ending { result })
+            .get_or_create(&ResultLabels { result })
             .inc();
     }
 
@@ -380,20 +380,20 @@ impl Metrics {
         self.certificate_expiry.set(timestamp as f64);
     }
 
-    /// All of it in the OpenMetrics text format, with as many connections as there are now.
+    /// Returns all metrics in the OpenMetrics text format, with these numbers of connections.
     ///
     /// # Errors
     /// None in practice: writing to a string does not fail.
-    pub fn encode(&self, now: Connections) -> Result<String, std::fmt::Error> {
-        for (state, count) in [("used", now.used), ("idle", now.idle)] {
-            let connections = self.connections.get_or_create(&ConnectionState { state });
+    pub fn encode(&self, current: Connections) -> Result<String, std::fmt::Error> {
+        for (state, count) in [("used", current.used), ("idle", current.idle)] {
+            let connections = self.connections.get_or_create(&ConnectionLabels { state });
             connections.set(gauge(count));
         }
         encode(&self.registry)
     }
 }
 
-/// Reads the log writer's own count.
+/// Collects the log writer's count of dropped lines.
 #[derive(Debug)]
 struct DroppedLines(ErrorCounter);
 
@@ -410,12 +410,12 @@ impl Collector for DroppedLines {
     }
 }
 
-/// Which program runs and, if it may be shown, which policy.
+/// Registers the program's version and, if given, the policy's checksum.
 fn register_build(registry: &mut Registry, policy_text: Option<&str>) {
     let version = [("version", env!("CARGO_PKG_VERSION"))];
     registry.register(
         "build",
-        "The program that runs",
+        "Version of the running program",
         Info::new(version.to_vec()),
     );
     if let Some(text) = policy_text {
@@ -430,7 +430,7 @@ fn register_build(registry: &mut Registry, policy_text: Option<&str>) {
     }
 }
 
-/// One admission that is being answered.
+/// Counts one admission as in flight until it is dropped.
 pub struct InFlight<'m>(&'m Gauge);
 
 impl Drop for InFlight<'_> {

@@ -1,5 +1,5 @@
-//! A careful webhook on ordinary parts: serde's derives on the fields that matter, borrowed from the body; sqlx's pool;
-//! tracing's JSON. What a pod gets is rendered at the start.
+//! A careful webhook on ordinary parts: serde derives for the relevant fields, borrowed from the body, sqlx's pool and
+//! tracing's JSON. The env entries to add are rendered at the start.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -168,7 +168,7 @@ async fn mutate(
     let mode = mode.expect("all are platform_managed");
 
     let mut operations = Vec::new();
-    let of_runtime = match labels.get(RUNTIME_LABEL).map(Cow::as_ref) {
+    let required = match labels.get(RUNTIME_LABEL).map(Cow::as_ref) {
         Some("claude-code") => &careful.claude_code,
         _ => &careful.others,
     };
@@ -179,13 +179,7 @@ async fn mutate(
     ] {
         for (index, container) in containers.iter().enumerate() {
             let path = format!("/spec/{list}/{index}/env");
-            plan(
-                container,
-                &path,
-                of_runtime,
-                &careful.masks,
-                &mut operations,
-            );
+            plan(container, &path, required, &careful.masks, &mut operations);
         }
     }
     let annotations = [
@@ -250,14 +244,14 @@ fn plan<'a>(
     masks: &'a [Variable],
     operations: &mut Vec<Operation<'a>>,
 ) {
-    let could_come = |name: &str| {
+    let may_come_from_source = |name: &str| {
         let mut sources = container.env_from.iter();
         sources.any(|source| name.starts_with(source.prefix.as_ref()))
             && required.iter().all(|variable| variable.name != name)
     };
     let added: Vec<&RawValue> = required
         .iter()
-        .chain(masks.iter().filter(|mask| could_come(&mask.name)))
+        .chain(masks.iter().filter(|mask| may_come_from_source(&mask.name)))
         .map(|variable| &*variable.entry)
         .collect();
     let Some(entries) = &container.env else {

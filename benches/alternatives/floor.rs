@@ -1,5 +1,5 @@
-//! The floor: the least that a webhook of this kind can do. It reads the body, skims it, runs the one SELECT and allows.
-//! It plans nothing, patches nothing, logs nothing and counts nothing.
+//! The floor: the minimum work of a webhook of this kind. It reads the body, skims it, runs one SELECT and allows. It
+//! does not plan, patch, log or count.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::lookup;
 
 const ALLOWED: &str = r#"{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","response":{"uid":"","allowed":true}}"#;
-/// From one workspace that is looked up to the next: a prime, so that all have their turn.
+/// Step from one looked-up workspace to the next; a prime, so that every workspace is reached.
 const STRIDE: u64 = 7_919;
 
 struct Floor {

@@ -1,5 +1,5 @@
-//! A webhook as tutorials have it: `AdmissionReview<Pod>` with Kubernetes' own types, a changed copy of the pod, and
-//! `json_patch::diff` of the two; sqlx's pool; tracing's JSON.
+//! A webhook as in tutorials: `AdmissionReview<Pod>` with Kubernetes' own types, a changed copy of the pod, and
+//! `json_patch::diff` of the two. It uses sqlx's pool and tracing's JSON.
 
 use std::time::Instant;
 
@@ -88,13 +88,13 @@ async fn mutate(
 
 fn change(container: &mut Container, required: &[EnvVar]) {
     let is_required = |name: &str| required.iter().any(|variable| variable.name == name);
-    let could_come = |name: &str| {
+    let may_come_from_source = |name: &str| {
         let mut sources = container.env_from.iter().flatten();
         sources.any(|source| name.starts_with(source.prefix.as_deref().unwrap_or_default()))
     };
     let masks = VENDOR_KEYS
         .into_iter()
-        .filter(|name| could_come(name) && !is_required(name))
+        .filter(|name| may_come_from_source(name) && !is_required(name))
         .map(|name| EnvVar {
             name: name.to_owned(),
             value: Some(String::new()),

@@ -1,13 +1,14 @@
-//! What the webhook is measured against, one small program with three handlers: the floor (floor.rs), a careful webhook
-//! (careful.rs) and an idiomatic one (idiomatic.rs). The latter two do the webhook's job under the policy of rules.rs.
+//! The alternatives that the webhook is compared with, as one program with three handlers: the floor (floor.rs), a
+//! careful webhook (careful.rs) and an idiomatic one (idiomatic.rs). The last two do the webhook's job under the policy
+//! in rules.rs.
 //!
-//! `alternatives floor|careful|idiomatic CERTIFICATE KEY DATABASE_URL WORKSPACES` listens on any port of loopback and
-//! prints its address. The database has so many workspaces, whose ids count up from zero.
+//! `alternatives floor|careful|idiomatic CERTIFICATE KEY DATABASE_URL WORKSPACES` listens on a free port of loopback
+//! and prints its address. The database has WORKSPACES workspaces, whose ids count up from zero.
 
 #![expect(
     clippy::expect_used,
     clippy::print_stdout,
-    reason = "a benchmark that cannot go on ends"
+    reason = "a benchmark panics if it cannot continue"
 )]
 
 mod careful;
@@ -31,17 +32,17 @@ async fn main() {
     let [name, certificate, key, database_url, workspaces] = arguments.as_slice() else {
         panic!("alternatives floor|careful|idiomatic CERTIFICATE KEY DATABASE_URL WORKSPACES");
     };
-    // The webhook's own settings.
+    // The webhook's settings.
     let pool = PgPoolOptions::new()
         .max_connections(16)
         .test_before_acquire(false)
         .connect_lazy(database_url)
-        .expect("the URL is one of PostgreSQL");
+        .expect("a PostgreSQL URL");
     let routes = match name.as_str() {
         "floor" => floor::routes(pool, workspaces.parse().expect("a number of workspaces")),
         "careful" => careful::routes(pool),
         "idiomatic" => idiomatic::routes(pool),
-        name => panic!("{name} is no alternative"),
+        name => panic!("unknown alternative {name}"),
     };
     let logs = tracing_subscriber::fmt().json().flatten_event(true);
     logs.with_writer(std::io::stderr).init();
@@ -50,13 +51,15 @@ async fn main() {
 
 async fn serve(routes: Router, certificate: &str, key: &str) {
     let provider = rustls::crypto::ring::default_provider();
-    provider.install_default().expect("there is none yet");
+    provider
+        .install_default()
+        .expect("no provider is installed yet");
     let tls = RustlsConfig::from_pem_file(certificate, key).await;
     let tls = RustlsAcceptor::new(tls.expect("a certificate and its key"));
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port of loopback");
     listener
         .set_nonblocking(true)
-        .expect("a socket can be told not to block");
+        .expect("the socket can be made non-blocking");
     println!("{}", listener.local_addr().expect("it is bound"));
     let routes = routes.layer(DefaultBodyLimit::max(8 * 1024 * 1024));
     axum_server::from_tcp(listener)

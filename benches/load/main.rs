@@ -1,13 +1,13 @@
-//! The optimised program under load, side by side with the alternatives: the same requests over the same PostgreSQL, by
-//! turns, so that what else the machine does hits all of them. Prints the tables of docs/performance.md.
+//! Load benchmark: the release build against the alternatives, with the same requests and the same PostgreSQL. The
+//! programs take turns, so that noise on the machine affects all of them. Prints the tables of docs/performance.md.
 //!
-//! `scripts/load [TABLE…]` runs it: `PROGRAM_UNDER_TEST` and `ALTERNATIVES` name the programs, and wrk makes the load.
+//! `scripts/load [TABLE…]` runs it. `PROGRAM_UNDER_TEST` and `ALTERNATIVES` name the programs; wrk generates the load.
 
 #![expect(
     clippy::expect_used,
     clippy::print_stdout,
     clippy::unwrap_used,
-    reason = "a benchmark prints what it finds, and ends where it cannot go on"
+    reason = "a benchmark prints its results, and panics if it cannot continue"
 )]
 
 mod subject;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
-use subject::{Kind, Subject, ready_after};
+use subject::{Kind, Subject, time_to_ready};
 use test_support::postgres::{Cluster, PgBouncer, Postgres};
 use test_support::{env_map, patched, program, recorded};
 use wrk::{Load, Measured, median};
@@ -26,12 +26,12 @@ use wrk::{Load, Measured, median};
 /// Workspaces in the small table and in the large one.
 const FEW: u32 = 1_000;
 const MANY: u32 = 1_000_000;
-/// Seconds of one measurement.
+/// Environment variable: seconds per measurement.
 const SECONDS: &str = "LOAD_SECONDS";
-/// Measurements of each program for one row of a table.
+/// Environment variable: measurements of each program per table row.
 const ROUNDS: &str = "LOAD_ROUNDS";
-/// Admissions over which memory must stay flat.
-const LONG_RUN: u64 = 200_000;
+/// Admissions of the memory test.
+const LONG_RUN_COUNT: u64 = 200_000;
 
 /// The programs, the webhook first.
 const ALL: [Kind; 4] = [
@@ -82,7 +82,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// A table of so many workspaces, all platform_managed: that is the mode with the most to do.
+    /// Creates a table of this many workspaces, all platform_managed, the mode with the most work.
     fn table(&self, workspaces: u32) -> Postgres {
         let schema = format!(
             "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);
@@ -94,41 +94,44 @@ impl Bench {
     }
 
     fn starts(&self, table: &Postgres) {
-        let size = std::fs::metadata(program::installed()).unwrap().len();
+        let size = std::fs::metadata(program::program_path()).unwrap().len();
         let mut times: Vec<f64> = (0..5)
-            .map(|_| ready_after(&table.url()).as_secs_f64() * 1e3)
+            .map(|_| time_to_ready(&table.url()).as_secs_f64() * 1e3)
             .collect();
         println!("\n| binary, bytes | ready after, ms, median of 5 |\n|---|---|");
         println!("| {size} | {:.0} |", median(&mut times));
     }
 
-    /// User-space instructions of one admission, each program against the webhook.
+    /// Prints user-space instructions per admission, absolute and relative to the webhook's.
     fn instructions(&self, table: &Postgres) {
         println!("\n| instructions an admission | 3-5 KB | 200 KB |\n|---|---|---|");
-        let mut of_webhook = [0.0; 2];
+        let mut webhook = [0.0; 2];
         for kind in ALL {
-            let counted = [&self.small, &self.large].map(|load| {
-                // What the start takes is in both runs.
+            let instructions = [&self.small, &self.large].map(|load| {
+                // Both runs include the start, so their difference does not.
                 let [short, long] = [2, 12].map(|seconds| {
-                    let subject = Subject::start_counted(kind, &table.url(), FEW);
+                    let subject = Subject::start_under_callgrind(kind, &table.url(), FEW);
                     let time = Duration::from_secs(seconds);
                     let sent = load.send(subject.address, 4, FEW, time);
-                    (wrk::float(sent.requests), wrk::float(subject.end_counted()))
+                    (
+                        wrk::float(sent.requests),
+                        wrk::float(subject.stop_and_count()),
+                    )
                 });
                 (long.1 - short.1) / (long.0 - short.0)
             });
             if kind == Kind::Webhook {
-                of_webhook = counted;
+                webhook = instructions;
             }
             let [small, large] = [0, 1].map(|load| {
-                let ratio = counted[load] / of_webhook[load];
-                format!("{:.0} ({ratio:.2})", counted[load])
+                let ratio = instructions[load] / webhook[load];
+                format!("{:.0} ({ratio:.2})", instructions[load])
             });
             println!("| {} | {small} | {large} |", kind.name());
         }
     }
 
-    /// CPU of the alternatives against the webhook's.
+    /// Prints the alternatives' CPU relative to the webhook's.
     fn alternatives(&self, table: &Postgres) {
         let [webhook, floor, careful, idiomatic] =
             ALL.map(|kind| Subject::start(kind, &table.url(), FEW));
@@ -154,7 +157,7 @@ impl Bench {
             let [floor, careful, idiomatic] = alternatives.map(|one| one.cpu / webhook.cpu);
             println!("| {name}, 16 connections | {floor:.2} | {careful:.2} | {idiomatic:.2} |");
         }
-        webhook.did_its_work();
+        webhook.assert_all_patched();
     }
 
     fn side_by_side(&self, table: &Postgres) {
@@ -170,14 +173,14 @@ impl Bench {
                     self.by_turns(load, connections, [(&webhook, FEW), (&floor, FEW)]);
                 println!(
                     "| {name} | {connections} | {} | {:.0} | {:.1} | {:.1} |",
-                    one.against(&other),
+                    one.ratios_to(&other),
                     one.per_second,
                     one.cpu,
                     other.cpu
                 );
             }
         }
-        webhook.did_its_work();
+        webhook.assert_all_patched();
     }
 
     fn tables(&self, few: &Postgres, many: &Postgres) {
@@ -189,13 +192,13 @@ impl Bench {
         for connections in [1, 16] {
             let subjects = [(&in_many, MANY), (&in_few, FEW)];
             let [many, few] = self.by_turns(&self.small, connections, subjects);
-            println!("| {connections} | {} |", many.against(&few));
+            println!("| {connections} | {} |", many.ratios_to(&few));
         }
-        in_few.did_its_work();
-        in_many.did_its_work();
+        in_few.assert_all_patched();
+        in_many.assert_all_patched();
     }
 
-    /// Each subject with the number of its workspaces.
+    /// Measures the subjects in turns, each with its number of workspaces.
     fn by_turns<const N: usize>(
         &self,
         load: &Load,
@@ -208,7 +211,7 @@ impl Bench {
                 measured.push(self.measure(load, connections, *workspaces, subject));
             }
         }
-        all.map(Measured::typical)
+        all.map(Measured::median_of)
     }
 
     fn measure(
@@ -235,14 +238,14 @@ impl Bench {
             webhook.memory("VmHWM")
         );
         let mut admissions = 0;
-        let mut told = 0;
-        while admissions < LONG_RUN {
+        let mut reported = 0;
+        while admissions < LONG_RUN_COUNT {
             let sent = self
                 .small
                 .send(webhook.address, 16, FEW, Duration::from_secs(2));
             admissions += sent.requests;
-            if admissions - told >= LONG_RUN / 4 {
-                told = admissions;
+            if admissions - reported >= LONG_RUN_COUNT / 4 {
+                reported = admissions;
                 println!(
                     "| after {admissions} more, 3-5 KB | {} |",
                     webhook.memory("VmRSS")
@@ -250,19 +253,19 @@ impl Bench {
             }
         }
         println!("| most | {} |", webhook.memory("VmHWM"));
-        webhook.did_its_work();
+        webhook.assert_all_patched();
     }
 
-    /// Several replicas over one PostgreSQL, directly and through PgBouncer: what each admission costs where.
+    /// Prints the CPU per admission of replicas, PostgreSQL and PgBouncer, for several replicas on one PostgreSQL.
     fn replicas(&self, table: &Postgres) {
         println!(
             "\n| replicas | by way of | admissions/s | webhook, CPU µs | PostgreSQL, CPU µs | PgBouncer, CPU µs | connections to PostgreSQL |\n\
              |---|---|---|---|---|---|---|"
         );
-        let bouncer = PgBouncer::before(&self.cluster);
+        let bouncer = PgBouncer::start(&self.cluster);
         let pooled = format!(
             "{}?statement-cache-capacity=0",
-            table.url_by(bouncer.port())
+            table.url_via(bouncer.port())
         );
         for (way, url) in [("-", table.url()), ("PgBouncer", pooled)] {
             for count in [1, 2, 4, 8] {
@@ -297,13 +300,13 @@ impl Bench {
                     each(after.2, before.2),
                     self.cluster.connections("reader"),
                 );
-                replicas.iter().for_each(Subject::did_its_work);
+                replicas.iter().for_each(Subject::assert_all_patched);
             }
         }
     }
 }
 
-/// The env of each container after the program's patch.
+/// Returns the env of each container after the program's patch.
 fn env_after(review: &Value, subject: &Subject) -> Vec<BTreeMap<String, Value>> {
     let after = patched(review, &subject.answer(review));
     let spec = &after["request"]["object"]["spec"];

@@ -1,4 +1,4 @@
--- For wrk: posts the reviews of a file, one a line, in turn, and prints what came of it on one line.
+-- wrk script: posts a file's reviews, one a line, in turn, and prints the results on one line.
 local reviews = {}
 local turn = 0
 

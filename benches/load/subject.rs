@@ -1,4 +1,4 @@
-//! A program that is measured: the webhook or an alternative, as a process of its own, ended by its id.
+//! A measured program: the webhook or an alternative, run as a child process. The load is in wrk.rs.
 
 use std::fs::{self, File};
 use std::net::SocketAddr;
@@ -14,12 +14,12 @@ use test_support::PROXY;
 use test_support::process::{cpu_of, memory_of};
 use test_support::program::{Authority, Start, wait_for};
 
-/// Which program.
+/// The measured program.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// The webhook.
     Webhook,
-    /// One of benches/alternatives, by name.
+    /// A program in benches/alternatives, by name.
     Alternative(&'static str),
 }
 
@@ -40,35 +40,35 @@ pub(crate) struct Subject {
     pub(crate) address: SocketAddr,
     health: Option<SocketAddr>,
     authority: Authority,
-    /// Holds its certificate and its output.
+    /// Holds the certificate and the output.
     folder: TempDir,
 }
 
 impl Subject {
-    /// Starts a program over a database with so many workspaces. The webhook has a policy with everything. All log to a
-    /// file, as the webhook does by default.
+    /// Starts a program on a database with this many workspaces. The webhook has a policy with a proxy. Output goes
+    /// to files.
     pub(crate) fn start(kind: Kind, database_url: &str, workspaces: u32) -> Self {
         Self::start_as(kind, database_url, workspaces, |command| command)
     }
 
     /// Starts a program under callgrind, which counts its instructions.
-    pub(crate) fn start_counted(kind: Kind, database_url: &str, workspaces: u32) -> Self {
+    pub(crate) fn start_under_callgrind(kind: Kind, database_url: &str, workspaces: u32) -> Self {
         Self::start_as(kind, database_url, workspaces, |command| {
-            let mut counted = Command::new("valgrind");
-            counted
+            let mut valgrind = Command::new("valgrind");
+            valgrind
                 .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
                 .arg(command.get_program())
                 .args(command.get_args());
             for (name, value) in command.get_envs() {
                 match value {
-                    Some(value) => counted.env(name, value),
-                    None => counted.env_remove(name),
+                    Some(value) => valgrind.env(name, value),
+                    None => valgrind.env_remove(name),
                 };
             }
             if let Some(folder) = command.get_current_dir() {
-                counted.current_dir(folder);
+                valgrind.current_dir(folder);
             }
-            counted
+            valgrind
         })
     }
 
@@ -93,7 +93,8 @@ impl Subject {
                 start.command(folder.path())
             }
             Kind::Alternative(name) => {
-                let program = std::env::var_os("ALTERNATIVES").expect("it names the program");
+                let program =
+                    std::env::var_os("ALTERNATIVES").expect("ALTERNATIVES names the program");
                 let mut command = Command::new(program);
                 command
                     .args([name, "tls.crt", "tls.key", database_url])
@@ -132,12 +133,12 @@ impl Subject {
         }
     }
 
-    /// Returns the CPU time used so far, of user and system.
+    /// Returns the CPU time used so far, user and system.
     pub(crate) fn cpu(&self) -> Duration {
         cpu_of(self.child.id())
     }
 
-    /// Returns a size of its `/proc/PID/status`, in KiB.
+    /// Returns a size in the process's `/proc/PID/status`, in KiB.
     pub(crate) fn memory(&self, field: &str) -> u64 {
         memory_of(self.child.id(), field)
     }
@@ -151,11 +152,11 @@ impl Subject {
         serde_json::from_str(&response.body_mut().read_to_string().unwrap()).unwrap()
     }
 
-    /// Ends a program started with [`Self::start_counted`], and returns its instructions.
-    pub(crate) fn end_counted(mut self) -> u64 {
+    /// Stops a program started with [`Self::start_under_callgrind`], and returns its instruction count.
+    pub(crate) fn stop_and_count(mut self) -> u64 {
         let pid = self.child.id().to_string();
-        let sent = Command::new("kill").args(["-s", "TERM", &pid]).status();
-        assert!(sent.unwrap().success());
+        let killed = Command::new("kill").args(["-s", "TERM", &pid]).status();
+        assert!(killed.unwrap().success());
         self.child.wait().unwrap();
         let stderr = read(&self.folder, STDERR);
         let count = stderr
@@ -165,14 +166,14 @@ impl Subject {
         count.trim().parse().unwrap()
     }
 
-    /// Ends the benchmark if one admission was not what it should be: looked up, and patched.
-    pub(crate) fn did_its_work(&self) {
+    /// Asserts that every admission so far was looked up and patched.
+    pub(crate) fn assert_all_patched(&self) {
         let metrics = page(self.health.expect("a webhook has it"), "/metrics");
         for line in metrics.lines() {
             let is_right = if line.starts_with("llm_billing_admissions_total{") {
                 line.contains("outcome=\"patched\"") && line.contains("reason=\"override\"")
             } else if line.starts_with("llm_billing_lookup_duration_seconds_count{") {
-                // One more is the check at the start.
+                // The check at the start is one lookup with another result.
                 line.contains("result=\"found\"") || line.ends_with(" 1")
             } else {
                 true
@@ -184,7 +185,7 @@ impl Subject {
 
 impl Drop for Subject {
     fn drop(&mut self) {
-        // Both fail only if it has ended already.
+        // Both fail only if the process has already ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -197,8 +198,8 @@ fn read(folder: &TempDir, name: &str) -> String {
     fs::read_to_string(Path::join(folder.path(), name)).unwrap()
 }
 
-/// Returns how long after its start the webhook is ready.
-pub(crate) fn ready_after(database_url: &str) -> Duration {
+/// Starts the webhook, and returns the time until it is ready.
+pub(crate) fn time_to_ready(database_url: &str) -> Duration {
     let webhook = Subject::start(Kind::Webhook, database_url, 0);
     let health = webhook.health.expect("a webhook has it");
     wait_for("the webhook is ready", || {

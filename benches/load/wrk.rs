@@ -1,5 +1,5 @@
-//! The load: recorded reviews of many workspaces, sent by wrk over connections that stay open, as the API server does
-//! it. And what came of it.
+//! The load: wrk sends recorded reviews of many workspaces over keep-alive connections, as the API server does. Also
+//! the figures computed from wrk's output. The measured programs are in subject.rs.
 
 use std::fmt::Write;
 use std::net::SocketAddr;
@@ -13,13 +13,13 @@ use uuid::Uuid;
 
 use test_support::{WORKSPACE_LABEL, recorded};
 
-/// Reviews that are sent in turn.
+/// Reviews that wrk sends in turn.
 pub(crate) struct Load {
     names: &'static [&'static str],
     count: u32,
 }
 
-/// What wrk says.
+/// wrk's results.
 pub(crate) struct Sent {
     pub(crate) requests: u64,
     time: Duration,
@@ -28,12 +28,12 @@ pub(crate) struct Sent {
 }
 
 impl Load {
-    /// So many reviews, each of another workspace, made of these recorded ones.
+    /// Returns this many reviews of different workspaces, made from these recorded ones.
     pub(crate) const fn of(names: &'static [&'static str], count: u32) -> Self {
         Self { names, count }
     }
 
-    /// Sends them again and again for a time, to a table with so many workspaces.
+    /// Sends the reviews repeatedly for a time. Their workspaces are spread over a table of this many.
     pub(crate) fn send(
         &self,
         address: SocketAddr,
@@ -43,7 +43,7 @@ impl Load {
     ) -> Sent {
         let reviews = self.reviews(workspaces);
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/load/reviews.lua");
-        let done = Command::new("wrk")
+        let output = Command::new("wrk")
             .args(["--threads=1", "--timeout=10s"])
             .arg(format!("--connections={connections}"))
             .arg(format!("--duration={}s", time.as_secs()))
@@ -51,14 +51,16 @@ impl Load {
             .arg(format!("https://{address}"))
             .args(["--".as_ref(), reviews.path()])
             .output()
-            .expect("wrk is installed; scripts/load installs it");
-        let said = String::from_utf8(done.stdout).unwrap();
-        let line = said.lines().find_map(|line| line.strip_prefix("measured "));
+            .expect("wrk is not installed; scripts/load installs it");
+        let stdout = String::from_utf8(output.stdout).unwrap();
+        let line = stdout
+            .lines()
+            .find_map(|line| line.strip_prefix("measured "));
         let line =
-            line.unwrap_or_else(|| panic!("{said}{}", String::from_utf8_lossy(&done.stderr)));
+            line.unwrap_or_else(|| panic!("{stdout}{}", String::from_utf8_lossy(&output.stderr)));
         let numbers: Vec<u64> = line.split(' ').map(|one| one.parse().unwrap()).collect();
         let [requests, time, p50, p99, errors] = numbers.try_into().unwrap();
-        assert_eq!(errors, 0, "some requests failed:\n{said}");
+        assert_eq!(errors, 0, "some requests failed:\n{stdout}");
         Sent {
             requests,
             time: Duration::from_micros(time),
@@ -67,7 +69,7 @@ impl Load {
         }
     }
 
-    /// A file with a review a line, of workspaces all over the table.
+    /// Writes a file with one review a line, for workspaces spread over the whole table.
     fn reviews(&self, workspaces: u32) -> NamedTempFile {
         let mut all: Vec<Value> = self.names.iter().map(|name| recorded(name)).collect();
         let mut lines = String::new();
@@ -84,12 +86,12 @@ impl Load {
     }
 }
 
-/// What one program did.
+/// One program's figures.
 pub(crate) struct Measured {
     pub(crate) per_second: f64,
     p50: f64,
     p99: f64,
-    /// Microseconds an admission.
+    /// Microseconds per admission.
     pub(crate) cpu: f64,
 }
 
@@ -103,12 +105,9 @@ impl Measured {
         }
     }
 
-    /// The median of each figure.
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "what was measured is summed up"
-    )]
-    pub(crate) fn typical(rounds: Vec<Self>) -> Self {
+    /// Returns the median of each figure.
+    #[expect(clippy::needless_pass_by_value, reason = "it consumes the rounds")]
+    pub(crate) fn median_of(rounds: Vec<Self>) -> Self {
         let of =
             |figure: fn(&Self) -> f64| median(&mut rounds.iter().map(figure).collect::<Vec<_>>());
         Self {
@@ -119,8 +118,8 @@ impl Measured {
         }
     }
 
-    /// Cells of a table: throughput, p50, p99 and CPU, each as its ratio to the other's.
-    pub(crate) fn against(&self, other: &Self) -> String {
+    /// Returns the table cells throughput, p50, p99 and CPU, each as the ratio to the other's.
+    pub(crate) fn ratios_to(&self, other: &Self) -> String {
         format!(
             "{:.2} | {:.2} | {:.2} | {:.2}",
             self.per_second / other.per_second,

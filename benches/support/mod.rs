@@ -1,4 +1,4 @@
-//! What the benchmarks in process measure: recorded reviews, and ones that are made to grow.
+//! The reviews and the policy that the in-process benchmarks share.
 
 use std::fs;
 
@@ -15,29 +15,29 @@ pub(crate) const RECORDED: [&str; 3] = [
     "hermes-deployment-pod",
     "large-pod-20-containers",
 ];
-/// The first of them as the webhook leaves it: there is nothing to patch.
+/// The first recorded pod, already patched, so that nothing is left to change.
 pub(crate) const SETTLED: &str = "claude-code-pod, settled";
 
-/// The first of them behind a space, so that serde_json reads it.
-pub(crate) const BEHIND_SPACE: &str = "claude-code-pod, read by serde_json";
+/// The first recorded review after a leading space, so that serde_json reads it.
+pub(crate) const LEADING_SPACE: &str = "claude-code-pod, read by serde_json";
 
-/// A policy with everything.
+/// Returns a policy with every field of the proxy set.
 pub(crate) fn policy() -> Policy {
     Policy::parse(include_str!("../../tests/fixtures/policy.yaml")).unwrap()
 }
 
-/// A review by its name: the recorded bytes, those behind a space, or those of the settled pod.
+/// Returns a review's bytes by name: as recorded, after a leading space, or of the settled pod.
 pub(crate) fn body(name: &str) -> Vec<u8> {
-    if name == BEHIND_SPACE {
+    if name == LEADING_SPACE {
         return [b" ", body(RECORDED[0]).as_slice()].concat();
     }
-    let recorded = name.strip_suffix(", settled");
+    let settled = name.strip_suffix(", settled");
     let folder = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/tests/fixtures/admission-reviews"
     );
-    let body = fs::read(format!("{folder}/{}.json", recorded.unwrap_or(name))).unwrap();
-    if recorded.is_none() {
+    let body = fs::read(format!("{folder}/{}.json", settled.unwrap_or(name))).unwrap();
+    if settled.is_none() {
         return body;
     }
     let mut review: Value = serde_json::from_slice(&body).unwrap();

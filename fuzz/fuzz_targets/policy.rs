@@ -1,4 +1,4 @@
-//! Any text as a policy file.
+//! Fuzz target: any text as a policy file.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

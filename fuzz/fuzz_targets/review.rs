@@ -1,4 +1,4 @@
-//! Any bytes as the body of a request.
+//! Fuzz target: any bytes as a request body.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

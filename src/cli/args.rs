@@ -24,7 +24,7 @@ impl PolicyArgs {
         self.file().map(Policy::from)
     }
 
-    /// Returns the policy file; without a file, the default one, which an empty text is.
+    /// Returns the policy file; without a file, the default one (an empty text).
     pub(super) fn file(&self) -> anyhow::Result<PolicyFile> {
         self.parse(&self.read()?.unwrap_or_default())
     }
@@ -52,7 +52,7 @@ impl PolicyArgs {
 #[derive(Debug, Args)]
 pub(super) struct DatabaseArgs {
     /// `postgres://USER:PASSWORD@HOST:PORT/DATABASE` or `sqlite://FILE`
-    // Parsed only later: clap repeats a value that it cannot parse, and this one may hold a password.
+    // Parsed later: clap's error quotes a value that it cannot parse, and this one may hold a password.
     #[arg(
         long,
         env = "LLM_BILLING_DATABASE_URL",
@@ -60,7 +60,8 @@ pub(super) struct DatabaseArgs {
         hide_env_values = true
     )]
     pub(super) database_url: Option<UrlText>,
-    /// File that holds the URL. While serving, it is read again when it changes, and when the database refuses the login
+    /// File that holds the URL. While serving, it is read again when it changes, and when the database refuses
+    /// the login
     #[arg(long, env = "LLM_BILLING_DATABASE_URL_FILE", value_name = "FILE")]
     pub(super) database_url_file: Option<PathBuf>,
 }

@@ -1,4 +1,4 @@
-//! `audit`: running pods against the database, as a table or for machines; and their eviction.
+//! `audit`: prints how running pods differ from the database, and evicts them on request. The sweep is in src/audit.rs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,8 +16,7 @@ use super::args::{DatabaseArgs, PolicyArgs};
 use super::terminal::{is_coloured, note, print};
 use crate::audit::{AuditedPod, Namespaces, Selection, SweepError, sweep};
 use crate::cluster::{self, Evicted, PodName};
-use crate::core::audit::Finding;
-use crate::core::audit::Report;
+use crate::core::audit::{Finding, Report};
 use crate::database::Database;
 use crate::metrics::AuditMetrics;
 use crate::telemetry;
@@ -36,7 +35,7 @@ pub(super) struct AuditArgs {
     /// Audits the pods of all namespaces
     #[arg(short = 'A', long, env = "LLM_BILLING_ALL_NAMESPACES")]
     all_namespaces: bool,
-    /// Audits the pods of the namespaces that fit this label selector
+    /// Audits the pods of the namespaces that match this label selector
     #[arg(
         long,
         env = "LLM_BILLING_NAMESPACE_SELECTOR",
@@ -44,7 +43,7 @@ pub(super) struct AuditArgs {
         conflicts_with_all = ["namespace", "all_namespaces"]
     )]
     namespace_selector: Option<String>,
-    /// Audits only pods that fit this label selector too
+    /// Audits only pods that match this label selector
     #[arg(short = 'l', long, env = "LLM_BILLING_SELECTOR")]
     selector: Option<String>,
     /// Audits only the pods of this workspace
@@ -59,19 +58,19 @@ pub(super) struct AuditArgs {
         default_value = "table"
     )]
     output: Output,
-    /// Adds source, reason and what there is to each finding to the table
+    /// Adds source, reason and details to the table
     #[arg(long, env = "LLM_BILLING_WIDE")]
     wide: bool,
-    /// Leaves out the pods whose env is true
+    /// Shows only pods whose env does not match
     #[arg(long, env = "LLM_BILLING_ONLY_DRIFT")]
     only_drift: bool,
     /// When to colour the table
     #[arg(long, env = "LLM_BILLING_COLOR", value_enum, default_value = "auto")]
     color: ColorChoice,
-    /// Writes what was found into this file, for Prometheus' node exporter to collect
+    /// Writes the results as metrics to this file, for the textfile collector of Prometheus' node exporter
     #[arg(long, env = "LLM_BILLING_METRICS_FILE", value_name = "FILE")]
     metrics_file: Option<PathBuf>,
-    /// Writes a warning event on each pod whose env is not true
+    /// Writes a warning event on each pod whose env does not match
     #[arg(long, env = "LLM_BILLING_EVENTS")]
     events: bool,
     #[command(flatten)]
@@ -82,22 +81,22 @@ pub(super) struct AuditArgs {
     database: DatabaseArgs,
 }
 
-/// The pods are made anew by their controllers, and pass the webhook then.
+/// Eviction of drifted pods. Their controllers recreate them, and the webhook mutates the new pods.
 #[derive(Debug, Args)]
 struct EvictionArgs {
-    /// Evicts the pods whose env is not true, as far as disruption budgets allow; asks first
+    /// Evicts pods whose env does not match, within disruption budgets; asks for confirmation
     #[arg(long, env = "LLM_BILLING_EVICT")]
     evict: bool,
-    /// Evicts without asking
+    /// Evicts without confirmation
     #[arg(long, env = "LLM_BILLING_YES", requires = "evict")]
     yes: bool,
-    /// Has the API server say what an eviction would do, and evicts none
+    /// Sends the evictions as server-side dry runs, which evict no pod
     #[arg(long, env = "LLM_BILLING_DRY_RUN", requires = "evict")]
     dry_run: bool,
-    /// Evicts pods too that no controller would make anew
+    /// Also evicts pods without a controller, which are not recreated
     #[arg(long, env = "LLM_BILLING_EVICT_BARE", requires = "evict")]
     evict_bare: bool,
-    /// Evictions in a minute, at most
+    /// Maximum evictions per minute
     #[arg(
         long,
         env = "LLM_BILLING_EVICTIONS_PER_MINUTE",
@@ -110,8 +109,8 @@ struct EvictionArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  llm-billing-webhook audit -A --only-drift --wide           which pods run with an env that is not true?
-  llm-billing-webhook audit -n ws-acme --evict --dry-run     what would an eviction do?";
+  llm-billing-webhook audit -A --only-drift --wide           find pods whose env does not match
+  llm-billing-webhook audit -n ws-acme --evict --dry-run     show what an eviction would do";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
@@ -121,7 +120,7 @@ enum Output {
     Json,
     /// The same in YAML
     Yaml,
-    /// One line a pod
+    /// One line per pod
     Csv,
 }
 
@@ -133,7 +132,7 @@ pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
         && !args.eviction.yes
         && !io::stdin().is_terminal()
     {
-        bail!("--evict asks first, and nobody is there to answer; add --yes or --dry-run");
+        bail!("--evict asks for confirmation, but stdin is not a terminal; add --yes or --dry-run");
     }
     let client = cluster::connect().await?;
     let namespaces = match (&args.namespace, &args.namespace_selector) {
@@ -150,34 +149,34 @@ pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
     selection
         .check(&policy)
         .context("see -n and --namespace-selector")?;
-    // What serve would not start with is no ground for a verdict.
+    // Fails before the sweep if the policy's query does not work.
     database.check().await.context("cannot audit")?;
 
     let mut report = Report::default();
-    let mut shown = Vec::new();
+    let mut pods = Vec::new();
     let shows_progress = io::stderr().is_terminal();
-    let mut seen = 0;
+    let mut count = 0;
     let each = |audited: AuditedPod| {
-        seen += 1;
-        if shows_progress && seen % 100 == 0 {
-            // Nothing is lost if nobody can see it.
-            let _ = write!(io::stderr(), "\r{seen} pods audited");
+        count += 1;
+        if shows_progress && count % 100 == 0 {
+            // Progress is only for display: an error does not matter.
+            let _ = write!(io::stderr(), "\r{count} pods audited");
         }
         if !args.only_drift || !audited.findings.is_empty() {
-            shown.push(audited);
+            pods.push(audited);
         }
     };
-    let ended = sweep(&client, &database, &policy, &selection, &mut report, each).await;
-    if shows_progress && seen >= 100 {
+    let result = sweep(&client, &database, &policy, &selection, &mut report, each).await;
+    if shows_progress && count >= 100 {
         note("\r\x1b[K")?;
     }
-    print(&text(&shown, &report, &ended, &args)?)?;
-    for why in &report.not_audited {
-        note(&format!("error: not audited: {why}"))?;
+    print(&render(&pods, &report, &result, &args)?)?;
+    for reason in &report.not_audited {
+        note(&format!("error: not audited: {reason}"))?;
     }
-    note(&summary(&report, ended.is_ok()))?;
-    write_metrics(args.metrics_file.as_deref(), &report, &ended)?;
-    if let Err(error) = ended {
+    note(&summary(&report, result.is_ok()))?;
+    write_metrics(args.metrics_file.as_deref(), &report, &result)?;
+    if let Err(error) = result {
         return Err(error).with_context(|| {
             format!(
                 "the audit ended early, after {} pods; the others were not audited",
@@ -185,17 +184,14 @@ pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
             )
         });
     }
-    let drifted: Vec<&AuditedPod> = shown
-        .iter()
-        .filter(|pod| !pod.findings.is_empty())
-        .collect();
+    let drifted: Vec<&AuditedPod> = pods.iter().filter(|pod| !pod.findings.is_empty()).collect();
     let mut failed = !report.not_audited.is_empty();
     if args.events {
         failed |= !warn_on_pods(&client, &drifted).await?;
     }
     if args.eviction.evict && !drifted.is_empty() {
-        let (client, place) = cluster::connect_without_retries().await?;
-        failed |= !evict(&client, &place, &drifted, &args.eviction).await?;
+        let (client, server) = cluster::connect_without_retries().await?;
+        failed |= !evict(&client, &server, &drifted, &args.eviction).await?;
     }
     Ok(match (failed, drifted.is_empty()) {
         (true, _) => ExitCode::from(2),
@@ -204,7 +200,7 @@ pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-fn name_of(pod: &AuditedPod) -> PodName<'_> {
+fn pod_name(pod: &AuditedPod) -> PodName<'_> {
     PodName {
         namespace: &pod.namespace,
         name: &pod.pod,
@@ -212,31 +208,31 @@ fn name_of(pod: &AuditedPod) -> PodName<'_> {
     }
 }
 
-fn listed(findings: &[Finding]) -> String {
+fn join_findings(findings: &[Finding]) -> String {
     let names: Vec<&str> = findings.iter().map(|finding| finding.as_str()).collect();
     names.join(",")
 }
 
-fn text(
+fn render(
     pods: &[AuditedPod],
     report: &Report,
-    ended: &Result<(), SweepError>,
+    result: &Result<(), SweepError>,
     args: &AuditArgs,
 ) -> anyhow::Result<String> {
-    let whole = || {
-        let error = ended.as_ref().err().map(|error| telemetry::chain(error));
+    let document = || {
+        let error = result.as_ref().err().map(|error| telemetry::chain(error));
         let summary = json!({
             "audited": report.audited,
             "drifted": report.drifted,
             "not_audited": report.not_audited,
-            "complete": ended.is_ok() && report.not_audited.is_empty(),
+            "complete": result.is_ok() && report.not_audited.is_empty(),
             "error": error,
         });
         json!({"pods": pods, "summary": summary})
     };
     Ok(match args.output {
-        Output::Json => format!("{}\n", serde_json::to_string_pretty(&whole())?),
-        Output::Yaml => serde_saphyr::to_string(&whole())?,
+        Output::Json => format!("{}\n", serde_json::to_string_pretty(&document())?),
+        Output::Yaml => serde_saphyr::to_string(&document())?,
         Output::Csv => csv(pods)?,
         Output::Table => table(pods, args.wide, is_coloured(args.color)),
     })
@@ -268,14 +264,14 @@ fn cells(pod: &AuditedPod) -> [String; 10] {
         or_dash(&pod.workspace),
         pod.mode.to_string(),
         pod.mode_in_env.clone(),
-        or_dash(&listed(&pod.findings)),
+        or_dash(&join_findings(&pod.findings)),
         pod.source.as_str().to_owned(),
         pod.reason.as_str().to_owned(),
         or_dash(&pod.details.join("; ")),
     ]
 }
 
-/// Columns as wide as their widest cell; the last one is as wide as it is.
+/// Returns the pods as a table with aligned columns.
 fn table(pods: &[AuditedPod], wide: bool, colour: bool) -> String {
     if pods.is_empty() {
         return String::new();
@@ -334,7 +330,7 @@ fn csv(pods: &[AuditedPod]) -> anyhow::Result<String> {
     Ok(String::from_utf8(writer.into_inner()?)?)
 }
 
-fn summary(report: &Report, is_whole: bool) -> String {
+fn summary(report: &Report, is_complete: bool) -> String {
     let Report {
         audited,
         drifted,
@@ -350,26 +346,25 @@ fn summary(report: &Report, is_whole: bool) -> String {
         .map(|(finding, count)| format!("{} {count}", finding.as_str()))
         .collect();
     match (audited, drifted) {
-        _ if !is_whole || !not_audited.is_empty() => {
-            format!("{audited} pods audited, and not all, the env of {drifted} is not true")
+        _ if !is_complete || !not_audited.is_empty() => {
+            format!("{audited} pods audited, {drifted} drifted; the audit is incomplete")
         }
-        (0, _) => "no pod was found".to_owned(),
-        (_, 0) => format!("{audited} pods audited, the env of all is true"),
+        (0, _) => "no pods found".to_owned(),
+        (_, 0) => format!("{audited} pods audited, all in sync"),
         (_, _) => format!(
-            "{audited} pods audited, the env of {drifted} is not true: {}",
+            "{audited} pods audited, {drifted} drifted: {}",
             counts.join(", ")
         ),
     }
 }
 
-/// Replaces the file whole, so that nobody reads half of it. An audit that did not see everything leaves it as it is,
-/// to grow old: what it saw is not what there is.
+/// Replaces the file atomically. An incomplete audit leaves it unchanged: its counts would be too low.
 fn write_metrics(
     file: Option<&Path>,
     report: &Report,
-    ended: &Result<(), SweepError>,
+    result: &Result<(), SweepError>,
 ) -> anyhow::Result<()> {
-    let (Some(file), Ok(())) = (file, ended) else {
+    let (Some(file), Ok(())) = (file, result) else {
         return Ok(());
     };
     if !report.not_audited.is_empty() {
@@ -383,74 +378,72 @@ fn write_metrics(
     written.with_context(|| format!("cannot write {}", file.display()))
 }
 
-/// Whether all events were written.
+/// Writes a warning event on each pod. Returns whether all events were written.
 async fn warn_on_pods(client: &Client, pods: &[&AuditedPod]) -> anyhow::Result<bool> {
-    let mut all = true;
+    let mut succeeded = true;
     for pod in pods {
         let message = format!(
-            "the env of this pod is not true ({}): {}",
-            listed(&pod.findings),
+            "the env of this pod does not match the billing mode ({}): {}",
+            join_findings(&pod.findings),
             pod.details.join("; ")
         );
-        let written = cluster::warn_on_pod(client, name_of(pod), "LlmBillingDrift", &message).await;
+        let written =
+            cluster::warn_on_pod(client, pod_name(pod), "LlmBillingDrift", &message).await;
         if let Err(error) = written {
-            all = false;
+            succeeded = false;
             note(&format!(
-                "error: no event on {}/{}: {}",
+                "error: cannot write an event on {}/{}: {}",
                 pod.namespace,
                 pod.pod,
                 telemetry::chain(&error)
             ))?;
         }
     }
-    Ok(all)
+    Ok(succeeded)
 }
 
-/// Whether nothing failed; a pod that is kept for a reason is no failure.
+/// Evicts the pods. Returns whether no eviction failed; skipping a pod is no failure.
 async fn evict(
     client: &Client,
-    place: &str,
+    server: &str,
     pods: &[&AuditedPod],
     args: &EvictionArgs,
 ) -> anyhow::Result<bool> {
-    let kept_because = |pod: &AuditedPod| match &pod.owner {
-        _ if pod.namespace == "kube-system" => Some("the webhook is never asked about kube-system"),
+    let skip_reason = |pod: &AuditedPod| match &pod.owner {
+        _ if pod.namespace == "kube-system" => Some("the webhook does not cover kube-system"),
         _ if pod.findings.contains(&Finding::Refused) => {
-            Some("the webhook would refuse the pod that takes its place")
+            Some("the webhook would refuse its replacement")
         }
-        None if !args.evict_bare => Some("no controller would make it anew; see --evict-bare"),
+        None if !args.evict_bare => Some("no controller would recreate it; see --evict-bare"),
         Some(owner) if owner.starts_with("Node/") => {
-            Some("it is a static pod, which its node would start again as it is")
+            Some("the kubelet would restart this static pod unchanged")
         }
         None | Some(_) => None,
     };
-    let candidates = pods
-        .iter()
-        .filter(|pod| kept_because(pod).is_none())
-        .count();
-    if !args.yes && !args.dry_run && candidates > 0 && !is_confirmed(candidates, place)? {
-        note("nothing is evicted")?;
+    let candidates = pods.iter().filter(|pod| skip_reason(pod).is_none()).count();
+    if !args.yes && !args.dry_run && candidates > 0 && !is_confirmed(candidates, server)? {
+        note("no pod evicted")?;
         return Ok(true);
     }
     let pause = Duration::from_secs(60) / args.evictions_per_minute;
-    let (mut all, mut first) = (true, true);
+    let (mut succeeded, mut first) = (true, true);
     for pod in pods {
         let name = format!("{}/{}", pod.namespace, pod.pod);
-        if let Some(reason) = kept_because(pod) {
-            note(&format!("kept {name}: {reason}"))?;
+        if let Some(reason) = skip_reason(pod) {
+            note(&format!("skipped {name}: {reason}"))?;
             continue;
         }
         if !first && !args.dry_run {
             tokio::time::sleep(pause).await;
         }
         first = false;
-        match cluster::evict(client, name_of(pod), args.dry_run).await {
+        match cluster::evict(client, pod_name(pod), args.dry_run).await {
             Ok(Evicted::Done) if args.dry_run => note(&format!("would evict {name}"))?,
             Ok(Evicted::Done) => note(&format!("evicted {name}"))?,
-            Ok(Evicted::Kept(words)) => note(&format!("kept {name}: {words}"))?,
-            Ok(Evicted::Gone) => note(&format!("gone {name}: it has ended already"))?,
+            Ok(Evicted::Kept(message)) => note(&format!("skipped {name}: {message}"))?,
+            Ok(Evicted::Gone) => note(&format!("skipped {name}: already deleted or replaced"))?,
             Err(error) => {
-                all = false;
+                succeeded = false;
                 note(&format!(
                     "error: cannot evict {name}: {}",
                     telemetry::chain(&error)
@@ -458,13 +451,13 @@ async fn evict(
             }
         }
     }
-    Ok(all)
+    Ok(succeeded)
 }
 
-fn is_confirmed(pods: usize, place: &str) -> io::Result<bool> {
+fn is_confirmed(pods: usize, server: &str) -> io::Result<bool> {
     write!(
         io::stderr(),
-        "Evict {pods} pods at {place}, to be made anew by their controllers? [y/N] "
+        "Evict {pods} pods at {server}? Their controllers will recreate them. [y/N] "
     )?;
     let mut answer = String::new();
     io::stdin().lock().read_line(&mut answer)?;

@@ -1,5 +1,5 @@
-//! `check`: policy, certificate and database, before a rollout; the webhook in its cluster, after it. Each is
-//! checked even if another is wrong.
+//! `check`: validates policy, certificate and database before a rollout, and the webhook in its cluster after it. A
+//! failed check does not stop the others.
 
 use std::process::ExitCode;
 
@@ -38,9 +38,9 @@ pub(super) struct CheckArgs {
 const EXAMPLES: &str = "\
 Examples:
   llm-billing-webhook check --policy policy.yaml --database-url-file url
-  llm-billing-webhook check --policy policy.yaml --dry-run-in default  does the cluster ask the webhook?";
+  llm-billing-webhook check --policy policy.yaml --dry-run-in default  verify the webhook";
 
-/// The lines of the report, and whether anything is wrong.
+/// The report's lines, and whether a check failed.
 #[derive(Default)]
 struct Report {
     text: String,
@@ -136,10 +136,10 @@ async fn check_database(args: &DatabaseArgs, policy: Option<&Policy>, report: &m
         return report.line(
             "skip",
             "database",
-            "it is asked with the policy's query, which cannot be read",
+            "not queried, because the policy is invalid",
         );
     };
-    let (shown, database) = match (
+    let (url, database) = match (
         source.url(),
         Database::connect_lazily(source, &policy.lookup),
     ) {
@@ -150,14 +150,14 @@ async fn check_database(args: &DatabaseArgs, policy: Option<&Policy>, report: &m
         Ok(()) => report.line(
             "ok",
             "database",
-            &format!("{shown} answers the policy's query"),
+            &format!("{url} answers the policy's query"),
         ),
         Err(error) => report.fail("database", &error),
     }
 }
 
 async fn check_cluster(namespace: &str, policy: &Policy, report: &mut Report) {
-    match mode_of_a_new_pod(namespace, policy).await {
+    match dry_run_mode(namespace, policy).await {
         Ok(Some(mode)) => report.line(
             "ok",
             "cluster",
@@ -178,11 +178,8 @@ async fn check_cluster(namespace: &str, policy: &Policy, report: &mut Report) {
     }
 }
 
-/// What the webhook makes of a pod of a workspace that nobody has. Nothing is stored.
-async fn mode_of_a_new_pod(
-    namespace: &str,
-    policy: &Policy,
-) -> Result<Option<String>, ClusterError> {
+/// Returns the mode that the webhook sets on a dry-run pod of an unknown workspace.
+async fn dry_run_mode(namespace: &str, policy: &Policy) -> Result<Option<String>, ClusterError> {
     let pod = json!({
         "apiVersion": "v1",
         "kind": "Pod",
@@ -194,7 +191,7 @@ async fn mode_of_a_new_pod(
             "containers": [{
                 "name": "check",
                 "image": "none",
-                // Allowed everywhere, even where pods are restricted most.
+                // Satisfies the `restricted` Pod Security Standard.
                 "securityContext": {
                     "allowPrivilegeEscalation": false,
                     "capabilities": {"drop": ["ALL"]},

@@ -1,5 +1,5 @@
-//! What `serve --dev` brings itself: an SQLite file with sample workspaces, a certificate, a sample proxy,
-//! and one curl line to try it with.
+//! Defaults of `serve --dev`: an SQLite file with sample workspaces, a certificate, a sample proxy, and a curl command
+//! to try it.
 
 use std::net::SocketAddr;
 
@@ -14,10 +14,10 @@ use crate::core::resolution::BillingMode;
 use crate::database::{DatabaseUrl, Embedded, UrlSource};
 use crate::server::certificate::tls::CertificatePem;
 
-/// The file that `serve --dev` and `workspace` share unless told otherwise, in the working directory.
+/// The default database of `serve --dev` and `workspace`: a file in the working directory.
 pub(super) const DEV_DATABASE: &str = "sqlite://llm-billing-dev.sqlite";
 
-/// The policy with a sample proxy.
+/// A policy with a sample proxy.
 pub(super) const DEV_POLICY: &str = "
 proxy:
   baseUrl: https://llm-proxy.example.test/openai/v1
@@ -25,10 +25,10 @@ proxy:
   usageToken: {secretKeyRef: {name: molecule-llm-proxy, key: usage-token}}
 ";
 
-/// The workspace that the curl line asks about.
+/// The workspace in the curl command.
 const SAMPLE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
 
-/// One sample workspace for each mode, and one whose mode nobody chose.
+/// One sample workspace per mode, and one without a mode.
 const SAMPLES: [(Uuid, Option<BillingMode>); 4] = [
     (SAMPLE, Some(BillingMode::PlatformManaged)),
     (
@@ -45,7 +45,7 @@ const SAMPLES: [(Uuid, Option<BillingMode>); 4] = [
     ),
 ];
 
-/// Opens the file, and puts the samples into it if it has no workspace yet.
+/// Opens the database file, and adds the sample workspaces if it is empty. Returns its URL.
 pub(super) async fn database() -> anyhow::Result<UrlSource> {
     let url: DatabaseUrl = DEV_DATABASE.parse()?;
     let mut embedded = Embedded::open(&url).await?;
@@ -58,7 +58,7 @@ pub(super) async fn database() -> anyhow::Result<UrlSource> {
     Ok(UrlSource::Given(DEV_DATABASE.into()))
 }
 
-/// A certificate for this machine alone, new at each start and kept in memory.
+/// Returns a new self-signed certificate for localhost.
 pub(super) fn certificate() -> anyhow::Result<CertificatePem> {
     let names = ["localhost", "127.0.0.1", "::1"].map(str::to_owned);
     let CertifiedKey { cert, signing_key } =
@@ -70,7 +70,7 @@ pub(super) fn certificate() -> anyhow::Result<CertificatePem> {
     })
 }
 
-/// Says what can be tried.
+/// Prints commands to try.
 pub(super) fn greet(webhook: SocketAddr, policy: &Policy) -> anyhow::Result<()> {
     let review = json!({
         "apiVersion": "admission.k8s.io/v1",
@@ -96,9 +96,9 @@ pub(super) fn greet(webhook: SocketAddr, policy: &Policy) -> anyhow::Result<()> 
         .next()
         .unwrap_or_else(|| env!("CARGO_PKG_NAME").to_owned());
     print(&format!(
-        "The webhook is up. Ask it about a pod:\n\n\
+        "The webhook is running. Send it a pod:\n\n\
          curl -sk https://{webhook}/mutate -H 'Content-Type: application/json' -d '{review}'\n\n\
-         response.patch in the answer is a JSON patch in base64. The sample workspaces, and another mode for one:\n\n\
+         The response's `patch` is a base64-encoded JSON patch. List the sample workspaces, or change a mode:\n\n\
          {program} workspace list\n\
          {program} workspace set {SAMPLE} byok\n"
     ))?;

@@ -1,5 +1,4 @@
-//! The command line: its tree, its exit codes, and the one place where an error is printed. Each command
-//! has a file of its own.
+//! The command line: command tree, exit codes and error output. Each command has its own file.
 
 mod args;
 mod audit;
@@ -21,10 +20,10 @@ use clap_complete::Shell;
 use self::terminal::print;
 use crate::telemetry;
 
-/// Makes every workspace pod's LLM billing env true.
+/// Sets the environment variables of workspace pods to match their LLM billing mode.
 ///
-/// A mutating admission webhook for Kubernetes: it looks up each workspace's billing mode when a pod is
-/// created, and patches the containers' env to say and do what that mode means.
+/// A mutating admission webhook for Kubernetes: it looks up the workspace's billing mode when a pod is created, and
+/// patches the containers' env to match that mode.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100, after_help = EXAMPLES)]
 pub struct Cli {
@@ -34,25 +33,25 @@ pub struct Cli {
 
 const EXAMPLES: &str = "\
 Examples:
-  llm-billing-webhook serve --dev                            try it, with nothing else installed
-  llm-billing-webhook review -f pod.yaml --mode byok         what would it do with this manifest?
-  llm-billing-webhook audit -A --only-drift                  which pods run with an env that is not true?
-  llm-billing-webhook check --policy policy.yaml             is everything right for a rollout?";
+  llm-billing-webhook serve --dev                            try it with nothing else installed
+  llm-billing-webhook review -f pod.yaml --mode byok         show what the webhook would change
+  llm-billing-webhook audit -A --only-drift                  find pods whose env does not match
+  llm-billing-webhook check --policy policy.yaml             validate a policy before a rollout";
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serves the webhook over HTTPS, and health and metrics over HTTP
     Serve(Box<serve::ServeArgs>),
-    /// Shows what the webhook would do with a manifest. Exit code: 0 nothing, 1 it would change, 2 refused or error
+    /// Shows what the webhook would do with a manifest. Exit codes: 0 no change, 1 would change, 2 refused or error
     Review(review::ReviewArgs),
-    /// Audits running pods against the database. Exit code: 0 all true, 1 drift, 2 error
+    /// Compares running pods with the database. Exit codes: 0 in sync, 1 drift, 2 error
     Audit(Box<audit::AuditArgs>),
     /// Shows a workspace's billing mode, its source and the reason
     Resolve(workspace::ResolveArgs),
-    /// Edits the embedded SQLite database; the platform's own is never written
+    /// Edits the embedded SQLite database; never writes to the platform's database
     #[command(subcommand)]
     Workspace(workspace::WorkspaceCommand),
-    /// Checks policy, certificate and database before a rollout. Exit code: 0 all right, 2 not
+    /// Validates policy, certificate and database before a rollout. Exit codes: 0 valid, 2 error
     Check(check::CheckArgs),
     /// Prints the default policy, or the policy file's JSON schema
     #[command(subcommand)]
@@ -62,16 +61,16 @@ enum Command {
         /// The shell to complete for
         shell: Shell,
     },
-    /// Prints a man page: the program's, or that of one of its commands
+    /// Prints the man page of the program or of a command
     Man {
         /// The command, such as `audit`
         command: Option<String>,
     },
 }
 
-/// Runs a command, prints its error if it has one, and says with which code to exit.
+/// Runs a command, prints its error if any, and returns the exit code.
 pub async fn run(cli: Cli) -> ExitCode {
-    let done = match cli.command {
+    let result = match cli.command {
         Command::Serve(args) => serve::serve(*args).await,
         Command::Review(args) => review::review(args).await,
         Command::Audit(args) => audit::audit(*args).await,
@@ -82,10 +81,10 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Completions { shell } => completions(shell),
         Command::Man { command } => man(command.as_deref()),
     };
-    match done {
+    match result {
         Ok(code) => code,
         Err(error) => {
-            // Nothing is left to do if stderr is gone.
+            // A closed stderr leaves no way to report the error.
             let _ = writeln!(io::stderr(), "error: {}", telemetry::chain(error.as_ref()));
             ExitCode::from(2)
         }
@@ -130,20 +129,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_command_that_does_something_teaches_by_example() {
+    fn commands_show_examples_in_their_help() {
         for command in Cli::command().get_subcommands() {
             let name = command.get_name();
             let help = command.get_after_help().map(ToString::to_string);
-            let teaches = help.is_some_and(|help| help.contains(&format!("{name} ")));
+            let has_example = help.is_some_and(|help| help.contains(&format!("{name} ")));
             assert!(
-                teaches || ["completions", "man", "policy"].contains(&name),
+                has_example || ["completions", "man", "policy"].contains(&name),
                 "{name}"
             );
         }
     }
 
     #[test]
-    fn every_flag_is_also_an_environment_variable_of_its_name() {
+    fn flags_have_environment_variables_of_their_name() {
         let mut commands = vec![Cli::command()];
         while let Some(command) = commands.pop() {
             for flag in command.get_arguments() {

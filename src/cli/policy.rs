@@ -9,7 +9,7 @@ use crate::core::policy_file::{DEFAULT_POLICY, PolicyFile};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum PolicyCommand {
-    /// Prints the default policy, with a remark on every field: a file to start from
+    /// Prints the default policy with a comment on every field, as a starting point
     Default,
     /// Prints the JSON schema of the policy file, for an editor
     Schema,

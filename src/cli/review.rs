@@ -1,5 +1,5 @@
-//! `review`: what the webhook would do with a manifest or an object of the cluster, as a diff, a patch, or the
-//! result.
+//! `review`: shows what the webhook would change in a manifest or a cluster object, as a diff, a patch or the result.
+//! core/workload.rs finds the pods in an object.
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -40,7 +40,7 @@ pub(super) struct ReviewArgs {
         conflicts_with = "object"
     )]
     filename: Option<PathBuf>,
-    /// An object of the cluster in place of a file, such as `pod/NAME` or `deployment/NAME`
+    /// A cluster object instead of a file, such as `pod/NAME` or `deployment/NAME`
     #[arg(value_name = "KIND/NAME")]
     object: Option<ObjectName>,
     /// What to print
@@ -52,11 +52,11 @@ pub(super) struct ReviewArgs {
         default_value = "diff"
     )]
     output: Output,
-    /// Takes this for what the database says, and asks none
+    /// Uses this mode instead of a database lookup
     #[arg(long, env = "LLM_BILLING_MODE", value_parser = workspace::mode)]
     mode: Option<BillingMode>,
-    /// The namespace of the object, or of objects in a file that name none [default: the kubeconfig's for an
-    /// object, `default` in a file]
+    /// Namespace of the object, or of objects in a file without one [default: the kubeconfig's for an object,
+    /// `default` in a file]
     #[arg(short, long, env = "LLM_BILLING_NAMESPACE")]
     namespace: Option<String>,
     /// When to colour a diff
@@ -70,24 +70,24 @@ pub(super) struct ReviewArgs {
 
 const EXAMPLES: &str = "\
 Examples:
-  llm-billing-webhook review -f pod.yaml --mode byok                   what changes, without a database
+  llm-billing-webhook review -f pod.yaml --mode byok                   without a database
   kubectl kustomize . | llm-billing-webhook review -f - --mode platform_managed --policy policy.yaml
-  llm-billing-webhook review -n ws-acme deployment/agent -o patch      of what is in the cluster";
+  llm-billing-webhook review -n ws-acme deployment/agent -o patch      an object in the cluster";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Output {
-    /// What changes, as a unified diff of the objects in YAML
+    /// Unified diff of the objects in YAML
     Diff,
-    /// One JSON patch for each object
+    /// One JSON patch per object
     Patch,
-    /// The objects as they would be, in YAML
+    /// The patched objects in YAML
     Yaml,
-    /// The objects as they would be, in JSON
+    /// The patched objects in JSON
     Json,
 }
 
 pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
-    let (shown, documents) = documents(&args).await?;
+    let (input, documents) = documents(&args).await?;
     let policy = args.policy.load()?;
     let source = args.database.source()?;
     let database = source
@@ -99,7 +99,7 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
         .collect();
     if !subjects.iter().any(Subject::makes_pods) {
         bail!(
-            "{shown} has no object that makes pods; expected a Pod, a workload, a List or an AdmissionReview of pods"
+            "{input} has no object that makes pods; expected a Pod, a workload, a List or an AdmissionReview of pods"
         );
     }
 
@@ -145,38 +145,38 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// What is reviewed, and what to call it.
+/// Returns the input's name for messages, and its documents.
 async fn documents(args: &ReviewArgs) -> anyhow::Result<(String, Vec<Value>)> {
     if let Some(object) = &args.object {
-        let shown = object.to_string();
+        let input = object.to_string();
         let client = cluster::connect().await?;
         let namespace = args.namespace.as_deref();
         let path = object.path(namespace.unwrap_or_else(|| client.default_namespace()));
         let document = cluster::get(&client, &path)
             .await
-            .with_context(|| format!("cannot read {shown}"))?;
-        return Ok((shown, vec![document]));
+            .with_context(|| format!("cannot read {input}"))?;
+        return Ok((input, vec![document]));
     }
     let path = args.filename.as_deref().unwrap_or(Path::new("-"));
-    let shown = if path == Path::new("-") {
+    let input = if path == Path::new("-") {
         "standard input".to_owned()
     } else {
         path.display().to_string()
     };
-    let failed = || format!("cannot read {shown}");
+    let failed = || format!("cannot read {input}");
     let text = read(path).with_context(failed)?;
     let documents = parse(&text).with_context(failed)?;
-    Ok((shown, documents))
+    Ok((input, documents))
 }
 
-/// An object of the cluster, by kind and name as kubectl has them.
+/// A cluster object, by kind and name as in kubectl.
 #[derive(Clone, Debug)]
 struct ObjectName {
     kind: Kind,
     name: String,
 }
 
-/// Singular name, short name, and where the API has them.
+/// Singular name, short name, API path and plural name.
 type Kind = &'static (&'static str, &'static str, &'static str, &'static str);
 
 const KINDS: [(&str, &str, &str, &str); 7] = [
@@ -233,9 +233,9 @@ fn read(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// The documents of a text that is JSON or YAML. The errors tell places and never quote the text.
+/// Parses the documents of a JSON or YAML text. Errors name the position and never quote the text.
 fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
-    // What begins like JSON may be YAML in its flow style, too.
+    // A leading brace also starts a YAML flow mapping.
     let json = text
         .trim_start()
         .starts_with('{')
@@ -243,7 +243,7 @@ fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
     if let Some(Ok(document)) = json {
         return Ok(vec![document]);
     }
-    // As kubectl reads it: 0440 is an octal number.
+    // Like kubectl: 0440 is an octal number.
     let options = serde_saphyr::options! { legacy_octal_numbers: true };
     let documents: Result<Vec<Value>, _> = serde_saphyr::from_multiple_with_options(text, options);
     let documents =
@@ -266,7 +266,7 @@ fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
         .collect())
 }
 
-/// What the webhook would patch; empty for what it leaves alone.
+/// Returns the webhook's patch for a subject; empty if it changes nothing.
 async fn patch_of(
     subject: &Subject,
     policy: &Policy,
@@ -296,17 +296,15 @@ async fn patch_of(
         Outcome::Refused(refusal) => return Err(refusal.into()),
         Outcome::Unchanged | Outcome::Patched => {}
     }
+    let (Some(resolution), Some(plan)) = (decision.resolution, &decision.plan) else {
+        bail!("the decision has no resolution or no plan");
+    };
     for warning in decision.warnings() {
         note(&format!("warning: {title}: {}", warning.text))?;
     }
-    if let Some(resolution) = decision.resolution {
-        let (source, reason) = (resolution.source.as_str(), resolution.reason.as_str());
-        let mode = resolution.mode;
-        note(&format!("{title}: {mode} ({source}, {reason})"))?;
-    }
-    let Some(plan) = &decision.plan else {
-        return Ok(Patch::default());
-    };
+    let (source, reason) = (resolution.source.as_str(), resolution.reason.as_str());
+    let mode = resolution.mode;
+    note(&format!("{title}: {mode} ({source}, {reason})"))?;
     Ok(serde_json::from_str(&patch(plan, subject.root()).json)?)
 }
 
@@ -318,7 +316,7 @@ fn yaml(object: &Value) -> anyhow::Result<String> {
     Ok(text)
 }
 
-/// Three lines of context, and in colours as git has them.
+/// Returns a unified diff with three lines of context, coloured like git's.
 fn diff(title: &str, before: &str, after: &str, colour: bool) -> String {
     let diff = TextDiff::from_lines(before, after);
     let mut unified = diff.unified_diff();

@@ -1,4 +1,4 @@
-//! `serve`: the life of the process from its arguments to the drained server.
+//! `serve`: starts the server from the arguments and runs it until it has drained. The server itself is in server/.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -21,15 +21,15 @@ use crate::server::certificate::rotation::CertificateSpec;
 use crate::server::certificate::secret::{SharedSecret, SharedSecretConfig};
 use crate::server::certificate::tls::{Certificate, CertificateFiles};
 use crate::server::readiness::Readiness;
-use crate::server::webhook::{App, Bodies};
+use crate::server::webhook::{App, BodyLimits};
 use crate::server::{Audits, Bound, CertificateSource, Drain};
 use crate::telemetry::{self, LogFormat};
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct ServeArgs {
-    /// Tries it with nothing else installed: an SQLite file with sample workspaces, a certificate made at
-    /// start, a sample proxy. Listens on 127.0.0.1 unless told otherwise
+    /// Runs with nothing else installed: an SQLite file with sample workspaces, a generated certificate, a
+    /// sample proxy. Listens on 127.0.0.1 by default
     #[arg(long, env = "LLM_BILLING_DEV")]
     dev: bool,
     /// Where the webhook listens [default: 0.0.0.0:8443]
@@ -46,13 +46,13 @@ pub(super) struct ServeArgs {
     tls: TlsArgs,
     #[command(flatten)]
     shared: SharedArgs,
-    /// Longest body that is read, in bytes
+    /// Maximum size of a request body, in bytes
     #[arg(long, env = "LLM_BILLING_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * 1024 * 1024)]
     max_body_bytes: usize,
-    /// Audits all running workspace pods, and again so long after each audit; needs the permission to list pods
+    /// Audits all running workspace pods, then again this long after each audit; needs permission to list pods
     #[arg(long, env = "LLM_BILLING_AUDIT_INTERVAL", value_name = "DURATION", value_parser = humantime::parse_duration)]
     audit_interval: Option<Duration>,
-    /// Audits only the namespaces that fit this label selector; needs the permission to list namespaces
+    /// Audits only the namespaces that match this label selector; needs permission to list namespaces
     #[arg(
         long,
         env = "LLM_BILLING_AUDIT_NAMESPACE_SELECTOR",
@@ -60,23 +60,23 @@ pub(super) struct ServeArgs {
         requires = "audit_interval"
     )]
     audit_namespace_selector: Option<String>,
-    /// How long to go on accepting connections after SIGTERM, while the cluster takes the address out
+    /// How long to keep accepting connections after SIGTERM, while the cluster removes the pod's address
     #[arg(long, env = "LLM_BILLING_DRAIN_DELAY", value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
     drain_delay: Duration,
-    /// How long requests may go on after that
+    /// How long in-flight requests may take after the drain delay
     #[arg(long, env = "LLM_BILLING_DRAIN_TIMEOUT", value_name = "DURATION", default_value = "20s", value_parser = humantime::parse_duration)]
     drain_timeout: Duration,
-    /// How log lines look [default: json, with --dev: pretty]
+    /// Log format [default: json; pretty with --dev]
     #[arg(long, env = "LLM_BILLING_LOG_FORMAT", value_enum)]
     log_format: Option<LogFormat>,
 }
 
 const EXAMPLES: &str = "\
 Examples:
-  llm-billing-webhook serve --dev                                      try it, with nothing else installed
+  llm-billing-webhook serve --dev      try it with nothing else installed
   llm-billing-webhook serve --policy policy.yaml --database-url-file url --tls-cert tls.crt --tls-key tls.key";
 
-/// The certificate's files.
+/// The certificate files.
 #[derive(Debug, Args)]
 pub(super) struct TlsArgs {
     /// Certificate chain in PEM; while serving, read again when it changes
@@ -85,13 +85,14 @@ pub(super) struct TlsArgs {
     /// The certificate's private key in PEM; while serving, read again when it changes
     #[arg(long, env = "LLM_BILLING_TLS_KEY", value_name = "FILE")]
     tls_key: Option<PathBuf>,
-    /// Authorities in PEM: only their clients may connect (mutual TLS); while serving, read again when it changes
+    /// CA certificates in PEM that client certificates must chain to (mutual TLS); while serving, read again
+    /// when it changes
     #[arg(long, env = "LLM_BILLING_CLIENT_CA", value_name = "FILE")]
     client_ca: Option<PathBuf>,
 }
 
 impl TlsArgs {
-    /// The files, if they are given.
+    /// Returns the files, or `None` if no flag is set.
     pub(super) fn files(&self) -> anyhow::Result<Option<CertificateFiles>> {
         match (&self.tls_cert, &self.tls_key) {
             (Some(certificate), Some(key)) => Ok(Some(CertificateFiles {
@@ -105,14 +106,14 @@ impl TlsArgs {
     }
 }
 
-/// The certificate that the replicas make and renew themselves.
+/// The certificate that the replicas share and renew themselves.
 #[derive(Debug, Args)]
 struct SharedArgs {
-    /// Secret in which all replicas share a CA and a certificate that they make and renew themselves, in
-    /// place of --tls-cert and --tls-key
+    /// Secret in which the replicas share a self-managed CA and certificate, instead of --tls-cert and
+    /// --tls-key
     #[arg(long, env = "LLM_BILLING_TLS_SECRET", value_name = "NAME")]
     tls_secret: Option<String>,
-    /// Its namespace [default: the service account's, or the kubeconfig's]
+    /// Namespace of the Secret [default: the service account's, or the kubeconfig's]
     #[arg(
         long,
         env = "LLM_BILLING_TLS_SECRET_NAMESPACE",
@@ -120,7 +121,7 @@ struct SharedArgs {
         value_name = "NAMESPACE"
     )]
     tls_secret_namespace: Option<String>,
-    /// Names by which the API server calls the webhook, such as SERVICE.NAMESPACE.svc
+    /// DNS names by which the API server calls the webhook, such as SERVICE.NAMESPACE.svc
     #[arg(
         long,
         env = "LLM_BILLING_TLS_DNS_NAME",
@@ -147,10 +148,10 @@ struct SharedArgs {
         value_name = "NAME"
     )]
     tls_validating_webhook: Vec<String>,
-    /// How long a certificate lives; it is renewed when a third of that is left
+    /// Lifetime of a certificate; it is renewed when a third is left
     #[arg(long, env = "LLM_BILLING_TLS_LIFETIME", value_name = "DURATION", default_value = "90d", value_parser = humantime::parse_duration)]
     tls_lifetime: Duration,
-    /// How long a CA lives; its successor is published when less than --tls-lifetime of that is left
+    /// Lifetime of a CA; its successor is published when less than --tls-lifetime is left
     #[arg(long, env = "LLM_BILLING_TLS_CA_LIFETIME", value_name = "DURATION", default_value = "365d", value_parser = humantime::parse_duration)]
     tls_ca_lifetime: Duration,
 }
@@ -193,15 +194,17 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         text => text.unwrap_or_default(),
     };
     let policy_file = args.policy.parse(&policy_text)?;
-    let policy = Policy::from(policy_file.clone());
+    let policy_warnings = policy_file.warnings();
+    let has_literal_token = policy_file.has_literal_token();
+    let policy = Policy::from(policy_file);
     let database = Database::connect_lazily(database(&args).await?, &policy.lookup)?;
     let (certificate, certificate_source) = certificate(&args).await?;
-    refuse_wrong_query(&database).await?;
+    reject_refused_query(&database).await?;
     let audits = audits(&args, &policy).await?;
-    // Even a checksum can tell whether a token was guessed.
-    let policy_shown = (!policy_file.has_literal_token()).then_some(policy_text.as_str());
+    // A checksum over a literal token would confirm a correct guess of it.
+    let public_policy = (!has_literal_token).then_some(policy_text.as_str());
     let metrics = Metrics::new(
-        policy_shown,
+        public_policy,
         &database.metrics,
         telemetry.dropped_lines.clone(),
         audits.is_some(),
@@ -215,7 +218,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         args.listen.unwrap_or((host, 8443).into()),
         args.health_listen.unwrap_or((host, 8080).into()),
     )?;
-    for warning in policy_file.warnings() {
+    for warning in policy_warnings {
         warn!(warning, "policy");
     }
     if args.dev {
@@ -226,7 +229,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         database,
         metrics,
         readiness: Readiness::default(),
-        bodies: Bodies::up_to(args.max_body_bytes),
+        body_limits: BodyLimits::new(args.max_body_bytes),
     };
     let drain = Drain {
         delay: args.drain_delay,
@@ -273,7 +276,7 @@ async fn certificate(args: &ServeArgs) -> anyhow::Result<(Certificate, Certifica
     } = &args.tls;
     if let Some(secret) = &args.shared.tls_secret {
         if tls_cert.is_some() || tls_key.is_some() {
-            bail!("--tls-secret takes the place of --tls-cert and --tls-key; leave it or them out");
+            bail!("--tls-secret replaces --tls-cert and --tls-key; set one or the other");
         }
         let mut shared = args.shared.shared(secret, client_ca.clone()).await?;
         let certificate = shared.obtain().await?;
@@ -302,9 +305,8 @@ async fn database(args: &ServeArgs) -> anyhow::Result<UrlSource> {
     }
 }
 
-/// A database that cannot be reached may come up later, and readiness waits for it; one that refuses the
-/// query as such will not.
-async fn refuse_wrong_query(database: &Arc<Database>) -> anyhow::Result<()> {
+/// Fails if the database refuses the query. If it cannot be reached, it may come up later, and readiness waits for it.
+async fn reject_refused_query(database: &Arc<Database>) -> anyhow::Result<()> {
     match database.check().await {
         Err(error @ LookupError::Refused(_)) => Err(error).context("cannot start"),
         _ => Ok(()),

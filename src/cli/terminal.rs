@@ -1,11 +1,11 @@
-//! What commands write to the terminal, and its colours. Error messages are written once, in mod.rs.
+//! Terminal output of the commands, and its colours. Errors are printed in mod.rs.
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::ColorChoice;
 
-/// Whether to colour what goes to stdout.
+/// Reports whether to colour stdout.
 pub(super) fn is_coloured(choice: ColorChoice) -> bool {
     match choice {
         ColorChoice::Always => true,
@@ -14,21 +14,21 @@ pub(super) fn is_coloured(choice: ColorChoice) -> bool {
     }
 }
 
-/// Writes a command's whole output.
+/// Writes a command's output to stdout.
 pub(super) fn print(text: &str) -> anyhow::Result<ExitCode> {
     let mut stdout = io::stdout().lock();
     let written = stdout.write_all(text.as_bytes());
-    unless_closed(written.and_then(|()| stdout.flush()))?;
+    ignore_broken_pipe(written.and_then(|()| stdout.flush()))?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Writes a remark that is no part of a command's output.
+/// Writes a line to stderr.
 pub(super) fn note(text: &str) -> io::Result<()> {
-    unless_closed(writeln!(io::stderr(), "{text}"))
+    ignore_broken_pipe(writeln!(io::stderr(), "{text}"))
 }
 
-/// A reader that has seen enough is no error, and changes no exit code.
-fn unless_closed(written: io::Result<()>) -> io::Result<()> {
+/// Ignores a closed pipe, so that `| head` does not change the exit code.
+fn ignore_broken_pipe(written: io::Result<()>) -> io::Result<()> {
     match written {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         written => written,

@@ -25,10 +25,10 @@ use crate::database::{Database, DatabaseUrl, Embedded};
 pub(super) struct ResolveArgs {
     /// The workspace's id: the value of its pods' workspace label
     workspace: String,
-    /// The namespace of its pods, for policies whose query asks for it
+    /// The namespace of its pods, for policies whose query uses it
     #[arg(short, long, env = "LLM_BILLING_NAMESPACE", default_value = "default")]
     namespace: String,
-    /// Further labels of its pods, for policies whose query asks for them
+    /// Further labels of its pods, for policies whose query uses them
     #[arg(
         short,
         long,
@@ -59,7 +59,7 @@ Examples:
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Output {
-    /// A line a field
+    /// One line per field
     Text,
     /// One JSON object
     Json,
@@ -82,7 +82,7 @@ pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
     };
     let decision = decide(&policy, Some(&database), None, target).await?;
     // The pod has a workspace label, so it has a resolution even if it is refused.
-    let resolution = decision.resolution.context("no workspace is named")?;
+    let resolution = decision.resolution.context("the pod has no workspace id")?;
     match args.output {
         Output::Json => print(&format!("{}\n", serde_json::to_string(&resolution)?)),
         Output::Text => print(&format!(
@@ -94,8 +94,8 @@ pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Returns the decision about a pod for a command, with the mode that is given or that the database has. A failed
-/// lookup is an error here, whatever the policy says about `lookup.onError`.
+/// Returns the decision about a pod, with the given mode or the database's. A failed lookup is an error, regardless of
+/// the policy's `lookup.onError`.
 pub(super) async fn decide<'a>(
     policy: &'a Policy,
     database: Option<&Arc<Database>>,
@@ -109,7 +109,9 @@ pub(super) async fn decide<'a>(
     let outcome = match (given, database) {
         (Some(mode), _) => LookupOutcome::Row(Some(mode.as_str().to_owned())),
         (None, Some(database)) => database.lookup(parameters, None).await?,
-        (None, None) => bail!("no database is given; set --database-url, or --mode to do without"),
+        (None, None) => {
+            bail!("no database is given; set --database-url, or --mode to skip the lookup")
+        }
     };
     Ok(pending.finish(&outcome))
 }
@@ -117,7 +119,7 @@ pub(super) async fn decide<'a>(
 #[derive(Debug, Subcommand)]
 #[command(after_help = WORKSPACE_EXAMPLES)]
 pub(super) enum WorkspaceCommand {
-    /// Prints all workspaces with their modes; `-` where nobody chose one
+    /// Prints all workspaces with their modes; `-` if none is set
     List(EmbeddedArgs),
     /// Sets a workspace's mode, and adds the workspace if it is new
     Set {
@@ -129,7 +131,7 @@ pub(super) enum WorkspaceCommand {
         #[command(flatten)]
         embedded: EmbeddedArgs,
     },
-    /// Leaves a workspace's mode to the platform's default, which is `platform_managed`
+    /// Resets a workspace's mode to the platform's default, which is `platform_managed`
     Clear {
         /// The workspace's id
         id: Uuid,
@@ -159,7 +161,7 @@ impl EmbeddedArgs {
     }
 }
 
-/// A mode by its one spelling.
+/// Parses the exact spelling of a mode.
 pub(super) fn mode(text: &str) -> Result<BillingMode, String> {
     BillingMode::from_column(text).ok_or_else(|| {
         let modes = BillingMode::ALL.map(BillingMode::as_str).join(", ");
@@ -168,10 +170,10 @@ pub(super) fn mode(text: &str) -> Result<BillingMode, String> {
 }
 
 pub(super) async fn workspace(command: WorkspaceCommand) -> anyhow::Result<ExitCode> {
-    let say = |id: Uuid, mode: Option<BillingMode>| {
+    let report = |id: Uuid, mode: Option<BillingMode>| {
         let mode = mode.map_or("the platform's default", BillingMode::as_str);
         note(&format!(
-            "workspace {id} is set to {mode}; it applies to the pods that are created from now on"
+            "workspace {id} is set to {mode}; it applies to pods created from now on"
         ))
     };
     match command {
@@ -188,14 +190,14 @@ pub(super) async fn workspace(command: WorkspaceCommand) -> anyhow::Result<ExitC
             let mut embedded = embedded.open().await?;
             embedded.set(id, Some(mode)).await?;
             embedded.close().await?;
-            say(id, Some(mode))?;
+            report(id, Some(mode))?;
             Ok(ExitCode::SUCCESS)
         }
         WorkspaceCommand::Clear { id, embedded } => {
             let mut embedded = embedded.open().await?;
             embedded.set(id, None).await?;
             embedded.close().await?;
-            say(id, None)?;
+            report(id, None)?;
             Ok(ExitCode::SUCCESS)
         }
     }

@@ -1,5 +1,5 @@
-//! The admission review: its decoding, and what its request is about. The response is response.rs's business, and HTTP
-//! around both is server/webhook.rs's.
+//! Decodes an admission review and classifies its request. The response is written in response.rs; HTTP is handled in
+//! server/webhook.rs.
 
 use serde::Deserialize;
 use thiserror::Error;
@@ -8,14 +8,14 @@ use super::compact_json;
 use super::pod::{Pod, Text};
 use super::refusal::Refusal;
 
-/// The one version of the API that is spoken; the API server has sent it since Kubernetes 1.16.
+/// The only supported API version; API servers have sent it since Kubernetes 1.16.
 pub(super) const API_VERSION: &str = "admission.k8s.io/v1";
 pub(super) const KIND: &str = "AdmissionReview";
 
 /// Why a body gets no admission response.
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum BodyError {
-    /// The body is no JSON.
+    /// The body is not JSON.
     #[error("the body is not JSON (line {line}, column {column}); send an AdmissionReview as JSON")]
     NotJson {
         /// From 1.
@@ -23,7 +23,7 @@ pub enum BodyError {
         /// From 1.
         column: usize,
     },
-    /// The body is JSON, but no admission review.
+    /// The body is JSON, but not an admission review.
     #[error(
         "the body is not an AdmissionReview; send kind AdmissionReview of apiVersion {API_VERSION}"
     )]
@@ -33,8 +33,8 @@ pub enum BodyError {
         "this version of AdmissionReview is not supported; set admissionReviewVersions: [v1] in the webhook configuration"
     )]
     OtherVersion,
-    /// Without a uid there is nothing to answer to.
-    #[error("the AdmissionReview has no request with a uid; send one that the API server made")]
+    /// The response must echo the uid.
+    #[error("the AdmissionReview has no request.uid; set it to a non-empty string")]
     NoUid,
 }
 
@@ -45,7 +45,7 @@ pub struct Request<'a> {
     /// Echoed in the response.
     #[serde(borrow, default)]
     pub uid: Text<'a>,
-    /// What is created or updated.
+    /// The resource that is created or updated.
     #[serde(borrow)]
     pub resource: Option<Resource<'a>>,
     /// Such as `ephemeralcontainers`; absent or empty for the pod itself.
@@ -60,12 +60,12 @@ pub struct Request<'a> {
     /// The pod's namespace.
     #[serde(borrow)]
     pub namespace: Option<Text<'a>>,
-    /// Whether nothing will be stored. The answer is the same.
+    /// Whether nothing will be stored; the response is the same.
     pub dry_run: Option<bool>,
-    /// The pod as it is to be stored.
+    /// The new pod.
     #[serde(borrow)]
     pub object: Option<Pod<'a>>,
-    /// The pod as it is stored, on updates.
+    /// The stored pod, on updates.
     #[serde(borrow)]
     pub old_object: Option<Pod<'a>>,
 }
@@ -88,7 +88,7 @@ pub enum AdmissionTarget {
     PodCreation,
     /// A running pod gets ephemeral containers.
     NewEphemeralContainers,
-    /// Anything else: another resource, or an update that cannot change env.
+    /// Another resource, or an update that cannot change env.
     NotApplicable,
 }
 
@@ -101,7 +101,7 @@ impl AdmissionTarget {
         }
     }
 
-    /// Returns the target as metrics spell it.
+    /// Returns the label value in metrics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -124,7 +124,7 @@ impl Request<'_> {
         AdmissionTarget::of(group.as_str(), resource.as_str(), sub_resource, operation)
     }
 
-    /// The pod's namespace.
+    /// Returns the pod's namespace; empty if the request has none.
     #[must_use]
     pub fn namespace(&self) -> &str {
         self.namespace.as_ref().map_or("", Text::as_str)
@@ -141,7 +141,7 @@ struct Envelope<'a, R> {
     request: Option<R>,
 }
 
-/// As much of a request as an answer needs, for requests whose other parts have the wrong shape.
+/// The part of a request that a refusal needs, if the rest has the wrong shape.
 #[derive(Deserialize)]
 struct Identifier<'a> {
     #[serde(borrow, default)]
@@ -149,18 +149,19 @@ struct Identifier<'a> {
 }
 
 impl<R> Envelope<'_, R> {
-    fn checked(self, uid: impl Fn(&R) -> &str) -> Result<R, BodyError> {
-        let text = |text: &Option<Text<'_>>, expected| {
+    /// Returns the request of a v1 review with a uid.
+    fn into_request(self, uid: impl Fn(&R) -> &str) -> Result<R, BodyError> {
+        let equals = |text: &Option<Text<'_>>, expected| {
             text.as_ref().is_some_and(|text| text.as_str() == expected)
         };
-        let group = self
+        let is_admission_group = self
             .api_version
             .as_ref()
             .is_some_and(|version| version.as_str().starts_with("admission.k8s.io/"));
-        if !text(&self.kind, KIND) || !group {
+        if !equals(&self.kind, KIND) || !is_admission_group {
             return Err(BodyError::NotAdmissionReview);
         }
-        if !text(&self.api_version, API_VERSION) {
+        if !equals(&self.api_version, API_VERSION) {
             return Err(BodyError::OtherVersion);
         }
         self.request
@@ -169,22 +170,22 @@ impl<R> Envelope<'_, R> {
     }
 }
 
-/// A request that can be answered.
+/// A request that gets an admission response.
 #[derive(Debug)]
 pub enum Decoded<'a> {
-    /// It can be read.
+    /// The request was decoded.
     Request(Box<Request<'a>>),
-    /// A part has the wrong shape: the answer is a refusal.
+    /// A part has the wrong shape; the request is refused.
     Unreadable {
         /// Echoed in the response.
         uid: String,
-        /// What to answer.
+        /// The refusal, which names the part.
         refusal: Refusal,
     },
 }
 
 impl Decoded<'_> {
-    /// Returns the request, if it can be read.
+    /// Returns the request, if it was decoded.
     #[must_use]
     pub fn request(&self) -> Option<&Request<'_>> {
         match self {
@@ -193,7 +194,7 @@ impl Decoded<'_> {
         }
     }
 
-    /// What the response must echo.
+    /// Returns the uid that the response must echo.
     #[must_use]
     pub fn uid(&self) -> &str {
         match self {
@@ -203,12 +204,12 @@ impl Decoded<'_> {
     }
 }
 
-/// Decodes a body. Its errors tell places and never values: serde's own texts quote what they found.
+/// Decodes a body. Errors contain paths, never values; serde's own messages quote values.
 ///
 /// # Errors
 /// [`BodyError`] if no admission response is possible.
 pub fn decode(body: &[u8]) -> Result<Decoded<'_>, BodyError> {
-    // Looked at once, text need not be looked at piece by piece; what is no text has its place told by serde_json.
+    // Checks UTF-8 once instead of per string. If it is invalid, serde_json reports the position.
     let review = match str::from_utf8(body) {
         Ok(text) => compact_json::from_str::<Envelope<'_, Box<Request<'_>>>>(text),
         Err(_) => serde_json::from_slice(body),
@@ -216,7 +217,7 @@ pub fn decode(body: &[u8]) -> Result<Decoded<'_>, BodyError> {
     let error = match review {
         Ok(envelope) => {
             return envelope
-                .checked(|request| request.uid.as_str())
+                .into_request(|request| request.uid.as_str())
                 .map(Decoded::Request);
         }
         Err(error) => error,
@@ -230,27 +231,27 @@ pub fn decode(body: &[u8]) -> Result<Decoded<'_>, BodyError> {
     let envelope: Envelope<'_, Identifier<'_>> =
         serde_json::from_slice(body).map_err(|_| BodyError::NotAdmissionReview)?;
     let uid = envelope
-        .checked(|request| request.uid.as_str())?
+        .into_request(|request| request.uid.as_str())?
         .uid
         .as_str()
         .to_owned();
     let place =
-        misfit::<Envelope<'_, Request<'_>>>(&mut serde_json::Deserializer::from_slice(body));
+        mismatch_path::<Envelope<'_, Request<'_>>>(&mut serde_json::Deserializer::from_slice(body));
     Ok(Decoded::Unreadable {
         uid,
         refusal: Refusal::Unreadable { place },
     })
 }
 
-/// The place where a value does not fit `T`, such as `spec.containers[0].env[2].value`.
-pub(super) fn misfit<'de, T: Deserialize<'de>>(
+/// Returns the path of the value that does not match `T`, such as `spec.containers[0].env[2].value`.
+pub(super) fn mismatch_path<'de, T: Deserialize<'de>>(
     deserializer: impl serde::Deserializer<'de>,
 ) -> String {
     let error = serde_path_to_error::deserialize::<_, T>(deserializer).err();
-    let place = error
+    let path = error
         .map(|error| error.path().to_string())
-        .filter(|place| place != ".");
-    place.unwrap_or_else(|| "the object".to_owned())
+        .filter(|path| path != ".");
+    path.unwrap_or_else(|| "the object".to_owned())
 }
 
 #[cfg(test)]
@@ -266,11 +267,12 @@ mod tests {
     }
 
     #[test]
-    fn a_field_that_stands_twice_is_refused_for_another_reader_may_take_the_other_one() {
+    fn duplicate_field_is_refused() {
+        // Another JSON reader may use the other value.
         let body = br#"{"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request":
             {"uid": "u", "object": {"metadata": {}}, "object": {"spec": {}}}}"#;
         let Decoded::Unreadable { uid, refusal } = decode(body).unwrap() else {
-            panic!("it was read");
+            panic!("decoded");
         };
         assert_eq!(
             (uid, refusal),
@@ -284,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn a_review_as_an_api_server_writes_it_is_read_the_fast_way() {
+    fn recorded_reviews_are_read_as_compact_json() {
         let reviews = [
             include_str!("../../tests/fixtures/admission-reviews/claude-code-pod.json"),
             include_str!("../../tests/fixtures/admission-reviews/hermes-deployment-pod.json"),
@@ -297,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn a_body_that_is_no_admission_review_is_told_from_one_of_another_version() {
+    fn decode_rejects_bodies_that_are_not_v1_reviews() {
         let request = json!({"uid": "u"});
         let other = |api_version: &str, kind: &str| {
             json!({"apiVersion": api_version, "kind": kind, "request": request}).to_string()
@@ -348,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_the_wrong_type_is_refused_by_its_place_and_not_by_its_value() {
+    fn wrong_type_is_refused_by_path_without_value() {
         let with_pod = |pod: Value| json!({"uid": "u", "operation": "CREATE", "object": pod});
         let with_env = |env: Value| with_pod(json!({"spec": {"containers": [{}, {"env": env}]}}));
         let table = [
@@ -369,7 +371,7 @@ mod tests {
         ];
         for (request, expected) in table {
             let Ok(Decoded::Unreadable { uid, refusal }) = decode(&review(&request)) else {
-                panic!("read: {request}")
+                panic!("decoded: {request}")
             };
             assert_eq!(uid, "u");
             assert_eq!(
@@ -387,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn request_has_its_namespace() {
+    fn request_returns_its_namespace() {
         for (request, expected) in [
             (json!({"uid": "u", "namespace": "ws-acme"}), Some("ws-acme")),
             (json!({"uid": "u"}), Some("")),

@@ -1,5 +1,5 @@
-//! What an audit finds in one running pod: the webhook's own plan for it, told as findings. Which pods there are,
-//! and what becomes of them, is not core's business.
+//! The findings of an audit in one running pod, derived from the webhook's own decision about it. Listing and evicting
+//! pods is outside the core.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,19 +11,19 @@ use super::pod::{Container, ContainerList, Pod, Text};
 use super::policy::Policy;
 use super::resolution::{BillingMode, MODE_VARIABLE, RESOLVED_VARIABLE, Resolution, Source};
 
-/// Why a pod's env is not true.
+/// A reason why a running pod is out of sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finding {
-    /// A container does not say the mode that the database says.
+    /// A container's mode variables do not match the database.
     WrongMode,
-    /// A platform_managed container has a vendor key that is not the proxy's, or its envFrom could bring one.
+    /// A platform_managed container has a vendor key that the proxy did not set, or its envFrom could set one.
     VendorKey,
-    /// A platform_managed container lacks a proxy variable, or has another value for it.
+    /// A platform_managed container lacks a proxy variable or has another value for it.
     ProxyVariable,
-    /// The pod was made by a fallback, and the database now says another mode.
+    /// The pod was created with the fallback mode, and the database now has another mode.
     FallbackInForce,
-    /// The webhook has left no trace on the pod.
+    /// The pod has none of the webhook's annotations.
     NotSeen,
     /// The webhook would refuse the pod.
     Refused,
@@ -40,7 +40,7 @@ impl Finding {
         Self::Refused,
     ];
 
-    /// The finding as tables and metrics spell it.
+    /// Returns the finding as tables and metrics spell it.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -54,31 +54,31 @@ impl Finding {
     }
 }
 
-/// What an audit says of one pod.
+/// The audit's result for one pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// The mode that the containers say, `-` if none does; several, if they disagree.
+    /// The mode in the containers' env: `-` if there is none, separated by commas if there are several.
     pub mode_in_env: String,
-    /// Empty if the pod's env is true.
+    /// Empty if the pod is in sync.
     pub findings: BTreeSet<Finding>,
-    /// What there is to each finding, by names and never by values.
+    /// Details of the findings: names only, no values.
     pub details: Vec<String>,
 }
 
-/// Returns the verdict on a running pod for the webhook's own decision about it.
+/// Returns the verdict on a running pod, given the webhook's decision about it.
 #[must_use]
 pub fn audit(policy: &Policy, decision: &Decision<'_>, pod: &Pod<'_>) -> Verdict {
     let mut findings = BTreeSet::new();
     let mut details = Vec::new();
     if let Some(plan) = &decision.plan {
-        find_in(plan, policy, &mut findings, &mut details);
+        add_env_findings(plan, policy, &mut findings, &mut details);
     }
     if let Some(refusal) = decision.outcome.refusal() {
         findings.insert(Finding::Refused);
         details.push(refusal.to_string());
     }
     if let Some(resolution) = decision.resolution {
-        find_in_annotations(resolution, pod, &mut findings);
+        add_annotation_findings(resolution, pod, &mut findings);
     }
     Verdict {
         mode_in_env: mode_in_env(pod),
@@ -87,7 +87,11 @@ pub fn audit(policy: &Policy, decision: &Decision<'_>, pod: &Pod<'_>) -> Verdict
     }
 }
 
-fn find_in_annotations(resolution: Resolution, pod: &Pod<'_>, findings: &mut BTreeSet<Finding>) {
+fn add_annotation_findings(
+    resolution: Resolution,
+    pod: &Pod<'_>,
+    findings: &mut BTreeSet<Finding>,
+) {
     let annotations = pod
         .metadata
         .as_ref()
@@ -108,7 +112,7 @@ fn find_in_annotations(resolution: Resolution, pod: &Pod<'_>, findings: &mut BTr
     }
 }
 
-fn find_in(
+fn add_env_findings(
     plan: &Plan<'_>,
     policy: &Policy,
     findings: &mut BTreeSet<Finding>,
@@ -126,26 +130,26 @@ fn find_in(
     }
 }
 
-/// Why a variable of a container is not settled.
+/// Returns the finding for a variable that is out of sync.
 fn finding(plan: &ContainerPlan<'_>, name: &str, policy: &Policy) -> Finding {
     if [MODE_VARIABLE, RESOLVED_VARIABLE].contains(&name) {
         return Finding::WrongMode;
     }
     let mut entries = plan.container.entries().iter();
-    let is_there = entries.any(|entry| entry.name.as_str() == name);
+    let is_present = entries.any(|entry| entry.name.as_str() == name);
     let is_masked = plan
         .changes
         .add
         .iter()
         .any(|variable| variable.name() == name && variable.is_mask());
-    if policy.vendor_keys.contains(name) && (is_there || is_masked) {
+    if policy.vendor_keys.contains(name) && (is_present || is_masked) {
         Finding::VendorKey
     } else {
         Finding::ProxyVariable
     }
 }
 
-/// What the containers say, as far as it is a mode: no other value is told.
+/// Returns the modes in the containers' env. Other values are reported as `other`.
 fn mode_in_env(pod: &Pod<'_>) -> String {
     let lists = [
         ContainerList::Init,
@@ -157,28 +161,28 @@ fn mode_in_env(pod: &Pod<'_>) -> String {
         .flat_map(|list| pod.containers(list))
         .flat_map(Container::entries)
         .filter(|entry| entry.name.as_str() == MODE_VARIABLE);
-    let said: BTreeSet<&str> = entries
+    let modes: BTreeSet<&str> = entries
         .map(|entry| {
-            let value = entry.value.as_ref().map_or("", |value| value.text.as_str());
+            let value = entry.value.as_ref().map_or("", Text::as_str);
             BillingMode::from_column(value).map_or("other", BillingMode::as_str)
         })
         .collect();
-    if said.is_empty() {
+    if modes.is_empty() {
         return "-".to_owned();
     }
-    said.into_iter().collect::<Vec<_>>().join(",")
+    modes.into_iter().collect::<Vec<_>>().join(",")
 }
 
-/// What a sweep saw.
+/// The result of a sweep.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// Pods that were audited.
+    /// The number of pods audited.
     pub audited: usize,
-    /// Those whose env is not true.
+    /// The number of pods with findings.
     pub drifted: usize,
-    /// Those that could not be audited, and why.
+    /// The pods that could not be audited, each with the reason.
     pub not_audited: Vec<String>,
-    /// Pods by the database's mode and by finding; a pod counts once for each of its findings.
+    /// The number of pods by the database's mode and by finding. A pod counts once for each of its findings.
     pub by_finding: BTreeMap<(BillingMode, Finding), usize>,
 }
 
@@ -247,18 +251,18 @@ mod tests {
         env
     }
 
-    fn pod(seen: (&str, &str), env: &[Value]) -> Value {
+    fn pod(annotations: (&str, &str), env: &[Value]) -> Value {
         json!({
-            "metadata": {"annotations": {MODE_ANNOTATION: seen.0, SOURCE_ANNOTATION: seen.1}},
+            "metadata": {"annotations": {MODE_ANNOTATION: annotations.0, SOURCE_ANNOTATION: annotations.1}},
             "spec": {"containers": [{"name": "agent", "env": env}]},
         })
     }
 
     const CHOSEN: (&str, &str) = ("platform_managed", "workspace_override");
-    const FELL_BACK: (&str, &str) = ("platform_managed", "constant_fallback");
+    const FALLBACK: (&str, &str) = ("platform_managed", "constant_fallback");
 
     #[test]
-    fn each_way_in_which_env_is_not_true_has_a_finding_that_names_container_and_variables() {
+    fn each_drift_has_its_finding_and_details() {
         let managed_mode = row(BillingMode::PlatformManaged);
         let byok = row(BillingMode::Byok);
         let with = |more: Value| [managed(), vec![more]].concat();
@@ -313,14 +317,14 @@ mod tests {
             ),
             (
                 &byok,
-                pod(FELL_BACK, &managed()),
+                pod(FALLBACK, &managed()),
                 &[Finding::WrongMode, Finding::FallbackInForce],
                 &[
                     r#"container "agent": MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED"#,
                 ],
             ),
-            // The fallback is what the database says by now.
-            (&managed_mode, pod(FELL_BACK, &managed()), &[], &[]),
+            // The database now has the fallback's mode.
+            (&managed_mode, pod(FALLBACK, &managed()), &[], &[]),
             (
                 &byok,
                 json!({"spec": {"containers": [{"name": "agent", "env": mode("byok")}]}}),
@@ -340,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_env_from_could_bring_is_a_vendor_key_and_debug_containers_are_audited_too() {
+    fn audit_covers_env_from_and_debug_containers() {
         let lookup = row(BillingMode::PlatformManaged);
         let mut running = pod(CHOSEN, &managed());
         running["spec"]["containers"][0]["envFrom"] =
@@ -356,16 +360,16 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_that_the_webhook_would_refuse_is_found_with_its_reason() {
+    fn refused_pod_is_found_with_its_reason() {
         let lookup = LookupOutcome::NoRow;
-        let verdict = verdict("", &lookup, &pod(FELL_BACK, &managed()));
+        let verdict = verdict("", &lookup, &pod(FALLBACK, &managed()));
         assert_eq!(verdict.findings, BTreeSet::from([Finding::Refused]));
         assert!(verdict.details[0].starts_with("MISSING_PLATFORM_PROXY: "));
     }
 
     #[test]
-    fn the_mode_in_env_is_what_the_containers_say_and_no_other_value_is_told() {
-        let said = |values: &[Option<&str>]| {
+    fn mode_in_env_lists_modes_and_hides_other_values() {
+        let modes = |values: &[Option<&str>]| {
             let containers: Vec<Value> = values
                 .iter()
                 .map(|value| {
@@ -376,15 +380,15 @@ mod tests {
             let pod = json!({"spec": {"containers": containers}});
             verdict("", &row(BillingMode::Byok), &pod).mode_in_env
         };
-        assert_eq!(said(&[]), "-");
-        assert_eq!(said(&[None]), "-");
-        assert_eq!(said(&[Some("byok"), None, Some("byok")]), "byok");
-        assert_eq!(said(&[Some("disabled"), Some("byok")]), "byok,disabled");
-        assert_eq!(said(&[Some("sk-secret")]), "other");
+        assert_eq!(modes(&[]), "-");
+        assert_eq!(modes(&[None]), "-");
+        assert_eq!(modes(&[Some("byok"), None, Some("byok")]), "byok");
+        assert_eq!(modes(&[Some("disabled"), Some("byok")]), "byok,disabled");
+        assert_eq!(modes(&[Some("sk-secret")]), "other");
     }
 
     #[test]
-    fn every_finding_is_spelt_alike_in_text_and_in_json() {
+    fn finding_is_spelt_alike_in_text_and_json() {
         for finding in Finding::ALL {
             let json = serde_json::to_value(finding).unwrap();
             assert_eq!(json, finding.as_str());

@@ -1,6 +1,6 @@
-//! JSON as API servers write it, read fast: without space between tokens, and nearly without escapes. Whatever is not
-//! written so is left to serde_json, and so is to say what is wrong with it; what both read, they read alike. What the
-//! values mean is pod.rs's and admission.rs's business.
+//! Reads compact JSON, as API servers write it: no whitespace between tokens and few escapes. Other JSON is left to
+//! serde_json, which also reports the errors; both read the same values. The decoded types are in pod.rs and
+//! admission.rs.
 
 use std::fmt::Display;
 
@@ -8,27 +8,26 @@ use serde::de::value::BorrowedStrDeserializer;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, forward_to_deserialize_any};
 
-/// Lists and objects that are skipped may be open so deep, as serde_json has it for what is read.
+/// The nesting limit of skipped values; serde_json has the same limit for decoded values.
 const MAX_DEPTH: u32 = 128;
 
-/// Reads JSON as serde_json does. Not for types that hold themselves, whose depth serde_json bounds.
+/// Reads JSON like serde_json. Not for recursive types: only serde_json limits their depth.
 ///
 /// # Errors
-/// serde_json's.
+/// serde_json's error.
 pub(super) fn from_str<'de, T: Deserialize<'de>>(text: &'de str) -> serde_json::Result<T> {
     read(text).map_or_else(|| serde_json::from_str(text), Ok)
 }
 
-/// Reads a text that is one value in compact JSON, with line feeds at its end or without. `None` says that serde_json is
-/// to read it.
+/// Reads one value in compact JSON; line feeds may follow it. Returns `None` if serde_json must read the text.
 pub(super) fn read<'de, T: Deserialize<'de>>(text: &'de str) -> Option<T> {
     let text = text.trim_end_matches('\n');
-    let mut reader = Reader { text, at: 0 };
+    let mut reader = Reader { text, position: 0 };
     let value = T::deserialize(&mut reader).ok()?;
-    (reader.at == text.len()).then_some(value)
+    (reader.position == text.len()).then_some(value)
 }
 
-/// The text is for serde_json. Nobody is told.
+/// The text is left to serde_json. Never reported: serde_json has its own errors.
 #[derive(Debug, thiserror::Error)]
 #[error("declined")]
 struct Declined;
@@ -39,32 +38,32 @@ impl Error for Declined {
     }
 }
 
-/// A text, and the place that it is read from next.
+/// A text and the position of its next unread byte.
 struct Reader<'de> {
     text: &'de str,
-    at: usize,
+    position: usize,
 }
 
 impl<'de> Reader<'de> {
-    /// Passes a byte if it is the next one.
+    /// Skips the next byte if it is `byte`.
     fn eat(&mut self, byte: u8) -> Option<()> {
-        self.at = after(self.text, self.at, byte)?;
+        self.position = after_byte(self.text, self.position, byte)?;
         Some(())
     }
 
-    /// Reads a text that has no escapes.
+    /// Reads a string without escapes.
     fn plain_text(&mut self) -> Option<&'de str> {
-        let from = after(self.text, self.at, b'"')?;
-        let to = special(self.text, from)?;
-        self.at = after(self.text, to, b'"')?;
-        self.text.get(from..to)
+        let start = after_byte(self.text, self.position, b'"')?;
+        let end = find_special(self.text, start)?;
+        self.position = after_byte(self.text, end, b'"')?;
+        self.text.get(start..end)
     }
 
-    /// Passes a value.
-    fn value(&mut self) -> Result<&'de str, Declined> {
-        let end = after_value(self.text, self.at, MAX_DEPTH).ok_or(Declined)?;
-        let value = self.text.get(self.at..end).ok_or(Declined)?;
-        self.at = end;
+    /// Skips a value and returns its text.
+    fn skip_value(&mut self) -> Result<&'de str, Declined> {
+        let end = after_value(self.text, self.position, MAX_DEPTH).ok_or(Declined)?;
+        let value = self.text.get(self.position..end).ok_or(Declined)?;
+        self.position = end;
         Ok(value)
     }
 }
@@ -72,12 +71,12 @@ impl<'de> Reader<'de> {
 impl<'de> Deserializer<'de> for &mut Reader<'de> {
     type Error = Declined;
 
-    /// What is rare is serde_json's: truth values, numbers, texts with escapes.
+    /// Leaves rare values to serde_json: booleans, numbers and strings with escapes.
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Declined> {
-        if matches!(byte(self.text, self.at), Some(b'{' | b'[')) {
+        if matches!(byte(self.text, self.position), Some(b'{' | b'[')) {
             return Err(Declined);
         }
-        let mut value = serde_json::Deserializer::from_str(self.value()?);
+        let mut value = serde_json::Deserializer::from_str(self.skip_value()?);
         value.deserialize_any(visitor).map_err(|_| Declined)
     }
 
@@ -89,22 +88,22 @@ impl<'de> Deserializer<'de> for &mut Reader<'de> {
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Declined> {
-        if byte(self.text, self.at) != Some(b'n') {
+        if byte(self.text, self.position) != Some(b'n') {
             return visitor.visit_some(self);
         }
-        // Nothing but `null` begins so.
-        self.value()?;
+        // Only `null` starts with n.
+        self.skip_value()?;
         visitor.visit_none()
     }
 
     fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Declined> {
         self.eat(b'[').ok_or(Declined)?;
-        visitor.visit_seq(Items::of(self))
+        visitor.visit_seq(Items::new(self))
     }
 
     fn deserialize_map<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Declined> {
         self.eat(b'{').ok_or(Declined)?;
-        visitor.visit_map(Items::of(self))
+        visitor.visit_map(Items::new(self))
     }
 
     fn deserialize_struct<V: Visitor<'de>>(
@@ -117,7 +116,7 @@ impl<'de> Deserializer<'de> for &mut Reader<'de> {
     }
 
     fn deserialize_ignored_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Declined> {
-        self.value()?;
+        self.skip_value()?;
         visitor.visit_unit()
     }
 
@@ -127,23 +126,23 @@ impl<'de> Deserializer<'de> for &mut Reader<'de> {
     }
 }
 
-/// A list's items or an object's members, which are read one by one.
+/// An array's items or an object's members, read one at a time.
 struct Items<'r, 'de> {
     reader: &'r mut Reader<'de>,
     is_first: bool,
 }
 
 impl<'r, 'de> Items<'r, 'de> {
-    fn of(reader: &'r mut Reader<'de>) -> Self {
+    fn new(reader: &'r mut Reader<'de>) -> Self {
         Self {
             reader,
             is_first: true,
         }
     }
 
-    /// Whether there is one more.
-    fn more(&mut self, end: u8) -> Result<bool, Declined> {
-        if self.reader.eat(end).is_some() {
+    /// Moves to the next item, or past the `closing` byte. Reports whether there is an item.
+    fn advance(&mut self, closing: u8) -> Result<bool, Declined> {
+        if self.reader.eat(closing).is_some() {
             return Ok(false);
         }
         if !self.is_first {
@@ -161,7 +160,7 @@ impl<'de> SeqAccess<'de> for Items<'_, 'de> {
         &mut self,
         seed: T,
     ) -> Result<Option<T::Value>, Declined> {
-        if !self.more(b']')? {
+        if !self.advance(b']')? {
             return Ok(None);
         }
         seed.deserialize(&mut *self.reader).map(Some)
@@ -175,7 +174,7 @@ impl<'de> MapAccess<'de> for Items<'_, 'de> {
         &mut self,
         seed: K,
     ) -> Result<Option<K::Value>, Declined> {
-        if !self.more(b'}')? {
+        if !self.advance(b'}')? {
             return Ok(None);
         }
         let key = self.reader.plain_text().ok_or(Declined)?;
@@ -193,16 +192,16 @@ fn byte(text: &str, at: usize) -> Option<u8> {
     text.as_bytes().get(at).copied()
 }
 
-/// The place behind a byte, if that is what stands at `at`.
-fn after(text: &str, at: usize, expected: u8) -> Option<usize> {
+/// Returns the position after the byte at `at`, if that byte is `expected`.
+fn after_byte(text: &str, at: usize, expected: u8) -> Option<usize> {
     (byte(text, at)? == expected).then_some(at + 1)
 }
 
-/// The place behind the value at `at`, which is looked at no closer than to be sure that it is one.
+/// Returns the position after the value at `at`, if the value is valid.
 fn after_value(text: &str, at: usize, depth: u32) -> Option<usize> {
     let depth = depth.checked_sub(1)?;
     let item = |at| after_value(text, at, depth);
-    let member = |at| item(after(text, after_text(text, at)?, b':')?);
+    let member = |at| item(after_byte(text, after_text(text, at)?, b':')?);
     match byte(text, at)? {
         b'{' => after_items(text, at + 1, b'}', member),
         b'[' => after_items(text, at + 1, b']', item),
@@ -215,29 +214,29 @@ fn after_value(text: &str, at: usize, depth: u32) -> Option<usize> {
 fn after_items(
     text: &str,
     first: usize,
-    end: u8,
+    closing: u8,
     after_item: impl Fn(usize) -> Option<usize>,
 ) -> Option<usize> {
     let mut at = first;
     loop {
-        if let Some(behind) = after(text, at, end) {
-            return Some(behind);
+        if let Some(end) = after_byte(text, at, closing) {
+            return Some(end);
         }
         if at != first {
-            at = after(text, at, b',')?;
+            at = after_byte(text, at, b',')?;
         }
         at = after_item(at)?;
     }
 }
 
 fn after_text(text: &str, at: usize) -> Option<usize> {
-    let mut at = after(text, at, b'"')?;
+    let mut at = after_byte(text, at, b'"')?;
     loop {
-        at = special(text, at)?;
-        if let Some(behind) = after(text, at, b'"') {
-            return Some(behind);
+        at = find_special(text, at)?;
+        if let Some(end) = after_byte(text, at, b'"') {
+            return Some(end);
         }
-        at = after(text, at, b'\\')?;
+        at = after_byte(text, at, b'\\')?;
         at = match byte(text, at)? {
             b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't' => at + 1,
             b'u' => {
@@ -249,7 +248,7 @@ fn after_text(text: &str, at: usize) -> Option<usize> {
     }
 }
 
-/// The place behind a number, `true`, `false` or `null`; serde_json says whether it is one.
+/// Returns the position after a number, `true`, `false` or `null`; serde_json validates it.
 fn after_bare(text: &str, at: usize) -> Option<usize> {
     let rest = text.get(at..)?;
     let length = rest.find([',', ']', '}']).unwrap_or(rest.len());
@@ -257,38 +256,38 @@ fn after_bare(text: &str, at: usize) -> Option<usize> {
     Some(at + length)
 }
 
-/// The first place from `from` on of what cannot stand in a text as it is.
-fn special(text: &str, from: usize) -> Option<usize> {
-    let mut rest = text.as_bytes().get(from..)?;
-    let mut at = from;
-    while let Some((word, behind)) = rest.split_first_chunk() {
-        let found = specials(word);
-        if found != 0 {
-            return Some(at + found.trailing_zeros() as usize / 8);
+/// Returns the position of the first special byte at or after `start`.
+fn find_special(text: &str, start: usize) -> Option<usize> {
+    let mut rest = text.as_bytes().get(start..)?;
+    let mut at = start;
+    while let Some((word, tail)) = rest.split_first_chunk() {
+        let bits = special_bits(word);
+        if bits != 0 {
+            return Some(at + bits.trailing_zeros() as usize / 8);
         }
-        (rest, at) = (behind, at + 8);
+        (rest, at) = (tail, at + 8);
     }
-    let place = rest.iter().position(is_special)?;
-    Some(at + place)
+    let offset = rest.iter().position(is_special)?;
+    Some(at + offset)
 }
 
-/// Whether a byte cannot stand in a text as it is: a quote, a backslash, a control character.
+/// Reports whether a byte ends the unescaped part of a string: a quote, a backslash or a control character.
 const fn is_special(byte: &u8) -> bool {
     matches!(byte, 0..b' ' | b'"' | b'\\')
 }
 
-/// The same of eight bytes, told by the high bit of each, the first byte being the lowest: right of all up to the first
-/// that is special, and zero if none is.
-fn specials(word: &[u8; 8]) -> u64 {
-    const fn each(byte: u8) -> u64 {
+/// Sets the high bit of each special byte; the first byte is the lowest. Bits above the first one set may be wrong.
+/// Returns zero if no byte is special.
+fn special_bits(word: &[u8; 8]) -> u64 {
+    const fn splat(byte: u8) -> u64 {
         u64::from_le_bytes([byte; 8])
     }
     let word = u64::from_le_bytes(*word);
-    // To take more from a byte than it holds sets its high bit. One that is set before is of no ASCII character.
-    let quotes = (word ^ each(b'"')).wrapping_sub(each(1));
-    let backslashes = (word ^ each(b'\\')).wrapping_sub(each(1));
-    let controls = word.wrapping_sub(each(b' '));
-    (quotes | backslashes | controls) & !word & each(0x80)
+    // Subtracting more than a byte's value sets its high bit. Non-ASCII bytes have it set already: mask them out.
+    let quotes = (word ^ splat(b'"')).wrapping_sub(splat(1));
+    let backslashes = (word ^ splat(b'\\')).wrapping_sub(splat(1));
+    let controls = word.wrapping_sub(splat(b' '));
+    (quotes | backslashes | controls) & !word & splat(0x80)
 }
 
 #[cfg(test)]
@@ -300,7 +299,7 @@ mod tests {
 
     use super::*;
 
-    /// Something of each kind that a review is made of.
+    /// A field of each type that a review has.
     #[derive(Debug, PartialEq, Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Sample<'a> {
@@ -317,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn compact_json_is_read_here_to_what_serde_json_reads() {
+    fn reader_reads_compact_json_like_serde_json() {
         fn assert_read<'de, T: Deserialize<'de> + Debug + PartialEq>(text: &'de str) {
             let value = read::<T>(text);
             assert!(value.is_some(), "{text}");
@@ -345,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_compact_is_left_to_serde_json() {
+    fn reader_declines_json_that_is_not_compact() {
         let table = [
             " {}",
             "{} ",
@@ -372,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_one_byte_changes_is_read_as_serde_json_reads_it_or_left_to_it() {
+    fn reader_agrees_with_serde_json_after_one_byte_edits() {
         const BYTES: &[u8] = b"{}[]\":,\\ tnu09-.eE/\n\x1f\x7f";
         let sample = json!({
             "text": "a\"b",
@@ -382,7 +381,7 @@ mod tests {
             "list": [{"text": "12345678", "number": null}, {"truth": null, "skipped": "x"}],
         });
         let whole = sample.to_string();
-        let (mut read_here, mut left) = (0, 0);
+        let (mut read_count, mut declined_count) = (0, 0);
         let mut check = |edited: Vec<u8>| {
             let Ok(text) = String::from_utf8(edited) else {
                 return;
@@ -390,25 +389,28 @@ mod tests {
             match read::<Sample<'_>>(&text) {
                 Some(sample) => {
                     assert_eq!(Some(sample), by_serde_json(&text), "{text}");
-                    read_here += 1;
+                    read_count += 1;
                 }
-                None => left += 1,
+                None => declined_count += 1,
             }
         };
         for at in 0..whole.len() {
-            let (before, from) = whole.as_bytes().split_at(at);
-            let behind = &from[1..];
-            check([before, behind].concat());
+            let (before, rest) = whole.as_bytes().split_at(at);
+            let after = &rest[1..];
+            check([before, after].concat());
             for byte in BYTES {
-                check([before, &[*byte], behind].concat());
-                check([before, &[*byte], from].concat());
+                check([before, &[*byte], after].concat());
+                check([before, &[*byte], rest].concat());
             }
         }
-        assert!(read_here > 1000 && left > 1000, "{read_here} {left}");
+        assert!(
+            read_count > 1000 && declined_count > 1000,
+            "{read_count} {declined_count}"
+        );
     }
 
     #[test]
-    fn what_is_skipped_is_read_here_up_to_a_depth() {
+    fn reader_declines_ignored_values_nested_too_deep() {
         let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
         assert!(read::<IgnoredAny>(&nested(128)).is_some());
         let deeper = nested(129);

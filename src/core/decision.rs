@@ -1,6 +1,6 @@
-//! One decision: the only place that puts identify, look up, resolve and plan in sequence. The webhook, `review`,
-//! `resolve`, `audit`, the benchmarks and the tests call it, and write the [`Decision`] in their own form.
-//! The lookup itself is an edge's business (database/); what each step does is in its own file.
+//! Decides about one pod: the only place that runs identify, look up, resolve and plan in sequence. The webhook,
+//! `review`, `resolve`, `audit`, the benchmarks and the tests call it and format the [`Decision`]. The lookup is
+//! executed in database/; each other step has its own file.
 
 use super::admission::{AdmissionTarget, Decoded, Request};
 use super::identity::{Identity, ParameterValue, identify};
@@ -17,7 +17,7 @@ use super::warning::Warning;
 pub enum Webhook {
     /// Patches a pod.
     Mutate,
-    /// Rejects a pod that `Mutate` would still patch.
+    /// Rejects a pod whose containers would still change.
     Validate,
 }
 
@@ -32,14 +32,14 @@ impl Webhook {
     }
 }
 
-/// What is decided about one pod.
+/// The result for one pod.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// The request is about something else than new containers of a pod; it is allowed.
+    /// The request adds no containers to a pod; it is allowed.
     NotApplicable,
     /// The pod belongs to no workspace; it is allowed.
     NotAWorkspace,
-    /// The pod is as it must be; it is allowed.
+    /// The pod needs no change; it is allowed.
     Unchanged,
     /// The pod is allowed with the plan's changes.
     Patched,
@@ -48,7 +48,7 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// Returns the outcome as logs, traces and metrics spell it.
+    /// Returns the name in logs, traces and metrics.
     #[must_use]
     pub const fn as_str(&self) -> &'static str {
         match self {
@@ -71,42 +71,41 @@ impl Outcome {
 
 /// The whole answer to one review. No `Debug`: the plan may hold a token.
 pub struct Decision<'a> {
-    /// The workspace id that the pod claims, of any length; empty if it claims none.
+    /// The workspace id in the pod's label, of any length; empty if there is none.
     pub workspace: &'a str,
-    /// The resolved mode, unless the decision was made without one.
+    /// The resolved mode; `None` if the decision needed none.
     pub resolution: Option<Resolution>,
-    /// What is decided.
+    /// The result.
     pub outcome: Outcome,
-    /// How the pod changes, and the warnings; `None` if nothing was planned or the webhook is
-    /// [`Webhook::Validate`].
+    /// The changes and warnings; `None` if nothing was planned or the webhook is [`Webhook::Validate`].
     pub plan: Option<Plan<'a>>,
 }
 
-/// A decision as logs, traces and metrics spell it.
+/// A decision's labels in logs, traces and metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Labels {
     /// The resolved mode, or [`NONE`].
     pub mode: &'static str,
     /// Where the mode comes from, or [`NONE`].
     pub source: &'static str,
-    /// Which rule gave the mode, or [`NONE`].
+    /// The rule that gave the mode, or [`NONE`].
     pub reason: &'static str,
     /// The outcome.
     pub outcome: &'static str,
 }
 
-/// The label of a mode, source or reason that a decision was made without.
+/// The label for a decision without mode, source and reason.
 pub const NONE: &str = "none";
 
 impl Decision<'_> {
-    /// Returns what the person who creates the pod should know.
+    /// Returns the warnings for the person who creates the pod.
     #[must_use]
     pub fn warnings(&self) -> &[Warning] {
         let plan = self.plan.as_ref();
         plan.map_or(&[], |plan| &plan.warnings)
     }
 
-    /// Returns the decision as logs, traces and metrics spell it.
+    /// Returns the labels for logs, traces and metrics.
     #[must_use]
     pub fn labels(&self) -> Labels {
         let (mode, source, reason) = match &self.resolution {
@@ -125,7 +124,7 @@ impl Decision<'_> {
         }
     }
 
-    pub(super) const fn without_plan(outcome: Outcome) -> Self {
+    pub(super) const fn without_workspace(outcome: Outcome) -> Self {
         Self {
             workspace: "",
             resolution: None,
@@ -144,7 +143,7 @@ pub enum Step<'a> {
 }
 
 impl<'a> Step<'a> {
-    /// Returns the decision for a lookup whose outcome is known without executing it.
+    /// Returns the decision for a given lookup outcome. Only tests, benchmarks and fuzz targets call it.
     #[must_use]
     pub fn finish(self, outcome: &LookupOutcome) -> Decision<'a> {
         match self {
@@ -154,12 +153,12 @@ impl<'a> Step<'a> {
     }
 }
 
-/// A pod to decide about.
+/// A pod, its namespace and the containers to plan.
 #[derive(Clone, Copy)]
 pub struct PodTarget<'a> {
     /// The pod or pod template.
     pub pod: &'a Pod<'a>,
-    /// The namespace that it runs in.
+    /// The pod's namespace.
     pub namespace: &'a str,
     /// The containers to plan.
     pub scope: Scope<'a>,
@@ -182,8 +181,8 @@ pub fn begin<'a>(policy: &'a Policy, webhook: Webhook, review: &'a Decoded<'a>) 
     };
     match target {
         Ok(Some(target)) => begin_pod(policy, webhook, target),
-        Ok(None) => Step::Done(Decision::without_plan(Outcome::NotApplicable)),
-        Err(refusal) => Step::Done(Decision::without_plan(Outcome::Refused(refusal))),
+        Ok(None) => Step::Done(Decision::without_workspace(Outcome::NotApplicable)),
+        Err(refusal) => Step::Done(Decision::without_workspace(Outcome::Refused(refusal))),
     }
 }
 
@@ -202,11 +201,11 @@ fn pod_target<'a>(request: &'a Request<'a>) -> Result<Option<PodTarget<'a>>, Ref
     }))
 }
 
-/// Begins the decision about a pod that comes from elsewhere than a review: a manifest, a cluster, a label.
+/// Begins the decision about a pod that is not from a review, but from a manifest, a cluster or a label.
 #[must_use]
 pub fn begin_pod<'a>(policy: &'a Policy, webhook: Webhook, target: PodTarget<'a>) -> Step<'a> {
     if target.scope.is_empty(target.pod) {
-        return Step::Done(Decision::without_plan(Outcome::NotApplicable));
+        return Step::Done(Decision::without_workspace(Outcome::NotApplicable));
     }
     let pending = |workspace| Pending {
         policy,
@@ -215,7 +214,9 @@ pub fn begin_pod<'a>(policy: &'a Policy, webhook: Webhook, target: PodTarget<'a>
         workspace,
     };
     match identify(policy, target.pod, target.namespace) {
-        Ok(Identity::NotAWorkspace) => Step::Done(Decision::without_plan(Outcome::NotAWorkspace)),
+        Ok(Identity::NotAWorkspace) => {
+            Step::Done(Decision::without_workspace(Outcome::NotAWorkspace))
+        }
         Ok(Identity::Fallback { workspace, reason }) => {
             Step::Done(pending(workspace).decide(Resolution::fallback(reason)))
         }
@@ -223,12 +224,12 @@ pub fn begin_pod<'a>(policy: &'a Policy, webhook: Webhook, target: PodTarget<'a>
             workspace,
             parameters,
         }) => Step::Lookup(parameters, pending(workspace)),
-        Err(refusal) => Step::Done(Decision::without_plan(Outcome::Refused(refusal))),
+        Err(refusal) => Step::Done(Decision::without_workspace(Outcome::Refused(refusal))),
     }
 }
 
 impl<'a> Pending<'a> {
-    /// Returns the decision for what the lookup returned.
+    /// Returns the decision for the lookup's outcome.
     #[must_use]
     pub fn finish(self, outcome: &LookupOutcome) -> Decision<'a> {
         let resolution = Resolution::from_lookup(outcome);
@@ -262,8 +263,8 @@ impl<'a> Pending<'a> {
     }
 }
 
-/// Rejects a pod whose containers must still change. If the plan is a fallback because the lookup failed, no other
-/// webhook is to blame: the pod's env may match the mode that it really has.
+/// Rejects a pod whose containers must still change. If the lookup failed, no other webhook is to blame: the env may
+/// match the workspace's real mode.
 fn validate(plan: &Plan<'_>, reason: Reason) -> Outcome {
     if plan.containers.is_empty() {
         return Outcome::Unchanged;
@@ -287,7 +288,7 @@ mod tests {
     const ID: &str = "88888888-8888-8888-8888-888888888888";
     const PROXY: &str = "proxy: {baseUrl: u, usageToken: {value: t}}";
 
-    /// A decision in words: workspace, reason, outcome or refusal, warning kinds.
+    /// Formats a decision: workspace, reason, outcome or refusal code, number of planned containers.
     fn summary(decision: &Decision<'_>) -> String {
         let reason = decision
             .resolution
@@ -329,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn decision_names_workspace_reason_outcome_and_plan() {
+    fn decision_has_workspace_reason_outcome_and_plan() {
         use LookupOutcome::{Failed, NoRow};
         use Webhook::{Mutate, Validate};
         let byok = LookupOutcome::Row(Some("byok".to_owned()));
@@ -340,8 +341,8 @@ mod tests {
         ]
         .map(|name| json!({"name": name, "value": "byok"}));
         let settled = create(&pod(&label(ID), &json!(mode)));
-        let mut unseen = settled.clone();
-        unseen["object"]["metadata"]["annotations"] = json!({});
+        let mut unannotated = settled.clone();
+        unannotated["object"]["metadata"]["annotations"] = json!({});
         let bare = create(&pod(&label(ID), &json!([])));
         let invalid = create(&pod(&label("x"), &json!([])));
         let empty = create(&pod(&label(""), &json!([])));
@@ -410,7 +411,7 @@ mod tests {
             (
                 PROXY,
                 Mutate,
-                &unseen,
+                &unannotated,
                 &byok,
                 id("override: patched, 0 containers"),
             ),
@@ -459,7 +460,7 @@ mod tests {
             (
                 PROXY,
                 Validate,
-                &unseen,
+                &unannotated,
                 &byok,
                 id("override: unchanged, no plan"),
             ),
@@ -503,7 +504,7 @@ mod tests {
             ["mutate", "validate"]
         );
         let labels = |resolution, outcome| {
-            let mut decision = Decision::without_plan(outcome);
+            let mut decision = Decision::without_workspace(outcome);
             decision.resolution = resolution;
             let Labels {
                 mode,
@@ -582,7 +583,7 @@ mod tests {
             let target = match (&decision.outcome, &decision.plan) {
                 (Outcome::NotApplicable, None) => "not applicable",
                 (Outcome::Refused(refusal), None) => refusal.code(),
-                // Only a pod that is created gets annotations; only an ephemeral container is planned here.
+                // Only created pods get annotations; only ephemeral containers occur in this table.
                 (Outcome::Patched, Some(plan)) if plan.containers.is_empty() => "pod",
                 (Outcome::Patched, Some(plan)) if plan.annotations.is_empty() => "ephemeral",
                 _ => "other",

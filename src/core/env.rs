@@ -1,32 +1,31 @@
-//! One container's env list: what a required variable is and how it stands there, what must change, which variables
-//! envFrom could bring, and what a `$(NAME)` refers to. Which variables are required, and of which containers, is
-//! plan.rs's business.
+//! One container's env list: required variables, the changes that bring it in sync, the variables that envFrom could
+//! set, and `$(NAME)` references. plan.rs decides which variables each container must have.
 
 use std::borrow::Cow;
 
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::pod::{EnvEntry, EnvFrom, ValueFrom};
+use super::pod::{EnvEntry, EnvFrom, Text, ValueFrom};
 use super::policy_file::{EnvSource, Name};
 
-/// What a variable must be, as the field of an env entry. No `Debug`: a literal may be a token.
+/// A variable's required value, serialized as a field of an env entry. No `Debug`: a literal may be a token.
 #[derive(Clone, PartialEq, Serialize)]
 pub enum Value {
-    /// This text.
+    /// A literal value.
     #[serde(rename = "value")]
     Literal(String),
-    /// The value of this source.
+    /// A value from a source.
     #[serde(rename = "valueFrom")]
     Source(EnvSource),
 }
 
-/// A variable that a container must have. No `Debug`, as above.
+/// A variable that a container must have. No `Debug`: its value may be a token.
 #[derive(Clone)]
 pub struct Variable {
     name: String,
     value: Value,
-    /// Rendered once, as an entry of a pod's env.
+    /// The variable as an env entry, rendered once.
     entry: Box<RawValue>,
 }
 
@@ -37,7 +36,7 @@ impl PartialEq for Variable {
 }
 
 impl Variable {
-    /// A variable of this name and value.
+    /// Creates a variable and renders its env entry.
     pub(super) fn new(name: &str, value: Value) -> Self {
         #[derive(Serialize)]
         struct Entry<'a> {
@@ -49,7 +48,7 @@ impl Variable {
             name,
             value: &value,
         };
-        let entry = to_raw_value(&entry).unwrap_or_else(|_| unreachable!("all keys are texts"));
+        let entry = to_raw_value(&entry).unwrap_or_else(|_| unreachable!("all keys are strings"));
         let name = name.to_owned();
         Self { name, value, entry }
     }
@@ -59,25 +58,25 @@ impl Variable {
         self.entry.get()
     }
 
-    /// An empty-valued entry, which hides what an envFrom source brings under the same name.
+    /// Creates an entry with an empty value, which hides an envFrom variable of the same name.
     pub(super) fn mask(name: &str) -> Self {
         Self::new(name, Value::Literal(String::new()))
     }
 
-    /// Its name.
+    /// Returns the name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether it is an empty-valued entry.
+    /// Reports whether the value is an empty literal.
     pub(super) fn is_mask(&self) -> bool {
         matches!(&self.value, Value::Literal(text) if text.is_empty())
     }
 
-    /// Whether an entry of the same name already has the value, an absent one being empty.
+    /// Reports whether an entry of the same name has the value. An absent value counts as empty.
     fn is_met_by(&self, entry: &EnvEntry<'_>) -> bool {
-        let text = entry.value.as_ref().map_or("", |value| value.text.as_str());
+        let text = entry.value.as_ref().map_or("", Text::as_str);
         match (&self.value, &entry.value_from) {
             (Value::Literal(literal), None) => text == literal,
             (Value::Source(source), Some(from)) => text.is_empty() && source.matches(from),
@@ -87,7 +86,7 @@ impl Variable {
 }
 
 impl EnvSource {
-    /// Whether a pod's entry has this source, as written here or after the API server's defaulting.
+    /// Reports whether a pod's entry has this source, as written here or after the API server's defaulting.
     fn matches(&self, entry: &ValueFrom<'_>) -> bool {
         let ValueFrom {
             secret_key_ref,
@@ -134,32 +133,32 @@ impl EnvSource {
     }
 }
 
-/// What makes an env list settled.
+/// The changes that bring an env list in sync.
 #[derive(Clone, PartialEq, Default)]
 pub struct Changes<'a> {
-    /// Indices of the entries that go, ascending.
+    /// Indices of the entries to remove, ascending.
     pub remove: Vec<usize>,
-    /// Variables that come before all others, in this order.
+    /// Variables to add before all entries, in this order.
     pub add: Vec<Cow<'a, Variable>>,
-    /// Indices of the entries that are neither required nor go, ascending.
+    /// Indices of the entries that are neither required nor removed, ascending.
     pub others: Vec<usize>,
 }
 
 impl Changes<'_> {
-    /// Whether the list is settled already.
+    /// Reports whether the list is in sync.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.remove.is_empty() && self.add.is_empty()
     }
 }
 
-/// Finds what makes `entries` settled: each required variable once with its value, and none that
-/// `goes`. The first right entry of a required variable stays where it is; wrong and surplus ones go.
+/// Returns the changes that bring `entries` in sync: each required variable once with its value, and none for which
+/// `is_removed` holds. The first correct entry of a required variable is not moved; its other entries are removed.
 #[must_use]
 pub(super) fn reconcile<'a>(
     entries: &[EnvEntry<'_>],
     required: &[Cow<'a, Variable>],
-    goes: impl Fn(&str) -> bool,
+    is_removed: impl Fn(&str) -> bool,
 ) -> Changes<'a> {
     let mut met = vec![false; required.len()];
     let mut remove = Vec::new();
@@ -170,19 +169,19 @@ pub(super) fn reconcile<'a>(
             .iter()
             .zip(&mut met)
             .find(|(variable, _)| variable.name() == name);
-        let stays = match requirement {
+        let remains = match requirement {
             Some((variable, met)) => {
-                let first_right = !*met && variable.is_met_by(entry);
-                *met |= first_right;
-                first_right
+                let is_first_match = !*met && variable.is_met_by(entry);
+                *met |= is_first_match;
+                is_first_match
             }
-            None if goes(name) => false,
+            None if is_removed(name) => false,
             None => {
                 others.push(index);
                 true
             }
         };
-        if !stays {
+        if !remains {
             remove.push(index);
         }
     }
@@ -194,21 +193,21 @@ pub(super) fn reconcile<'a>(
     }
 }
 
-/// Whether one of these sources could bring a variable of this name: one with a prefix brings only names
-/// that start with it.
+/// Reports whether a source could set a variable of this name. A source with a prefix sets only names that
+/// start with it.
 #[must_use]
-pub fn could_bring(sources: &[EnvFrom<'_>], name: &str) -> bool {
-    let prefix = |source: &EnvFrom<'_>| {
+pub fn could_set(sources: &[EnvFrom<'_>], name: &str) -> bool {
+    let prefix_matches = |source: &EnvFrom<'_>| {
         source
             .prefix
             .as_ref()
             .is_none_or(|prefix| name.starts_with(prefix.as_str()))
     };
-    sources.iter().any(prefix)
+    sources.iter().any(prefix_matches)
 }
 
-/// The names that a text refers to as `$(NAME)`, by Kubernetes' rules: `$$` is an escaped dollar, so
-/// `$$(NAME)` refers to nothing, and an unclosed `$(` is text.
+/// Returns the names that a text refers to as `$(NAME)`, by Kubernetes' rules. `$$` is an escaped dollar, so
+/// `$$(NAME)` is not a reference; an unclosed `$(` is literal text.
 pub fn references(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -241,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_settled_when_each_required_variable_is_there_once_and_right() {
+    fn reconcile_keeps_one_correct_entry_per_required_variable() {
         let source: EnvSource =
             serde_saphyr::from_str("{secretKeyRef: {name: s, key: k}}").unwrap();
         let required = [
@@ -251,7 +250,7 @@ mod tests {
         ]
         .map(Cow::Owned);
         let c = r#"{"name":"C","valueFrom":{"secretKeyRef":{"name":"s","key":"k"}}}"#;
-        // entries before the reference of C; indices that go; names that come
+        // Entries before C's, indices to remove, names to add.
         let table: [(&str, &[usize], &[&str]); 9] = [
             (
                 r#"{"name":"A","value":"1"},{"name":"B","value":""}"#,
@@ -285,7 +284,7 @@ mod tests {
                 &["A"],
             ),
             (
-                r#"{"name":"GOES","value":"g"},{"name":"X"},{"name":"GOES"}"#,
+                r#"{"name":"REMOVED","value":"g"},{"name":"X"},{"name":"REMOVED"}"#,
                 &[0, 2],
                 &["A", "B"],
             ),
@@ -297,7 +296,7 @@ mod tests {
         ];
         for (before, remove, add) in table {
             let json = format!("[{before},{c}]");
-            let changes = reconcile(&entries(&json), &required, |name| name == "GOES");
+            let changes = reconcile(&entries(&json), &required, |name| name == "REMOVED");
             assert_eq!(changes.remove, remove, "{before}");
             assert_eq!(
                 changes
@@ -328,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_brings_only_names_that_start_with_its_prefix() {
+    fn env_from_source_sets_only_prefixed_names() {
         let table = [
             ("[]", "OPENAI_API_KEY", false),
             (r#"[{"secretRef":{"name":"s"}}]"#, "OPENAI_API_KEY", true),
@@ -344,12 +343,12 @@ mod tests {
         ];
         for (sources, name, expected) in table {
             let sources: Vec<EnvFrom<'_>> = serde_json::from_str(sources).unwrap();
-            assert_eq!(could_bring(&sources, name), expected, "{name}");
+            assert_eq!(could_set(&sources, name), expected, "{name}");
         }
     }
 
     #[test]
-    fn references_are_read_as_kubernetes_reads_them() {
+    fn references_follow_kubernetes_rules() {
         let table: [(&str, &[&str]); 9] = [
             ("", &[]),
             ("plain", &[]),
@@ -367,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn a_source_equals_what_the_api_server_makes_of_it_and_nothing_else() {
+    fn source_matches_itself_after_api_server_defaulting() {
         let table = [
             (
                 "{secretKeyRef: {name: a, key: b}}",
@@ -465,7 +464,7 @@ mod tests {
             let source: EnvSource = serde_saphyr::from_str(own).unwrap();
             let parsed: ValueFrom<'_> = serde_json::from_str(entry).unwrap();
             assert_eq!(source.matches(&parsed), expected, "{own} {entry}");
-            // What is written into a pod equals itself when it comes back.
+            // A source matches itself as written into a pod.
             let written = serde_json::to_string(&source).unwrap();
             assert!(
                 source.matches(&serde_json::from_str(&written).unwrap()),

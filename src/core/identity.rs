@@ -1,5 +1,5 @@
-//! Which workspace a pod belongs to, and the parameters of its lookup. The lookup itself is an edge's
-//! business (database/); what its outcome means is resolution.rs's.
+//! Finds the workspace that a pod belongs to, and the parameters of its lookup. The lookup is executed in database/;
+//! its outcome is interpreted in resolution.rs.
 
 use uuid::Uuid;
 
@@ -9,24 +9,24 @@ use super::policy_file::{Parameter, ParameterType, Unlabelled};
 use super::refusal::Refusal;
 use super::resolution::Reason;
 
-/// The workspace that a pod belongs to. `workspace` is the id that the pod claims: the value of its workspace label,
-/// empty if the label is empty or absent.
+/// The workspace that a pod belongs to. `workspace` is the value of the pod's workspace label; empty if the label is
+/// empty or absent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Identity<'p> {
     /// The pod belongs to no workspace.
     NotAWorkspace,
     /// No lookup is possible.
     Fallback {
-        /// The claimed id.
+        /// The workspace id.
         workspace: &'p str,
         /// Why no lookup is possible.
         reason: Reason,
     },
-    /// The policy's query with these parameters returns the mode.
+    /// The policy's query returns the mode for these parameters.
     Lookup {
-        /// The claimed id.
+        /// The workspace id.
         workspace: &'p str,
-        /// In the order of the policy.
+        /// In the policy's order.
         parameters: Vec<ParameterValue>,
     },
 }
@@ -34,7 +34,7 @@ pub enum Identity<'p> {
 /// One parameter of the policy's query.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ParameterValue {
-    /// A label's value that is a UUID.
+    /// A label's value, parsed as a UUID.
     Uuid(Uuid),
     /// A label's value, or the namespace.
     Text(String),
@@ -43,7 +43,7 @@ pub enum ParameterValue {
 /// Returns the identity of a pod in `namespace`.
 ///
 /// # Errors
-/// [`Refusal::MissingWorkspaceLabel`] if the pod lacks the label and the policy denies that.
+/// [`Refusal::MissingWorkspaceLabel`] if the pod lacks the label and the policy says `unlabelled: deny`.
 pub fn identify<'p>(
     policy: &Policy,
     pod: &'p Pod<'_>,
@@ -177,7 +177,7 @@ mod tests {
             parameters,
         };
         assert_identity(policy, &labels, Ok(expected));
-        // The query needs a second label that the pod lacks: the key is incomplete.
+        // The pod lacks a second label that the query needs.
         let incomplete = fallback(ID, Reason::MissingWorkspaceId);
         assert_identity(policy, &format!(r#"{{"ws":"{ID}"}}"#), incomplete);
     }

@@ -1,18 +1,18 @@
-//! Writes JSON: texts, objects and lists, straight into a string. serde_json takes several times as many instructions for
-//! what is written here (docs/decisions.md): patches, responses and log lines. The values are the business of those who
-//! write them: patch.rs, response.rs, telemetry/json.rs.
+//! Writes JSON strings, objects and arrays directly into a string. serde_json takes several times as many instructions
+//! for patches, responses and log lines (docs/performance.md). Their content is in patch.rs, response.rs and
+//! telemetry/json.rs.
 
 use std::fmt::{Display, Write};
 
-/// Writes a text, quoted.
+/// Writes a string with quotes and escapes.
 pub fn text(out: &mut String, text: &str) {
     out.push('"');
-    // Nearly no text has anything to escape. Without an early end the loop is vectorized.
+    // Few strings need escapes. A loop without an early exit is vectorized.
     let is_special = |byte| matches!(byte, 0..b' ' | b'"' | b'\\');
-    let found = text
+    let needs_escape = text
         .bytes()
         .fold(false, |found, byte| found | is_special(byte));
-    if found {
+    if needs_escape {
         escape(out, text);
     } else {
         out.push_str(text);
@@ -20,7 +20,7 @@ pub fn text(out: &mut String, text: &str) {
     out.push('"');
 }
 
-/// Escapes as serde_json does (RFC 8259, section 7).
+/// Escapes like serde_json (RFC 8259, section 7).
 fn escape(out: &mut String, text: &str) {
     for character in text.chars() {
         match character {
@@ -40,11 +40,11 @@ fn escape(out: &mut String, text: &str) {
     }
 }
 
-/// An object whose members are written one by one.
+/// An object whose members are written one at a time.
 pub struct Object<'o>(&'o mut String);
 
 impl Object<'_> {
-    /// Begins a member, and returns where its value is to be written. `name` must have nothing to escape.
+    /// Writes a member's name and returns the output for its value. `name` must not need escapes.
     pub fn member(&mut self, name: &str) -> &mut String {
         let Self(out) = self;
         if !out.ends_with('{') {
@@ -56,12 +56,12 @@ impl Object<'_> {
         out
     }
 
-    /// Writes a member that is a text.
+    /// Writes a member that is a string.
     pub fn text(&mut self, name: &str, value: &str) {
         text(self.member(name), value);
     }
 
-    /// Writes a member whose `Display` is JSON: a number or a truth value.
+    /// Writes a member whose `Display` is JSON: a number or a boolean.
     pub fn plain(&mut self, name: &str, value: impl Display) {
         // Writing to a string cannot fail.
         let _ = write!(self.member(name), "{value}");
@@ -75,7 +75,7 @@ pub fn object(out: &mut String, members: impl FnOnce(&mut Object<'_>)) {
     out.push('}');
 }
 
-/// Writes a list.
+/// Writes an array.
 pub fn list<T>(out: &mut String, items: &[T], write: impl Fn(&mut String, &T)) {
     out.push('[');
     for (index, item) in items.iter().enumerate() {
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_is_escaped_as_serde_json_escapes_it() {
+    fn text_is_escaped_like_serde_json() {
         let plain = "é…🦀\u{7f}sk-123 http://x/{}?a=b&c='d'";
         let special = (0..=0x7f_u8).map(char::from);
         for special in special.chain(['é', '…', '🦀']) {

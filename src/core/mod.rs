@@ -1,7 +1,7 @@
 //! The decisions: which workspace a pod belongs to, which mode it has, and how its env must change.
 //!
 //! Nothing here does IO, waits, logs, reads a clock or knows HTTP. [`decision`] runs the steps in order: identify,
-//! look up, resolve, plan. It returns the lookup as a value for an edge to execute; [`patch`] and [`response`] then
+//! look up, resolve, plan. It returns the lookup as a value for the caller to execute; [`patch`] and [`response`] then
 //! write the decision as the admission response.
 
 #![warn(clippy::indexing_slicing)]

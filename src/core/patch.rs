@@ -1,5 +1,5 @@
-//! Plan → RFC 6902 operations, the fewest that do it. No operation repeats a value that stays: the API
-//! server writes patches to its audit log.
+//! Writes a plan as a JSON patch (RFC 6902) with the fewest operations. No operation repeats an unchanged value,
+//! because the API server writes patches to its audit log.
 
 use std::borrow::Cow;
 
@@ -11,11 +11,11 @@ use super::plan::{AnnotationPlan, AnnotationsParent, ContainerPlan, Plan};
 pub struct Patch {
     /// The operations as a JSON list.
     pub json: String,
-    /// How many they are.
+    /// The number of operations.
     pub operations: usize,
 }
 
-/// What an operation writes.
+/// The value that an operation writes.
 #[derive(Clone, Copy)]
 enum Content<'a> {
     /// One env entry.
@@ -26,15 +26,15 @@ enum Content<'a> {
     Text(&'static str),
     /// All annotations.
     Annotations(&'a [AnnotationPlan]),
-    /// Metadata that holds nothing but annotations.
+    /// Metadata with annotations only.
     Metadata(&'a [AnnotationPlan]),
 }
 
-/// Room for the operations on one container, so that the text is seldom moved as it grows.
+/// Initial capacity for the operations on one container. It avoids most reallocations.
 const BYTES_PER_CONTAINER: usize = 1536;
 
-/// Writes a plan as operations on the object at `root`, a JSON pointer: empty for a pod, such as
-/// `/spec/template` for a controller's pod template.
+/// Writes a plan as operations on the object at `root`, a JSON pointer: empty for a pod, or the path of a pod template,
+/// such as `/spec/template`.
 #[must_use]
 pub fn patch(plan: &Plan<'_>, root: &str) -> Patch {
     let mut patch = Patch {
@@ -50,7 +50,7 @@ pub fn patch(plan: &Plan<'_>, root: &str) -> Patch {
     patch
 }
 
-// How operations begin, up to their path. Patches are the most of what is written, and their members always the same.
+// The beginnings of operations, up to the path. They are constants because most of a response is its patch.
 const ADD: &str = r#"{"op":"add","path":""#;
 const REPLACE: &str = r#"{"op":"replace","path":""#;
 const REMOVE: &str = r#"{"op":"remove","path":""#;
@@ -62,19 +62,19 @@ impl Patch {
         let env = [root, "/spec/", plan.list.field(), "/", index, "/env"].concat();
         let (remove, add) = (&plan.changes.remove, plan.changes.add.as_slice());
 
-        // Nothing stays: one operation writes the whole list.
+        // No entry remains: one operation writes the whole list.
         let Some(entries) = &plan.container.env else {
             return self.write(ADD, &env, None, Some(Content::Entries(add)));
         };
         if remove.len() == entries.len() {
             return self.write(REPLACE, &env, None, Some(Content::Entries(add)));
         }
-        // What comes stands first, so it can take the places of entries that go from the list's head. All
-        // else is removed from the end, so that the indices before it hold.
+        // Variables are added at the head, so they can replace entries that are removed there. Other entries are
+        // removed from the end, so that earlier indices stay valid.
         let head = remove
             .iter()
             .enumerate()
-            .take_while(|(place, index)| place == *index)
+            .take_while(|(position, index)| position == *index)
             .count();
         let replaced = head.min(add.len());
         for &index in remove.iter().skip(replaced).rev() {
@@ -88,8 +88,8 @@ impl Patch {
 
     fn annotations(&mut self, root: &str, plan: &Plan<'_>) {
         let all = plan.annotations.as_slice();
-        let mut add = |place: &str, content| {
-            let path = [root, "/metadata", place].concat();
+        let mut add = |suffix: &str, content| {
+            let path = [root, "/metadata", suffix].concat();
             self.write(ADD, &path, None, Some(content));
         };
         match plan.annotations_parent {
@@ -97,15 +97,15 @@ impl Patch {
             AnnotationsParent::NoAnnotations => add("/annotations", Content::Annotations(all)),
             AnnotationsParent::Annotations => {
                 for AnnotationPlan { key, value } in all {
-                    let place = ["/annotations/", &escaped(key)].concat();
-                    add(&place, Content::Text(value));
+                    let suffix = ["/annotations/", &escape_token(key)].concat();
+                    add(&suffix, Content::Text(value));
                 }
             }
         }
     }
 
-    /// Writes an operation on what a JSON pointer (RFC 6901) points to, or on an entry of that list. Nothing in a
-    /// path needs to be escaped for JSON.
+    /// Writes an operation on `path`, a JSON pointer (RFC 6901), or on an entry of the list there. The path needs no
+    /// escaping for JSON.
     fn write(&mut self, op: &str, path: &str, entry: Option<usize>, content: Option<Content<'_>>) {
         let out = &mut self.json;
         if self.operations > 0 {
@@ -132,17 +132,17 @@ impl Content<'_> {
     fn write(self, out: &mut String) {
         match self {
             Self::Entry(variable) => out.push_str(variable.entry()),
-            Self::Entries(all) => list(out, all, |out, one| out.push_str(one.entry())),
+            Self::Entries(all) => list(out, all, |out, variable| out.push_str(variable.entry())),
             Self::Text(value) => text(out, value),
-            Self::Annotations(annotations) => annotations_written(out, annotations),
+            Self::Annotations(annotations) => write_annotations(out, annotations),
             Self::Metadata(annotations) => object(out, |metadata| {
-                annotations_written(metadata.member("annotations"), annotations);
+                write_annotations(metadata.member("annotations"), annotations);
             }),
         }
     }
 }
 
-fn annotations_written(out: &mut String, annotations: &[AnnotationPlan]) {
+fn write_annotations(out: &mut String, annotations: &[AnnotationPlan]) {
     object(out, |all| {
         for AnnotationPlan { key, value } in annotations {
             all.text(key, value);
@@ -150,8 +150,8 @@ fn annotations_written(out: &mut String, annotations: &[AnnotationPlan]) {
     });
 }
 
-/// A member's name as a token of a JSON pointer (RFC 6901).
-fn escaped(name: &str) -> String {
+/// Escapes a member's name as a token of a JSON pointer (RFC 6901).
+fn escape_token(name: &str) -> String {
     name.replace('~', "~0").replace('/', "~1")
 }
 
@@ -164,7 +164,7 @@ mod tests {
     use crate::core::policy::Policy;
     use crate::core::resolution::{BillingMode, Resolution};
 
-    /// The operations for a pod whose mode is byok.
+    /// Returns the operations for a byok pod.
     fn patch(pod: &Value, root: &str) -> Value {
         let text = pod.to_string();
         let pod = serde_json::from_str(&text).unwrap();
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn env_takes_the_fewest_operations() {
+    fn env_patch_has_the_fewest_operations() {
         let variable = |name: &str, value: &str| json!({"name": name, "value": value});
         let mode = |value| variable("MOLECULE_LLM_BILLING_MODE", value);
         let resolved = |value| variable("MOLECULE_LLM_BILLING_MODE_RESOLVED", value);
@@ -209,14 +209,14 @@ mod tests {
         let (b, r) = (|| Some(mode("byok")), || Some(resolved("byok")));
         let table = [
             (json!([mode("byok"), keep, resolved("byok")]), json!([])),
-            // Nothing stays, so nothing is repeated.
+            // No entry remains.
             (json!(null), whole("add")),
             (json!([]), whole("replace")),
             (
                 json!([mode("x"), resolved("x"), mode("y")]),
                 whole("replace"),
             ),
-            // Something stays.
+            // Some entries remain.
             (json!([keep]), json!([at("add", 0, b()), at("add", 1, r())])),
             (json!([keep, mode("byok")]), json!([at("add", 0, r())])),
             (
@@ -232,7 +232,7 @@ mod tests {
                     at("add", 1, r())
                 ]),
             ),
-            // From the head, what goes gives its place to what comes.
+            // Entries removed at the head are replaced.
             (
                 json!([mode("x"), keep]),
                 json!([at("replace", 0, b()), at("add", 1, r())]),
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn annotations_are_added_where_they_are_absent_or_wrong() {
+    fn absent_or_wrong_annotations_are_added() {
         let annotations = json!({
             "molecule.ai/llm-billing-mode": "byok",
             "molecule.ai/llm-billing-source": "workspace_override",
@@ -305,7 +305,7 @@ mod tests {
 
     #[test]
     fn paths_are_escaped_and_start_at_the_root() {
-        assert_eq!(escaped("a/b~c/~1"), "a~1b~0c~1~01");
+        assert_eq!(escape_token("a/b~c/~1"), "a~1b~0c~1~01");
         let pod = json!({"metadata": {"annotations": {}}, "spec": {"initContainers": [{}, {"env": [{"name": "A"}]}]}});
         let patch = patch(&pod, "/spec/template");
         let paths: Vec<&str> = patch

@@ -1,59 +1,57 @@
-//! The plan: policy, resolution and pod → what each container's env and the pod's annotations must
-//! become. Written once, for the webhook, the guard, `review` and `audit`. How the plan is written as a
-//! patch is patch.rs's business.
+//! The plan: how each container's env and the pod's annotations must change. Both webhooks, `review` and `audit` use
+//! it. patch.rs writes a plan as a JSON patch.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
-use super::env::{Changes, Value, Variable, could_bring, reconcile};
+use super::env::{Changes, Value, Variable, could_set, reconcile};
 use super::pod::{Container, ContainerList, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text};
 use super::policy::Policy;
 use super::policy_file::EnvFromRule;
 use super::refusal::Refusal;
 use super::resolution::{BillingMode, MODE_VARIABLE, RESOLVED_VARIABLE, Reason, Resolution};
 use super::vendor_keys::VendorKeys;
-use super::warning::{Warning, of_container};
+use super::warning::{Warning, warn_about_container};
 
-/// Which of a pod's containers are planned.
+/// The containers that a plan covers.
 #[derive(Clone, Copy, Debug)]
 pub enum Scope<'a> {
-    /// A pod at its creation: init containers and containers, and the annotations.
+    /// A pod at creation: init containers, containers and annotations.
     Pod,
-    /// A running pod: its ephemeral containers too.
+    /// A running pod: the same, and its ephemeral containers.
     Running,
-    /// An update of `pods/ephemeralcontainers`: those that the old pod lacks. All others are immutable,
-    /// and so is the metadata.
+    /// An update of `pods/ephemeralcontainers`: the ephemeral containers that the old pod lacks. All other containers
+    /// and the metadata are immutable.
     NewEphemeralContainers(Option<&'a Pod<'a>>),
 }
 
-/// What must change in a pod. Empty lists mean that the pod is as it must be.
+/// The changes that a pod needs. A pod is in sync if it needs no changes.
 pub struct Plan<'a> {
-    /// The containers that are not settled, in the pod's order.
+    /// The containers whose env is out of sync, in the pod's order.
     pub containers: Vec<ContainerPlan<'a>>,
     /// The annotations that are absent or wrong.
     pub annotations: Vec<AnnotationPlan>,
-    /// Where the annotations go.
+    /// How much of the path to the annotations exists.
     pub annotations_parent: AnnotationsParent,
-    /// What the user should know, without any value.
+    /// Warnings for the user, without env values.
     pub warnings: Vec<Warning>,
 }
 
-/// What must change in one container's env.
+/// The changes that one container's env needs.
 pub struct ContainerPlan<'a> {
-    /// The list that it stands in.
+    /// The list that contains the container.
     pub list: ContainerList,
-    /// Its place in that list.
+    /// Its index in that list.
     pub index: usize,
-    /// The container as it is.
+    /// The container before the changes.
     pub container: &'a Container<'a>,
-    /// What must change.
+    /// The changes.
     pub changes: Changes<'a>,
 }
 
 impl ContainerPlan<'_> {
-    /// The variables that are not settled, each once: those that stand there wrong or too often, then those that are
-    /// missing.
+    /// Returns the variables that are out of sync, each once: wrong or duplicate ones first, then missing ones.
     #[must_use]
     pub fn variables(&self) -> Vec<&str> {
         let Changes { remove, add, .. } = &self.changes;
@@ -71,7 +69,7 @@ impl ContainerPlan<'_> {
     }
 }
 
-/// One annotation to write.
+/// An annotation to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AnnotationPlan {
     /// Its key.
@@ -80,33 +78,33 @@ pub struct AnnotationPlan {
     pub value: &'static str,
 }
 
-/// How much of the path to an annotation exists.
+/// How much of the path to the annotations exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AnnotationsParent {
-    /// Not even metadata, as in some pod templates.
+    /// No metadata, as in some pod templates.
     NoMetadata,
     /// Metadata without annotations.
     NoAnnotations,
-    /// Annotations are there.
+    /// Metadata with annotations.
     Annotations,
 }
 
 impl Plan<'_> {
-    /// Whether nothing must change.
+    /// Reports whether the pod is in sync.
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.containers.is_empty() && self.annotations.is_empty()
     }
 
-    /// Returns the containers and variables that must change, as a refusal names them: by name, never by value.
+    /// Returns the containers and variables that are out of sync, for a refusal: names only, no values.
     #[must_use]
     pub fn findings(&self) -> String {
         self.summarize(|summary, name| {
-            summary.push_str(&format!("container {name:?} has not settled "));
+            summary.push_str(&format!("env of container {name:?} is out of sync: "));
         })
     }
 
-    /// Which variables change in which container: by name, never by value.
+    /// Returns the variables that change in each container: names only, no values.
     #[must_use]
     pub fn changed(&self) -> String {
         self.summarize(|summary, name| {
@@ -115,18 +113,18 @@ impl Plan<'_> {
         })
     }
 
-    /// Summarizes the containers that must change: all of a few, the first of many.
-    fn summarize(&self, begin: impl Fn(&mut String, &str)) -> String {
-        const SHOWN: usize = 3;
+    /// Lists the first containers that change and counts the others.
+    fn summarize(&self, write_prefix: impl Fn(&mut String, &str)) -> String {
+        const MAX_CONTAINERS: usize = 3;
         let mut summary = String::with_capacity(256);
-        for (index, plan) in self.containers.iter().take(SHOWN).enumerate() {
+        for (index, plan) in self.containers.iter().take(MAX_CONTAINERS).enumerate() {
             if index > 0 {
                 summary.push_str("; ");
             }
-            begin(&mut summary, plan.container.name.as_str());
+            write_prefix(&mut summary, plan.container.name.as_str());
             summarize_names(&mut summary, &plan.variables());
         }
-        let more = self.containers.len().saturating_sub(SHOWN);
+        let more = self.containers.len().saturating_sub(MAX_CONTAINERS);
         if more > 0 {
             summary.push_str(&format!("; and {more} more containers"));
         }
@@ -134,10 +132,10 @@ impl Plan<'_> {
     }
 }
 
-/// Plans a pod of `workspace`, the id that the pod claims.
+/// Plans the changes to a pod. `workspace` is the workspace id in its label.
 ///
 /// # Errors
-/// [`Refusal::MissingPlatformProxy`] and [`Refusal::EnvFromVendorKey`].
+/// Returns [`Refusal::MissingPlatformProxy`] or [`Refusal::EnvFromVendorKey`].
 pub fn plan<'a>(
     policy: &'a Policy,
     workspace: &str,
@@ -145,17 +143,17 @@ pub fn plan<'a>(
     pod: &'a Pod<'a>,
     scope: Scope<'_>,
 ) -> Result<Plan<'a>, Refusal> {
-    let rules = Rules::of(policy, workspace, resolution.mode, pod)?;
+    let rules = Rules::new(policy, workspace, resolution.mode, pod)?;
     let mut warnings = Vec::new();
     if resolution.reason == Reason::LookupError {
-        warnings.push(Warning::of_failed_lookup());
+        warnings.push(Warning::lookup_failed());
     }
     let mut containers = Vec::new();
     for (list, index, container) in scope.containers(pod) {
         let required = rules.required(container)?;
         let keys = rules.vendor_keys;
         let changes = reconcile(container.entries(), &required, |name| keys.contains(name));
-        of_container(keys, container, &required, &changes, &mut warnings);
+        warn_about_container(keys, container, &required, &changes, &mut warnings);
         if !changes.is_empty() {
             containers.push(ContainerPlan {
                 list,
@@ -192,16 +190,16 @@ impl Scope<'_> {
             Self::NewEphemeralContainers(Some(old)) => old.containers(Ephemeral),
             Self::Pod | Self::Running | Self::NewEphemeralContainers(None) => &[],
         };
-        let of = |&list| {
+        let indexed = |&list| {
             let containers = pod.containers(list).iter().enumerate();
             containers.map(move |(index, container)| (list, index, container))
         };
         let is_new = move |name: &Text<'_>| old.iter().all(|old| old.name != *name);
-        let all = lists.iter().flat_map(of);
+        let all = lists.iter().flat_map(indexed);
         all.filter(move |(_, _, container)| is_new(&container.name))
     }
 
-    /// Whether no container is planned, so that the mode need not be known.
+    /// Reports whether no container is planned, so that no mode is needed.
     #[must_use]
     pub fn is_empty(self, pod: &Pod<'_>) -> bool {
         match self {
@@ -238,31 +236,31 @@ fn plan_annotations(
     (wrong.collect(), parent)
 }
 
-/// Modes but `platform_managed` take no key away.
-static NO_KEYS: VendorKeys = VendorKeys::NONE;
+/// Only `platform_managed` removes vendor keys.
+static NO_VENDOR_KEYS: VendorKeys = VendorKeys::NONE;
 
-/// What holds for every container of a pod.
+/// The rules for every container of a pod.
 struct Rules<'a> {
-    /// The variables of the mode, then the proxy's.
+    /// The mode variables, then the proxy variables.
     required: Vec<Cow<'a, Variable>>,
-    /// Which containers get those of the mode alone.
+    /// The containers that get the mode variables only.
     excluded: Option<&'a BTreeSet<String>>,
     vendor_keys: &'a VendorKeys,
     env_from: EnvFromRule,
 }
 
-/// So many variables carry the mode. Both say the resolver's answer, whatever branch asks.
-const OF_MODE: usize = 2;
+/// The number of variables that carry the mode. Both hold the resolved mode.
+const MODE_VARIABLE_COUNT: usize = 2;
 
-/// The variables that carry a mode, made once for each, in the order of [`BillingMode::ALL`].
-fn of_mode(mode: BillingMode) -> &'static [Variable; OF_MODE] {
-    static OF_MODES: LazyLock<[[Variable; OF_MODE]; 3]> = LazyLock::new(|| {
+/// Returns the variables that carry a mode, rendered once.
+fn mode_variables(mode: BillingMode) -> &'static [Variable; MODE_VARIABLE_COUNT] {
+    static VARIABLES: LazyLock<[[Variable; MODE_VARIABLE_COUNT]; 3]> = LazyLock::new(|| {
         BillingMode::ALL.map(|mode| {
             let value = Value::Literal(mode.as_str().to_owned());
             [MODE_VARIABLE, RESOLVED_VARIABLE].map(|name| Variable::new(name, value.clone()))
         })
     });
-    let [platform_managed, byok, disabled] = &*OF_MODES;
+    let [platform_managed, byok, disabled] = &*VARIABLES;
     match mode {
         BillingMode::PlatformManaged => platform_managed,
         BillingMode::Byok => byok,
@@ -271,39 +269,38 @@ fn of_mode(mode: BillingMode) -> &'static [Variable; OF_MODE] {
 }
 
 impl<'a> Rules<'a> {
-    fn of(
+    fn new(
         policy: &'a Policy,
         workspace: &str,
         mode: BillingMode,
         pod: &Pod<'_>,
     ) -> Result<Self, Refusal> {
         let mut rules = Self {
-            required: of_mode(mode).iter().map(Cow::Borrowed).collect(),
+            required: mode_variables(mode).iter().map(Cow::Borrowed).collect(),
             excluded: None,
-            vendor_keys: &NO_KEYS,
+            vendor_keys: &NO_VENDOR_KEYS,
             env_from: policy.env_from,
         };
         if mode == BillingMode::PlatformManaged {
             let runtime = pod.label(policy.runtime_label.as_str()).unwrap_or_default();
             let proxy = policy.proxy.as_ref().ok_or(Refusal::MissingPlatformProxy)?;
-            let of_proxy = proxy.variables(runtime, workspace);
+            let proxy_variables = proxy.variables(runtime, workspace);
             rules
                 .required
-                .extend(of_proxy.ok_or(Refusal::MissingPlatformProxy)?);
+                .extend(proxy_variables.ok_or(Refusal::MissingPlatformProxy)?);
             rules.excluded = Some(&proxy.exclude_containers);
             rules.vendor_keys = &policy.vendor_keys;
         }
         Ok(rules)
     }
 
-    /// What is required of a container: the variables of the mode and the proxy, and the masks of vendor keys that its
-    /// envFrom could bring.
+    /// Returns the variables that a container must have: mode, proxy, and masks of vendor keys that envFrom could set.
     fn required(&self, container: &Container<'_>) -> Result<Cow<'_, [Cow<'a, Variable>]>, Refusal> {
         let is_excluded = self
             .excluded
             .is_some_and(|excluded| excluded.contains(container.name.as_str()));
         let required = if is_excluded {
-            self.required.get(..OF_MODE).unwrap_or_default()
+            self.required.get(..MODE_VARIABLE_COUNT).unwrap_or_default()
         } else {
             &self.required
         };
@@ -311,40 +308,39 @@ impl<'a> Rules<'a> {
         if sources.is_empty() || self.env_from == EnvFromRule::Ignore {
             return Ok(required.into());
         }
-        let is_set = |key: &str| required.iter().any(|set| set.name() == key);
-        let could_come = |mask: &&Variable| {
+        let is_set = |key: &str| required.iter().any(|variable| variable.name() == key);
+        let is_needed = |mask: &&Variable| {
             let key = mask.name();
-            could_bring(sources, key) && !is_set(key)
+            could_set(sources, key) && !is_set(key)
         };
-        let masks = self.vendor_keys.masks();
-        let coming = masks.iter().filter(could_come);
+        let masks = self.vendor_keys.masks().iter().filter(is_needed);
         if self.env_from == EnvFromRule::Deny {
-            let could_come: Vec<&str> = coming.map(Variable::name).collect();
-            if could_come.is_empty() {
+            let names: Vec<&str> = masks.map(Variable::name).collect();
+            if names.is_empty() {
                 return Ok(required.into());
             }
             let mut keys = String::new();
-            summarize_names(&mut keys, &could_come);
+            summarize_names(&mut keys, &names);
             return Err(Refusal::EnvFromVendorKey {
                 container: container.name.as_str().to_owned(),
                 keys,
             });
         }
-        let coming = coming.map(Cow::Borrowed);
-        Ok(required.iter().cloned().chain(coming).collect())
+        let masks = masks.map(Cow::Borrowed);
+        Ok(required.iter().cloned().chain(masks).collect())
     }
 }
 
-/// Adds names to a message: all of a few, the first of many.
+/// Appends the first names to a message and counts the others.
 fn summarize_names(message: &mut String, names: &[&str]) {
-    const SHOWN: usize = 8;
-    for (index, name) in names.iter().take(SHOWN).enumerate() {
+    const MAX_NAMES: usize = 8;
+    for (index, name) in names.iter().take(MAX_NAMES).enumerate() {
         if index > 0 {
             message.push_str(", ");
         }
         message.push_str(name);
     }
-    let more = names.len().saturating_sub(SHOWN);
+    let more = names.len().saturating_sub(MAX_NAMES);
     if more > 0 {
         message.push_str(&format!(" and {more} more"));
     }
@@ -367,7 +363,7 @@ mod tests {
         json!({"metadata": {"annotations": {}}, "spec": {"containers": [container]}}).to_string()
     }
 
-    /// The container's env as names with values, after the plan is carried out.
+    /// Returns the container's env after the patch as `NAME=value`, without `MOLECULE_LLM_` variables.
     fn env_after(policy: &Policy, container: &Value) -> Result<Vec<String>, Refusal> {
         let text = with_container(container);
         let pod = serde_json::from_str(&text).unwrap();
@@ -389,7 +385,7 @@ mod tests {
             .as_array()
             .unwrap()
             .clone();
-        let shown = |entry: &Value| {
+        let render = |entry: &Value| {
             format!(
                 "{}={}",
                 entry["name"].as_str().unwrap(),
@@ -398,13 +394,13 @@ mod tests {
         };
         Ok(entries
             .iter()
-            .map(shown)
+            .map(render)
             .filter(|entry| !entry.starts_with("MOLECULE_LLM_"))
             .collect())
     }
 
     #[test]
-    fn env_from_is_masked_refused_or_left_as_the_policy_says() {
+    fn env_from_rule_masks_denies_or_ignores_keys() {
         let policy = |rule: &str| {
             policy(
                 &format!("envFrom: {rule}\nvendorKeys: [OPENAI_API_KEY, XAI_API_KEY, XAI_TOKEN]"),
@@ -418,20 +414,23 @@ mod tests {
             "OPENAI_API_KEY=t".to_owned(),
             "OPENAI_BASE_URL=u".to_owned(),
         ];
-        let and = |more: &[&str]| {
+        let proxy_and = |more: &[&str]| {
             proxy
                 .iter()
                 .cloned()
                 .chain(more.iter().map(|&one| one.to_owned()))
                 .collect()
         };
-        assert_eq!(env_after(&policy("mask"), &xai), Ok(and(&["XAI_API_KEY="])));
+        assert_eq!(
+            env_after(&policy("mask"), &xai),
+            Ok(proxy_and(&["XAI_API_KEY="]))
+        );
         assert_eq!(
             env_after(&policy("mask"), &all),
-            Ok(and(&["XAI_API_KEY=", "XAI_TOKEN="]))
+            Ok(proxy_and(&["XAI_API_KEY=", "XAI_TOKEN="]))
         );
-        assert_eq!(env_after(&policy("ignore"), &xai), Ok(and(&[])));
-        assert_eq!(env_after(&policy("ignore"), &all), Ok(and(&[])));
+        assert_eq!(env_after(&policy("ignore"), &xai), Ok(proxy_and(&[])));
+        assert_eq!(env_after(&policy("ignore"), &all), Ok(proxy_and(&[])));
         let refused = |keys: &str| {
             Err(Refusal::EnvFromVendorKey {
                 container: "c".into(),
@@ -443,29 +442,29 @@ mod tests {
             env_after(&policy("deny"), &all),
             refused("XAI_API_KEY, XAI_TOKEN")
         );
-        // What the proxy sets hides what comes under the same name.
+        // A variable that the proxy sets needs no mask.
         let hidden = json!({"name": "c", "envFrom": [{"prefix": "OPENAI_"}]});
-        assert_eq!(env_after(&policy("deny"), &hidden), Ok(and(&[])));
+        assert_eq!(env_after(&policy("deny"), &hidden), Ok(proxy_and(&[])));
     }
 
     #[test]
-    fn an_excluded_container_gets_the_mode_and_loses_vendor_keys_but_gets_no_proxy() {
+    fn excluded_container_gets_no_proxy_variables() {
         let policy = policy("", ", excludeContainers: [c]");
         let env = json!([{"name": "OPENAI_API_KEY", "value": "x"}, {"name": "OPENAI_BASE_URL"}, {"name": "KEEP", "value": "1"}]);
         let after = |name: &str| env_after(&policy, &json!({"name": name, "env": env})).unwrap();
         assert_eq!(after("c"), ["KEEP=1"]);
-        let of_proxy = ["OPENAI_API_KEY=t", "OPENAI_BASE_URL=u"];
-        assert_eq!(after("d"), [&of_proxy[..], &["KEEP=1"]].concat());
-        // Nothing hides there what envFrom could bring under a name that the proxy sets elsewhere.
+        let proxy = ["OPENAI_API_KEY=t", "OPENAI_BASE_URL=u"];
+        assert_eq!(after("d"), [&proxy[..], &["KEEP=1"]].concat());
+        // Without the proxy variables, their names need masks too.
         let sources = json!([{"prefix": "OPENAI_", "secretRef": {"name": "s"}}]);
         let after =
             |name: &str| env_after(&policy, &json!({"name": name, "envFrom": sources})).unwrap();
         assert_eq!(after("c"), ["OPENAI_API_KEY=", "OPENAI_BASE_URL="]);
-        assert_eq!(after("d"), of_proxy);
+        assert_eq!(after("d"), proxy);
     }
 
     #[test]
-    fn extra_env_has_the_workspaces_id_as_the_pod_has_it_and_is_settled_by_it() {
+    fn extra_env_contains_workspace_id_after_one_patch() {
         let policy = policy(
             "",
             ", extraEnv: [{name: HEADERS, value: 'say \"{workspace_id}\"'}]",
@@ -493,7 +492,7 @@ mod tests {
     }
 
     #[test]
-    fn the_guard_names_containers_and_variables_and_no_values() {
+    fn findings_name_containers_and_variables_without_values() {
         let policy = policy("", "");
         let env = json!([{"name": "XAI_API_KEY", "value": "sk-secret"}, {"name": "HF_TOKEN"}, {"name": "XAI_API_KEY"}]);
         let findings = |count: usize| {
@@ -514,7 +513,7 @@ mod tests {
         };
         let finding = |container: &str| {
             format!(
-                "container \"{container}\" has not settled XAI_API_KEY, HF_TOKEN, \
+                "env of container \"{container}\" is out of sync: XAI_API_KEY, HF_TOKEN, \
                  MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED, MOLECULE_LLM_BASE_URL, \
                  MOLECULE_LLM_USAGE_TOKEN, MOLECULE_LLM_ANTHROPIC_BASE_URL, OPENAI_API_KEY and 1 more"
             )
@@ -524,7 +523,6 @@ mod tests {
         let three = [finding("c0"), finding("c1"), finding("c2")].join("; ");
         assert_eq!(findings(3), three);
         assert_eq!(findings(5), format!("{three}; and 2 more containers"));
-        // The log tells the same.
         let pod =
             json!({"spec": {"initContainers": [{"name": "i"}], "containers": [{"name": "c"}]}})
                 .to_string();
@@ -549,7 +547,7 @@ mod tests {
     }
 
     #[test]
-    fn only_new_ephemeral_containers_are_planned_and_the_metadata_is_left_alone() {
+    fn update_plans_only_new_ephemeral_containers() {
         let pod = |names: &[&str]| {
             let ephemeral: Vec<Value> = names.iter().map(|name| json!({"name": name})).collect();
             json!({"metadata": {}, "spec": {"containers": [{"name": "main"}], "ephemeralContainers": ephemeral}}).to_string()

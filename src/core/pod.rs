@@ -1,11 +1,11 @@
-//! The parts of a Pod that decide its env, borrowed from the request's bytes. Everything else (managed
-//! fields, volumes, status, fields of later API versions) is skipped, and never written back: the patch
-//! names only what changes.
+//! The parts of a Pod that affect its env, borrowed from the request's bytes. Everything else (managed fields, volumes,
+//! status, fields of later API versions) is skipped and never written back: the patch contains only changes.
 
-use std::borrow::Cow;
+use std::borrow::{Borrow, Cow};
+use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::de::{MapAccess, SeqAccess, Visitor};
+use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 /// The annotation that records the mode.
@@ -13,16 +13,22 @@ pub const MODE_ANNOTATION: &str = "molecule.ai/llm-billing-mode";
 /// The annotation that records where the mode comes from.
 pub const SOURCE_ANNOTATION: &str = "molecule.ai/llm-billing-source";
 
-/// Text borrowed from the request where it has no escapes. Its `Debug` says nothing: it may be a key.
+/// A string, borrowed from the request if it has no escapes. `Debug` hides it: it may be a key.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(transparent)]
 pub struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 impl Text<'_> {
-    /// The text.
+    /// Returns the string.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl Borrow<str> for Text<'_> {
+    fn borrow(&self) -> &str {
+        self.as_str()
     }
 }
 
@@ -43,26 +49,22 @@ pub struct Pod<'a> {
     pub spec: Option<Spec<'a>>,
 }
 
-/// What metadata says that matters here.
+/// The metadata that decisions use.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Metadata<'a> {
-    /// The name's beginning, where the API server chooses the rest.
+    /// The prefix of a name that the API server completes.
     #[serde(borrow)]
     pub generate_name: Option<Text<'a>>,
-    /// Which workspace and runtime.
+    /// The labels; some name the workspace and the runtime.
     #[serde(borrow)]
-    pub labels: Option<Labels<'a>>,
-    /// Where the resolution is recorded.
+    pub labels: Option<BTreeMap<Text<'a>, Option<Text<'a>>>>,
+    /// The annotations that record the resolution.
     #[serde(borrow)]
     pub annotations: Option<Annotations<'a>>,
 }
 
-/// Labels as they stand. Of a key that stands twice the last one counts, as for the API server.
-#[derive(Debug, Default)]
-pub struct Labels<'a>(Vec<(Text<'a>, Option<Text<'a>>)>);
-
-/// The annotations that this webhook writes; all others are skipped if they are texts, for they may be long.
+/// The annotations that this webhook writes. Others may be long: they must be strings, but their values are skipped.
 #[derive(Debug, Default)]
 pub struct Annotations<'a> {
     /// [`MODE_ANNOTATION`]
@@ -71,11 +73,11 @@ pub struct Annotations<'a> {
     pub source: Option<Text<'a>>,
 }
 
-/// The lists of containers.
+/// The pod's three container lists.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Spec<'a> {
-    /// Native sidecars are among them.
+    /// The init containers, including native sidecars.
     #[serde(borrow)]
     pub init_containers: Option<Vec<Container<'a>>>,
     /// The pod's main containers.
@@ -86,76 +88,52 @@ pub struct Spec<'a> {
     pub ephemeral_containers: Option<Vec<Container<'a>>>,
 }
 
-/// One container of any of the three lists.
+/// A container of any list.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Container<'a> {
-    /// Unique in a valid pod; invalid pods arrive too.
+    /// Unique in a valid pod, but the request is not validated yet.
     #[serde(borrow, default)]
     pub name: Text<'a>,
-    /// What of the entry point may refer to env entries.
+    /// The entry point, which may refer to env entries.
     #[serde(borrow)]
-    pub command: Option<Referring<'a>>,
-    /// What of the arguments may refer to env entries.
+    pub command: Option<Vec<Text<'a>>>,
+    /// The arguments, which may refer to env entries.
     #[serde(borrow)]
-    pub args: Option<Referring<'a>>,
+    pub args: Option<Vec<Text<'a>>>,
     /// Secrets and ConfigMaps whose keys become variables.
     #[serde(borrow)]
     pub env_from: Option<Vec<EnvFrom<'a>>>,
-    /// The env entries; `None` where the field is absent or null.
+    /// The env entries; `None` if the field is absent or null.
     #[serde(borrow)]
     pub env: Option<Vec<EnvEntry<'a>>>,
 }
 
-/// The texts of a list in which `$(` stands, each with its place in the list.
-#[derive(Debug, Default)]
-pub struct Referring<'a>(pub Vec<(usize, Text<'a>)>);
-
-/// One envFrom source, whichever kind it is.
+/// An envFrom source of any kind.
 #[derive(Debug, Deserialize)]
 pub struct EnvFrom<'a> {
-    /// Put before each key to make the variable's name.
+    /// Prepended to each key to form the variable's name.
     #[serde(borrow)]
     pub prefix: Option<Text<'a>>,
 }
 
-/// One env entry as it stands in the pod.
+/// An env entry of the pod.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EnvEntry<'a> {
-    /// The variable.
+    /// The variable's name.
     #[serde(borrow, default)]
     pub name: Text<'a>,
-    /// Absent means empty unless `valueFrom` is there: the API server drops an empty value.
+    /// Absent means empty without `valueFrom`: the API server drops an empty value.
     #[serde(borrow)]
-    pub value: Option<EntryValue<'a>>,
-    /// Where the value comes from, if it is no literal. Boxed, for it is large and most entries have none.
+    pub value: Option<Text<'a>>,
+    /// The value's source, if it is not a literal. Boxed: it is large and most entries have none.
     #[serde(borrow)]
     pub value_from: Option<Box<ValueFrom<'a>>>,
 }
 
-/// The value of an env entry. Whether it may refer to other entries is looked at as it is read, for values are the most
-/// of a large pod.
-#[derive(Debug, Deserialize)]
-#[serde(from = "Text<'a>", bound = "'de: 'a")]
-pub struct EntryValue<'a> {
-    /// The value.
-    pub text: Text<'a>,
-    /// Whether a dollar sign stands in it.
-    pub may_refer: bool,
-}
-
-impl<'a> From<Text<'a>> for EntryValue<'a> {
-    fn from(text: Text<'a>) -> Self {
-        // At a glance over many bytes at a time.
-        let is_dollar = |found, &byte: &u8| found | (byte == b'$');
-        let may_refer = text.as_str().as_bytes().iter().fold(false, is_dollar);
-        Self { text, may_refer }
-    }
-}
-
-/// The sources that this webhook compares with its own or warns about. An entry that has another kind of
-/// source has none of these set, and so equals nothing that the policy can set.
+/// The sources that this webhook compares with the policy's or warns about. An entry with another kind of source has
+/// none of these set, so it never equals one that the policy sets.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ValueFrom<'a> {
@@ -176,13 +154,13 @@ pub struct ValueFrom<'a> {
 /// A key of a Secret or ConfigMap in the pod's namespace.
 #[derive(Debug, Deserialize)]
 pub struct KeyRef<'a> {
-    /// The object.
+    /// The object's name.
     #[serde(borrow, default)]
     pub name: Text<'a>,
-    /// The key in it.
+    /// The key in the object.
     #[serde(borrow, default)]
     pub key: Text<'a>,
-    /// Whether the container starts without it.
+    /// Whether the container starts without the key.
     pub optional: Option<bool>,
 }
 
@@ -190,7 +168,7 @@ pub struct KeyRef<'a> {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct FieldRef<'a> {
-    /// `v1` where absent.
+    /// `v1` if absent.
     #[serde(borrow)]
     pub api_version: Option<Text<'a>>,
     /// Such as `metadata.name`.
@@ -202,36 +180,14 @@ pub struct FieldRef<'a> {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ResourceFieldRef<'a> {
-    /// The entry's own container where absent.
+    /// The entry's own container if absent.
     #[serde(borrow)]
     pub container_name: Option<Text<'a>>,
     /// Such as `limits.memory`.
     #[serde(borrow, default)]
     pub resource: Text<'a>,
-    /// A quantity, `"0"` where absent; manifests may also write a number.
+    /// A quantity, `"0"` if absent; manifests may also use a number.
     pub divisor: Option<serde_json::Value>,
-}
-
-impl<'de: 'a, 'a> Deserialize<'de> for Labels<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Map;
-        impl<'de> Visitor<'de> for Map {
-            type Value = Labels<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a map of labels")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut labels = Vec::new();
-                while let Some(label) = map.next_entry()? {
-                    labels.push(label);
-                }
-                Ok(Labels(labels))
-            }
-        }
-        deserializer.deserialize_map(Map)
-    }
 }
 
 impl<'de: 'a, 'a> Deserialize<'de> for Annotations<'a> {
@@ -251,7 +207,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Annotations<'a> {
                         MODE_ANNOTATION => annotations.mode = map.next_value()?,
                         SOURCE_ANNOTATION => annotations.source = map.next_value()?,
                         _ => {
-                            map.next_value::<Option<AnyText>>()?;
+                            map.next_value::<Option<IgnoredText>>()?;
                         }
                     }
                 }
@@ -262,63 +218,37 @@ impl<'de: 'a, 'a> Deserialize<'de> for Annotations<'a> {
     }
 }
 
-/// A text that nobody asks about.
-struct AnyText;
+/// A string whose content is ignored.
+struct IgnoredText;
 
-impl<'de> Deserialize<'de> for AnyText {
+impl<'de> Deserialize<'de> for IgnoredText {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Skip;
         impl Visitor<'_> for Skip {
-            type Value = AnyText;
+            type Value = IgnoredText;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a text")
+                f.write_str("a string")
             }
 
-            fn visit_str<E>(self, _: &str) -> Result<AnyText, E> {
-                Ok(AnyText)
+            fn visit_str<E>(self, _: &str) -> Result<IgnoredText, E> {
+                Ok(IgnoredText)
             }
         }
         deserializer.deserialize_str(Skip)
     }
 }
 
-impl<'de: 'a, 'a> Deserialize<'de> for Referring<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct List;
-        impl<'de> Visitor<'de> for List {
-            type Value = Referring<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a list of texts")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-                let mut referring = Vec::new();
-                let mut index = 0;
-                while let Some(text) = list.next_element::<Text<'de>>()? {
-                    if text.as_str().contains("$(") {
-                        referring.push((index, text));
-                    }
-                    index += 1;
-                }
-                Ok(Referring(referring))
-            }
-        }
-        deserializer.deserialize_seq(List)
-    }
-}
-
 impl<'a> Pod<'a> {
-    /// The value of one label; `Some("")` for a label without text, `None` where it is absent.
+    /// Returns the value of a label: `Some("")` if it is null, `None` if it is absent.
     #[must_use]
     pub fn label(&self, key: &str) -> Option<&str> {
-        let Labels(labels) = self.metadata.as_ref()?.labels.as_ref()?;
-        let (_, value) = labels.iter().rfind(|(label, _)| label.as_str() == key)?;
+        let labels = self.metadata.as_ref()?.labels.as_ref()?;
+        let value = labels.get(key)?;
         Some(value.as_ref().map_or("", Text::as_str))
     }
 
-    /// One of the three lists; empty where it is absent.
+    /// Returns a container list; empty if it is absent.
     #[must_use]
     pub fn containers(&self, list: ContainerList) -> &[Container<'a>] {
         let Some(spec) = &self.spec else { return &[] };
@@ -333,14 +263,14 @@ impl<'a> Pod<'a> {
 }
 
 impl<'a> Container<'a> {
-    /// The env entries; empty where there are none.
+    /// Returns the env entries; empty if there are none.
     #[must_use]
     pub fn entries(&self) -> &[EnvEntry<'a>] {
         self.env.as_deref().unwrap_or_default()
     }
 }
 
-/// Which list of the pod's spec a container stands in.
+/// A container list of the pod's spec.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ContainerList {
     /// `initContainers`
@@ -352,7 +282,7 @@ pub enum ContainerList {
 }
 
 impl ContainerList {
-    /// The list's field in the pod's spec.
+    /// Returns the list's field name in the pod's spec.
     #[must_use]
     pub const fn field(self) -> &'static str {
         match self {
@@ -373,7 +303,7 @@ mod tests {
             serde_json::from_str(r#"{"name": "A", "value": "sk-secret"}"#).unwrap();
         assert_eq!(
             format!("{entry:?}"),
-            "EnvEntry { name: …, value: Some(EntryValue { text: …, may_refer: false }), value_from: None }"
+            "EnvEntry { name: …, value: Some(…), value_from: None }"
         );
     }
 }

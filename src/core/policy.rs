@@ -1,5 +1,5 @@
-//! The policy as decisions use it: compiled once, at the start, from the policy file. The file's fields, defaults and
-//! errors are policy_file.rs's business.
+//! The policy that decisions use, compiled once at startup from the policy file. policy_file.rs has the file's fields,
+//! defaults and errors.
 //!
 //! No `Debug`: the proxy may hold a token.
 
@@ -10,9 +10,9 @@ use super::vendor_keys::VendorKeys;
 /// The compiled policy. Each field means what the field of the same name in [`PolicyFile`] means.
 #[derive(Clone, PartialEq)]
 pub struct Policy {
-    /// The label whose value names a pod's workspace.
+    /// The label that holds a pod's workspace id.
     pub workspace_label: Name,
-    /// The label whose value names a pod's runtime.
+    /// The label that holds a pod's runtime.
     pub runtime_label: Name,
     /// What happens to a pod without the workspace label.
     pub unlabelled: Unlabelled,
@@ -20,7 +20,7 @@ pub struct Policy {
     pub lookup: Lookup,
     /// The vendor keys, each with its rendered mask.
     pub vendor_keys: VendorKeys,
-    /// What happens to vendor keys that an envFrom source could bring.
+    /// What happens to vendor keys that an envFrom source could set.
     pub env_from: EnvFromRule,
     /// The proxy with its rendered variables; `None` if the file has none.
     pub proxy: Option<Proxy>,
@@ -30,7 +30,7 @@ impl Policy {
     /// Reads and compiles the text of a policy file.
     ///
     /// # Errors
-    /// As [`PolicyFile::parse`].
+    /// See [`PolicyFile::parse`].
     pub fn parse(text: &str) -> Result<Self, PolicyError> {
         PolicyFile::parse(text).map(Self::from)
     }

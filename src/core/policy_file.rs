@@ -1,7 +1,7 @@
-//! The policy file: its fields, defaults, validation with line and field, and JSON schema.
-//! Reading the file is cli's business. What decisions use is the compiled policy, policy.rs.
+//! The policy file: its fields, defaults, validation with line and field, and JSON schema. cli/args.rs reads the file;
+//! policy.rs has the compiled policy that decisions use.
 //!
-//! Nothing here derives `Debug` if it can hold a value of an env entry.
+//! Types that can hold an env entry's value do not derive `Debug`.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -13,17 +13,17 @@ use thiserror::Error;
 
 use super::resolution::{MODE_VARIABLE, RESOLVED_VARIABLE};
 
-/// The policy file with every field and its default, commented. A test holds it equal to [`PolicyFile::default`].
+/// The policy file with comments: every field with its default. A test keeps it equal to [`PolicyFile::default`].
 pub const DEFAULT_POLICY: &str = include_str!("policy.default.yaml");
 
-/// What the operator decided, read once at start. A new policy is a rollout.
+/// The operator's policy, read once at startup. Restart the webhook to apply a change.
 #[derive(Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 #[schemars(rename = "Policy")]
 pub struct PolicyFile {
-    /// The label whose value names a pod's workspace.
+    /// The label that holds a pod's workspace id.
     pub workspace_label: Name,
-    /// The label whose value names a pod's runtime, such as `claude-code`.
+    /// The label that holds a pod's runtime, such as `claude-code`.
     pub runtime_label: Name,
     /// What happens to a pod without the workspace label.
     pub unlabelled: Unlabelled,
@@ -31,9 +31,9 @@ pub struct PolicyFile {
     pub lookup: Lookup,
     /// Variables that a platform_managed container must not have, unless the proxy sets them.
     pub vendor_keys: BTreeSet<Name>,
-    /// What happens to vendor keys that an envFrom source of a platform_managed container could bring.
+    /// What happens to vendor keys that an envFrom source of a platform_managed container could set.
     pub env_from: EnvFromRule,
-    /// The metered proxy. Absent, platform_managed pods are refused.
+    /// The metered proxy. If absent, platform_managed pods are refused.
     pub proxy: Option<ProxySettings>,
 }
 
@@ -51,7 +51,7 @@ impl Default for PolicyFile {
     }
 }
 
-/// The contract's list.
+/// The contract's list of vendor keys.
 const VENDOR_KEYS: [&str; 23] = [
     "AI_GATEWAY_API_KEY",
     "ANTHROPIC_API_KEY",
@@ -78,7 +78,7 @@ const VENDOR_KEYS: [&str; 23] = [
     "ZAI_API_KEY",
 ];
 
-/// A name that cannot be blank: of a variable, a label, a Secret, a key in it.
+/// A name of a variable, label, Secret or key. It cannot be blank.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String")]
 pub struct Name(#[schemars(length(min = 1))] String);
@@ -88,7 +88,7 @@ impl Name {
         Self(name.to_owned())
     }
 
-    /// The name.
+    /// Returns the name.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -110,11 +110,11 @@ impl TryFrom<String> for Name {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Unlabelled {
-    /// It is no workspace pod, and stays as it is.
+    /// The pod belongs to no workspace and is not changed.
     Ignore,
-    /// It is treated as platform_managed, so leaving the label off is no way out.
+    /// The pod is treated as platform_managed, so omitting the label does not bypass the meter.
     PlatformManaged,
-    /// It is refused.
+    /// The pod is refused.
     Deny,
 }
 
@@ -125,14 +125,14 @@ pub struct Lookup {
     /// Returns one row whose first column is the mode; no row means that the workspace is unknown.
     #[serde(deserialize_with = "query")]
     pub query: String,
-    /// What the query's $1, $2, … stand for, in that order.
+    /// The values of the query's $1, $2, …, in that order.
     pub parameters: Vec<Parameter>,
-    /// Longest wait for one lookup, connecting included, such as `2s` or `500ms`; 30s at most. What the API server's
-    /// own time-out leaves may shorten it.
+    /// Timeout of one lookup including connecting, such as `2s` or `500ms`; at most 30s. The API server's timeout can
+    /// shorten it.
     #[serde(deserialize_with = "duration")]
     #[schemars(with = "String")]
     pub timeout: Duration,
-    /// What happens when the database fails.
+    /// What happens when the lookup fails.
     pub on_error: OnError,
 }
 
@@ -159,20 +159,20 @@ pub enum Parameter {
     Label {
         /// The label's key.
         label: Name,
-        /// How the database takes it.
+        /// The type of the value in the query.
         kind: ParameterType,
     },
     /// The pod's namespace, as text.
     Namespace,
 }
 
-/// How the database takes a label's value.
+/// The type of a label's value in the query.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ParameterType {
-    /// As a UUID; a value that is none is not looked up.
+    /// A UUID. A value that is not a UUID is not looked up.
     Uuid,
-    /// As text.
+    /// Text.
     Text,
 }
 
@@ -180,12 +180,12 @@ pub enum ParameterType {
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct RawParameter {
-    /// The label whose value is meant.
+    /// The label whose value is passed.
     label: Option<Name>,
-    /// How the database takes it.
+    /// The type of the value in the query.
     #[serde(rename = "type")]
     kind: Option<ParameterType>,
-    /// `namespace`, for the pod's namespace as text.
+    /// `namespace`: the pod's namespace, as text.
     field: Option<Field>,
 }
 
@@ -221,48 +221,48 @@ impl TryFrom<RawParameter> for Parameter {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OnError {
-    /// It is treated as platform_managed, with a warning.
+    /// The pod is treated as platform_managed, with a warning.
     PlatformManaged,
-    /// It is refused with status 503.
+    /// The pod is refused with status 503.
     Deny,
 }
 
-/// What happens to vendor keys that an envFrom source could bring.
+/// What happens to vendor keys that an envFrom source could set.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EnvFromRule {
-    /// An empty-valued entry hides each of them.
+    /// Each key is hidden by an entry with an empty value.
     Mask,
     /// The pod is refused.
     Deny,
-    /// They may come.
+    /// The keys are allowed.
     Ignore,
 }
 
-/// The metered proxy. Values are trimmed, and a blank one counts as absent.
+/// The metered proxy. Values are trimmed; a blank value counts as absent.
 #[derive(Clone, PartialEq, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 #[schemars(rename = "Proxy")]
 pub struct ProxySettings {
-    /// Base URL for clients that speak OpenAI's API. Without it there is no proxy.
+    /// Base URL for clients of OpenAI's API. If absent, platform_managed pods are refused.
     #[serde(deserialize_with = "trimmed")]
     pub base_url: Option<String>,
-    /// Base URL for clients that speak Anthropic's API.
+    /// Base URL for clients of Anthropic's API.
     #[serde(deserialize_with = "trimmed")]
     pub anthropic_base_url: Option<String>,
-    /// Where a workspace reports or reads its usage.
+    /// URL at which a workspace reports or reads its usage.
     #[serde(deserialize_with = "trimmed")]
     pub usage_url: Option<String>,
-    /// What the proxy knows the platform's workspaces by. Without it there is no proxy.
+    /// Token that authenticates workspaces to the proxy. If absent, platform_managed pods are refused.
     #[serde(deserialize_with = "not_blank")]
     pub usage_token: Option<UsageToken>,
-    /// Env entries to set besides; one here wins over the contract's of the same name.
+    /// Additional env entries. An entry overrides the contract's variable of the same name.
     pub extra_env: Vec<ExtraEnv>,
-    /// Names of containers that get the mode and lose vendor keys, but get no proxy variables.
+    /// Names of containers that get no proxy variables. Their mode is set and their vendor keys are removed.
     pub exclude_containers: BTreeSet<String>,
 }
 
-/// The usage token: a reference, or a literal, which whoever may read pods or reaches the webhook can read.
+/// The usage token: a reference, or a literal visible to any client that can read pods or reach the webhook.
 #[derive(Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(from = "RawUsageToken")]
 #[schemars(with = "RawUsageToken")]
@@ -277,17 +277,17 @@ pub enum UsageToken {
 #[derive(Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 enum RawUsageToken {
-    /// A key of a Secret in each workspace's own namespace. Where it is missing, no container starts.
+    /// A key of a Secret in each workspace's own namespace. Containers do not start if it is missing.
     SecretKeyRef(SecretKey),
-    /// The token itself, which whoever may read pods or reaches the webhook can read.
+    /// The token itself, visible to any client that can read pods or reach the webhook.
     Value(String),
 }
 
-/// A key of a Secret that must be there.
+/// A key of a Secret that must exist.
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct SecretKey {
-    /// The Secret.
+    /// The Secret's name.
     name: Name,
     /// The key in it.
     key: Name,
@@ -308,21 +308,21 @@ impl From<RawUsageToken> for UsageToken {
     }
 }
 
-/// An env entry that the operator wants set on platform_managed containers.
+/// An additional env entry for platform_managed containers.
 #[derive(Clone, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct ExtraEnv {
-    /// The variable.
+    /// The variable's name.
     pub name: Name,
-    /// Its literal value; `{workspace_id}` in it is filled in.
+    /// The literal value. `{workspace_id}` in it is replaced with the workspace id.
     pub value: Option<String>,
-    /// Where its value comes from instead.
+    /// The source of the value, instead of a literal.
     pub value_from: Option<EnvSource>,
-    /// The runtimes that get it, compared without regard to case and surrounding space; all where absent.
+    /// The runtimes that get the entry, ignoring case and surrounding space. If absent, all runtimes get it.
     pub runtimes: Option<Vec<String>>,
 }
 
-/// Where an env entry's value comes from, as in a pod.
+/// The source of an env entry's value, as in a pod.
 #[derive(Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum EnvSource {
@@ -340,11 +340,11 @@ pub enum EnvSource {
 #[derive(Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OptionalKey {
-    /// The object.
+    /// The object's name.
     pub name: Name,
     /// The key in it.
     pub key: Name,
-    /// Whether the container starts without it.
+    /// Whether the container starts if the key is missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub optional: Option<bool>,
 }
@@ -353,9 +353,9 @@ pub struct OptionalKey {
 #[derive(Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct FieldSource {
-    /// Such as `metadata.name`.
+    /// The field's path, such as `metadata.name`.
     pub field_path: Name,
-    /// `v1` where absent.
+    /// The path's API version; `v1` if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub api_version: Option<Name>,
 }
@@ -364,12 +364,12 @@ pub struct FieldSource {
 #[derive(Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct ResourceSource {
-    /// Such as `limits.memory`.
+    /// The resource, such as `limits.memory`.
     pub resource: Name,
-    /// The entry's own container where absent.
+    /// The container's name; the entry's own container if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub container_name: Option<Name>,
-    /// A quantity in its canonical form; `"0"` where absent.
+    /// A quantity in canonical form; `"0"` if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub divisor: Option<Name>,
 }
@@ -378,10 +378,10 @@ impl PolicyFile {
     /// Reads a policy file.
     ///
     /// # Errors
-    /// With line and column if the text is no YAML or a field is unknown, missing or of the wrong shape;
-    /// with the field's path if fields contradict each other. No error repeats a value.
+    /// Returns line and column if the text is not YAML or a field is unknown, missing or of the wrong shape.
+    /// Returns the field's path if fields contradict each other. No error repeats a value.
     pub fn parse(text: &str) -> Result<Self, PolicyError> {
-        // An empty file, or one of comments alone, is the default policy.
+        // A file that is empty or has only comments is the default policy.
         let policy: Option<Self> =
             serde_saphyr::from_str(text).map_err(|error| PolicyError::from_yaml(&error))?;
         let policy = policy.unwrap_or_default();
@@ -389,13 +389,13 @@ impl PolicyFile {
         Ok(policy)
     }
 
-    /// The JSON schema of the policy file, for editors and for the chart.
+    /// Returns the JSON schema of the policy file, for editors and the chart.
     #[must_use]
     pub fn schema() -> serde_json::Value {
         schemars::schema_for!(Self).into()
     }
 
-    /// What an operator should know before a rollout, though nothing is wrong enough to refuse.
+    /// Returns warnings about a valid policy, for the operator before a rollout.
     #[must_use]
     pub fn warnings(&self) -> Vec<&'static str> {
         let mut warnings = Vec::new();
@@ -410,7 +410,7 @@ impl PolicyFile {
         match &proxy.usage_token {
             Some(UsageToken::Reference(_)) => {}
             Some(UsageToken::Literal(_)) => warnings.push(
-                "proxy.usageToken is a literal: whoever may read pods or the API server's audit log, or reaches the webhook, can read it; \
+                "proxy.usageToken is a literal: any client that can read pods or the API server's audit log, or reach the webhook, can read it; \
                  use secretKeyRef",
             ),
             None => {
@@ -420,7 +420,7 @@ impl PolicyFile {
         warnings
     }
 
-    /// Whether the usage token itself is in the policy.
+    /// Reports whether the policy contains the usage token itself.
     #[must_use]
     pub fn has_literal_token(&self) -> bool {
         let proxy = self.proxy.as_ref();
@@ -440,7 +440,7 @@ impl PolicyFile {
             if [MODE_VARIABLE, RESOLVED_VARIABLE].contains(&extra.name.as_str()) {
                 return contradiction(
                     field,
-                    "is set to the resolved mode on every container; leave it out",
+                    "sets a variable that the webhook sets on every container; remove the entry",
                 );
             }
             if extra.value.is_some() && extra.value_from.is_some() {
@@ -468,7 +468,7 @@ impl PolicyFile {
 }
 
 impl ExtraEnv {
-    /// Whether a pod of this runtime gets the entry.
+    /// Reports whether pods of this runtime get the entry.
     #[must_use]
     pub(super) fn is_for(&self, runtime: &str) -> bool {
         let same = |name: &String| name.trim().eq_ignore_ascii_case(runtime.trim());
@@ -508,7 +508,7 @@ fn query<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D:
     Ok(query)
 }
 
-/// No API server waits longer.
+/// The API server's own maximum for a webhook call.
 const MAX_TIMEOUT: Duration = Duration::from_secs(30);
 
 fn duration<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
@@ -516,37 +516,37 @@ fn duration<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Duratio
     match humantime::parse_duration(&text) {
         Ok(duration) if !duration.is_zero() && duration <= MAX_TIMEOUT => Ok(duration),
         _ => Err(serde::de::Error::custom(
-            "expected a duration above zero and of 30s at most, such as 2s or 500ms",
+            "expected a duration above zero and at most 30s, such as 2s or 500ms",
         )),
     }
 }
 
-/// Why a policy file cannot be used.
+/// A reason to reject a policy file.
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum PolicyError {
-    /// The text does not fit the policy's fields.
+    /// The text does not match the policy's fields.
     #[error("line {line}, column {column}: {problem}")]
     Syntax {
-        /// From 1; 0 where the reader of YAML does not know.
+        /// From 1; 0 if the YAML parser reports no line.
         line: u64,
         /// From 1.
         column: u64,
-        /// What is wrong there, without the value.
+        /// The problem, without the value.
         problem: String,
     },
-    /// Each field fits, but they contradict each other.
+    /// Each field is valid, but the fields contradict each other.
     #[error("{field} {problem}")]
     Contradiction {
-        /// Path of the field.
+        /// The field's path.
         field: String,
-        /// What is wrong, and the remedy.
+        /// The problem and the remedy.
         problem: &'static str,
     },
 }
 
 impl PolicyError {
-    /// Keeps what the reader of YAML says of names and shapes, and drops what it says of values: a token
-    /// may stand where something else was expected, or on a line beside it.
+    /// Keeps what the YAML parser reports about names and shapes, and drops what it reports about values. A token may
+    /// be in the wrong field or on a neighboring line.
     fn from_yaml(error: &YamlError) -> Self {
         let error = error.without_snippet();
         let problem = match error {
@@ -564,7 +564,7 @@ impl PolicyError {
             }
             YamlError::Unexpected { expected, .. } => format!("expected {expected}"),
             YamlError::Message { msg, .. } => msg.clone(),
-            YamlError::DuplicateMappingKey { .. } => "this key occurs twice".to_owned(),
+            YamlError::DuplicateMappingKey { .. } => "duplicate key".to_owned(),
             YamlError::ExternalMessage { .. } => "this is not valid YAML".to_owned(),
             _ => "the value does not have the expected shape".to_owned(),
         };
@@ -584,10 +584,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_default_file_has_every_field_with_its_default() {
+    fn default_file_has_every_field_with_its_default() {
         assert!(PolicyFile::parse(DEFAULT_POLICY).unwrap() == PolicyFile::default());
         assert!(PolicyFile::parse("").unwrap() == PolicyFile::default());
-        assert!(PolicyFile::parse("# nothing but a remark\n").unwrap() == PolicyFile::default());
+        assert!(PolicyFile::parse("# only a comment\n").unwrap() == PolicyFile::default());
         let schema = PolicyFile::schema();
         for field in schema["properties"].as_object().unwrap().keys() {
             assert!(DEFAULT_POLICY.contains(&format!("{field}:")), "{field}");
@@ -597,7 +597,7 @@ mod tests {
     }
 
     #[test]
-    fn the_commented_proxy_of_the_default_file_is_valid() {
+    fn default_files_commented_proxy_is_valid() {
         let lines: Vec<String> = DEFAULT_POLICY
             .lines()
             .skip_while(|line| !line.starts_with("# proxy:"))
@@ -614,7 +614,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mistake_is_named_with_its_line_and_never_with_its_value() {
+    fn syntax_error_names_the_line_without_the_value() {
         let table = [
             (
                 "vendorKey: []",
@@ -634,17 +634,17 @@ mod tests {
             (
                 "lookup:\n  timeout: sk-secret",
                 2,
-                "expected a duration above zero and of 30s at most, such as 2s or 500ms",
+                "expected a duration above zero and at most 30s, such as 2s or 500ms",
             ),
             (
                 "lookup:\n  timeout: 30s 1ms",
                 2,
-                "expected a duration above zero and of 30s at most, such as 2s or 500ms",
+                "expected a duration above zero and at most 30s, such as 2s or 500ms",
             ),
             (
                 "lookup:\n  timeout: 0s",
                 2,
-                "expected a duration above zero and of 30s at most, such as 2s or 500ms",
+                "expected a duration above zero and at most 30s, such as 2s or 500ms",
             ),
             ("lookup:\n  query: ' '", 2, "the query must not be empty"),
             (
@@ -698,7 +698,7 @@ mod tests {
                 "a name must not be empty and must have neither white space nor \"=\"",
             ),
             ("vendorKeys: sk-secret", 1, "expected sequence start"),
-            ("envFrom: mask\nenvFrom: deny", 2, "this key occurs twice"),
+            ("envFrom: mask\nenvFrom: deny", 2, "duplicate key"),
             (
                 "proxy:\n  usageToken: {value: sk-secret\n",
                 2,
@@ -716,15 +716,15 @@ mod tests {
     }
 
     #[test]
-    fn fields_that_contradict_each_other_are_named_by_path() {
+    fn contradiction_names_the_fields_path() {
         let table = [
             (
                 "[{name: MOLECULE_LLM_BILLING_MODE, value: byok}]",
-                "proxy.extraEnv[0] is set to the resolved mode",
+                "proxy.extraEnv[0] sets a variable that the webhook",
             ),
             (
                 "[{name: MOLECULE_LLM_BILLING_MODE_RESOLVED}]",
-                "proxy.extraEnv[0] is set to the resolved mode",
+                "proxy.extraEnv[0] sets a variable that the webhook",
             ),
             (
                 "[{name: A}, {name: B, value: b, valueFrom: {fieldRef: {fieldPath: x}}}]",
@@ -766,7 +766,7 @@ mod tests {
     }
 
     #[test]
-    fn an_operator_is_warned_of_a_proxy_that_is_none_and_of_a_literal_token() {
+    fn warnings_cover_incomplete_proxy_and_literal_token() {
         let warnings = |text: &str| {
             let warnings = PolicyFile::parse(text).unwrap().warnings();
             warnings

@@ -1,5 +1,5 @@
-//! The contract's table of proxy variables, and the operator's extraEnv: policy and workspace → the
-//! variables that a platform_managed container must have. Which containers get them is plan.rs's business.
+//! The proxy variables of a platform_managed container: the contract's table, then the operator's extraEnv. plan.rs
+//! decides which containers get them.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -7,17 +7,17 @@ use std::collections::BTreeSet;
 use super::env::{Value, Variable};
 use super::policy_file::{ExtraEnv, ProxySettings, UsageToken};
 
-/// The runtime that speaks Anthropic's API; every other is taken to speak OpenAI's.
+/// The runtime that uses Anthropic's API. All others are assumed to use OpenAI's.
 const CLAUDE_CODE: &str = "claude-code";
-/// What stands for the workspace's id in the values of extraEnv.
-const WORKSPACE_ID: &str = "{workspace_id}";
+/// The placeholder for the workspace id in extraEnv values.
+const WORKSPACE_ID_PLACEHOLDER: &str = "{workspace_id}";
 
-/// The metered proxy, its variables rendered at the start.
+/// The metered proxy, with its variables rendered at startup.
 #[derive(Clone, PartialEq)]
 pub struct Proxy {
     /// The contract's variables; `None` if the base URL or the usage token is absent.
     contract: Option<Contract>,
-    /// Those of extraEnv, in its order.
+    /// The variables of extraEnv, in order.
     extra: Vec<(ExtraEnv, Variable)>,
     /// Names of containers that get no proxy variables.
     pub(super) exclude_containers: BTreeSet<String>,
@@ -25,8 +25,8 @@ pub struct Proxy {
 
 #[derive(Clone, PartialEq)]
 struct Contract {
-    of_claude_code: Vec<Variable>,
-    of_others: Vec<Variable>,
+    claude_code: Vec<Variable>,
+    others: Vec<Variable>,
 }
 
 impl From<ProxySettings> for Proxy {
@@ -53,58 +53,59 @@ impl Contract {
         let literal = |text: &String| Value::Literal(text.clone());
         let base_url = literal(settings.base_url.as_ref()?);
         let token = match settings.usage_token.as_ref()? {
-            // The kubelet takes `$$` for a dollar, and `$(NAME)` for a reference.
+            // The kubelet reads `$$` as a dollar and `$(NAME)` as a reference.
             UsageToken::Literal(token) => Value::Literal(token.replace('$', "$$")),
             UsageToken::Reference(source) => Value::Source(source.clone()),
         };
         let anthropic_base_url = settings.anthropic_base_url.as_ref().map(literal);
         let usage_url = settings.usage_url.as_ref().map(literal);
 
-        let mut of_all = vec![
+        let mut common = vec![
             Variable::new("MOLECULE_LLM_BASE_URL", base_url.clone()),
             Variable::new("MOLECULE_LLM_USAGE_TOKEN", token.clone()),
         ];
         if let Some(url) = &anthropic_base_url {
-            of_all.push(Variable::new(
+            common.push(Variable::new(
                 "MOLECULE_LLM_ANTHROPIC_BASE_URL",
                 url.clone(),
             ));
         }
         if let Some(url) = usage_url {
-            of_all.push(Variable::new("MOLECULE_LLM_USAGE_URL", url));
+            common.push(Variable::new("MOLECULE_LLM_USAGE_URL", url));
         }
-        let (mut of_claude_code, mut of_others) = (of_all.clone(), of_all);
-        of_others.push(Variable::new("OPENAI_API_KEY", token.clone()));
-        of_others.push(Variable::new("OPENAI_BASE_URL", base_url));
+        let (mut claude_code, mut others) = (common.clone(), common);
+        others.push(Variable::new("OPENAI_API_KEY", token.clone()));
+        others.push(Variable::new("OPENAI_BASE_URL", base_url));
         if let Some(url) = anthropic_base_url {
-            of_claude_code.push(Variable::new("ANTHROPIC_API_KEY", token));
-            of_claude_code.push(Variable::new("ANTHROPIC_BASE_URL", url));
+            claude_code.push(Variable::new("ANTHROPIC_API_KEY", token));
+            claude_code.push(Variable::new("ANTHROPIC_BASE_URL", url));
         }
         Some(Self {
-            of_claude_code,
-            of_others,
+            claude_code,
+            others,
         })
     }
 }
 
 impl Proxy {
-    /// The proxy variables of a container of this runtime, the contract's first, then extraEnv.
-    /// `None` if the proxy lacks its base URL or its usage token, and so is none.
+    /// Returns the proxy variables for a runtime: the contract's first, then extraEnv. Returns `None` if the base URL
+    /// or the usage token is absent.
     #[must_use]
     pub fn variables(&self, runtime: &str, workspace_id: &str) -> Option<Vec<Cow<'_, Variable>>> {
         let contract = self.contract.as_ref()?;
         let contract = if runtime.trim().eq_ignore_ascii_case(CLAUDE_CODE) {
-            &contract.of_claude_code
+            &contract.claude_code
         } else {
-            &contract.of_others
+            &contract.others
         };
         let mut variables: Vec<_> = contract.iter().map(Cow::Borrowed).collect();
         let extra = self.extra.iter();
         for (extra, variable) in extra.filter(|(extra, _)| extra.is_for(runtime)) {
             variables.retain(|other| other.name() != variable.name());
             variables.push(match (&extra.value_from, &extra.value) {
-                (None, Some(text)) if text.contains(WORKSPACE_ID) => {
-                    let value = Value::Literal(text.replace(WORKSPACE_ID, workspace_id));
+                (None, Some(text)) if text.contains(WORKSPACE_ID_PLACEHOLDER) => {
+                    let value =
+                        Value::Literal(text.replace(WORKSPACE_ID_PLACEHOLDER, workspace_id));
                     Cow::Owned(Variable::new(variable.name(), value))
                 }
                 _ => Cow::Borrowed(variable),
@@ -118,7 +119,7 @@ impl Proxy {
 mod tests {
     use crate::core::policy::Policy;
 
-    fn shown(proxy: &str, runtime: &str) -> Option<String> {
+    fn render(proxy: &str, runtime: &str) -> Option<String> {
         let proxy = Policy::parse(&format!("proxy: {proxy}"))
             .unwrap()
             .proxy
@@ -129,21 +130,21 @@ mod tests {
     }
 
     #[test]
-    fn values_are_trimmed_and_a_blank_one_counts_as_absent() {
-        assert_eq!(shown("{baseUrl: ' ', usageToken: {value: t}}", ""), None);
-        assert_eq!(shown("{baseUrl: u}", ""), None);
-        assert_eq!(shown("{baseUrl: u, usageToken: {value: ' '}}", ""), None);
+    fn values_are_trimmed_and_blank_means_absent() {
+        assert_eq!(render("{baseUrl: ' ', usageToken: {value: t}}", ""), None);
+        assert_eq!(render("{baseUrl: u}", ""), None);
+        assert_eq!(render("{baseUrl: u, usageToken: {value: ' '}}", ""), None);
         assert_eq!(
-            shown("{baseUrl: ' u ', anthropicBaseUrl: ' ', usageUrl: '', usageToken: {value: ' t\n'}}", "claude-code").unwrap(),
+            render("{baseUrl: ' u ', anthropicBaseUrl: ' ', usageUrl: '', usageToken: {value: ' t\n'}}", "claude-code").unwrap(),
             r#"[{"name":"MOLECULE_LLM_BASE_URL","value":"u"},{"name":"MOLECULE_LLM_USAGE_TOKEN","value":"t"}]"#
         );
     }
 
     #[test]
-    fn a_literal_token_reaches_the_container_as_it_is() {
+    fn literal_token_is_escaped_against_kubelet_expansion() {
         let token = "{value: 'a$b$$c$(HOME)'}";
         assert_eq!(
-            shown(&format!("{{baseUrl: u, usageToken: {token}}}"), "").unwrap(),
+            render(&format!("{{baseUrl: u, usageToken: {token}}}"), "").unwrap(),
             concat!(
                 r#"[{"name":"MOLECULE_LLM_BASE_URL","value":"u"},"#,
                 r#"{"name":"MOLECULE_LLM_USAGE_TOKEN","value":"a$$b$$$$c$$(HOME)"},"#,
@@ -154,10 +155,12 @@ mod tests {
     }
 
     #[test]
-    fn the_runtime_is_compared_whole_without_case_and_surrounding_space() {
+    fn runtime_comparison_ignores_case_and_surrounding_space() {
         let is_claude_code = |runtime| {
             let proxy = "{baseUrl: u, anthropicBaseUrl: a, usageToken: {value: t}}";
-            shown(proxy, runtime).unwrap().contains("ANTHROPIC_API_KEY")
+            render(proxy, runtime)
+                .unwrap()
+                .contains("ANTHROPIC_API_KEY")
         };
         for runtime in ["claude-code", "CLAUDE-CODE", " Claude-Code\t"] {
             assert!(is_claude_code(runtime), "{runtime}");
@@ -174,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn extra_env_is_set_besides_for_its_runtimes_and_wins_over_the_table() {
+    fn extra_env_overrides_contract_for_its_runtimes() {
         let proxy = "
             baseUrl: u
             usageToken: {secretKeyRef: {name: s, key: k}}
@@ -185,7 +188,7 @@ mod tests {
             - {name: FLAG}";
         let indented = format!("\n{proxy}");
         assert_eq!(
-            shown(&indented, "hermes").unwrap(),
+            render(&indented, "hermes").unwrap(),
             concat!(
                 r#"[{"name":"MOLECULE_LLM_BASE_URL","value":"u"},"#,
                 r#"{"name":"MOLECULE_LLM_USAGE_TOKEN","valueFrom":{"secretKeyRef":{"name":"s","key":"k"}}},"#,
@@ -196,6 +199,6 @@ mod tests {
                 r#"{"name":"FLAG","value":""}]"#
             )
         );
-        assert!(!shown(&indented, "codex").unwrap().contains("HEADERS"));
+        assert!(!render(&indented, "codex").unwrap().contains("HEADERS"));
     }
 }

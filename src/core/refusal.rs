@@ -1,26 +1,26 @@
-//! Why a pod is refused. Every message starts with a stable code and ends with the remedy; none carries
-//! a value of an env entry. Bodies that are no admission review at all are admission.rs's business.
+//! The reasons to refuse a pod. Every message starts with a stable code and ends with the remedy; none contains the
+//! value of an env entry. Errors about bodies that are not admission reviews are in admission.rs.
 
 use thiserror::Error;
 
-/// A refusal of one pod, as the person who created it reads it.
+/// A refusal of one pod; its message is for the person who created the pod.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Refusal {
-    /// The mode needs a proxy and the policy has none that is complete.
+    /// The mode needs a proxy, and the policy's proxy is absent or incomplete.
     #[error(
         "MISSING_PLATFORM_PROXY: the workspace is platform_managed and no LLM proxy is configured; \
          set proxy.baseUrl and proxy.usageToken in the webhook's policy, or the workspace's mode to byok or disabled"
     )]
     MissingPlatformProxy,
-    /// An envFrom source could bring vendor keys and the policy says `envFrom: deny`.
+    /// An envFrom source could set vendor keys and the policy says `envFrom: deny`.
     #[error(
-        "ENV_FROM_VENDOR_KEY: envFrom of container {container:?} can bring {keys} to a platform_managed workspace; \
-         name the variables that you need under env, or give the source a prefix that no vendor key starts with"
+        "ENV_FROM_VENDOR_KEY: envFrom of container {container:?} can set {keys} in a platform_managed workspace; \
+         list the variables that you need under env, or give the source a prefix that no vendor key starts with"
     )]
     EnvFromVendorKey {
         /// The container's name.
         container: String,
-        /// What could come, by name; shortened where there are many.
+        /// The vendor keys' names; shortened if there are many.
         keys: String,
     },
     /// The pod has no workspace label and the policy says `unlabelled: deny`.
@@ -31,18 +31,18 @@ pub enum Refusal {
         /// The label's key, from the policy.
         label: String,
     },
-    /// The database failed, and the policy says `lookup.onError: deny`, or the guard cannot tell whether a pod is settled.
+    /// The lookup failed, and the policy says `lookup.onError: deny` or the validating webhook needs the mode.
     #[error(
-        "LOOKUP_FAILED: the workspace's billing mode could not be looked up; try again, and if it stays, ask the platform's operators"
+        "LOOKUP_FAILED: the workspace's billing mode could not be looked up; try again; if it keeps failing, contact the platform's operators"
     )]
     LookupFailed,
-    /// The guard saw a pod whose env is not what the webhook would make it.
+    /// The validating webhook found an env that does not match the billing mode.
     #[error(
-        "ENV_NOT_SETTLED: {findings}; remove what adds or changes these variables after the llm-billing-webhook \
-         (another mutating webhook, perhaps), then create the pod again"
+        "ENV_NOT_SETTLED: {findings}; another mutating webhook probably changes these variables after the \
+         llm-billing-webhook; stop it from doing so, then create the pod again"
     )]
     NotSettled {
-        /// Containers and variables by name.
+        /// The names of containers and variables.
         findings: String,
     },
     /// The request's operation needs an object and has none.
@@ -53,13 +53,13 @@ pub enum Refusal {
         "UNREADABLE_REQUEST: {place} is missing or has the wrong type; correct it and send the pod again"
     )]
     Unreadable {
-        /// Path of the part, such as `object.spec.containers[0].env[2].value`.
+        /// The part's path, such as `object.spec.containers[0].env[2].value`.
         place: String,
     },
 }
 
 impl Refusal {
-    /// The stable code with which the message starts.
+    /// Returns the stable code at the start of the message.
     #[must_use]
     pub const fn code(&self) -> &'static str {
         match self {
@@ -73,7 +73,7 @@ impl Refusal {
         }
     }
 
-    /// The HTTP status that the API server hands on in its answer to the user.
+    /// Returns the HTTP status that the API server passes on to the user.
     #[must_use]
     pub const fn status(&self) -> u16 {
         match self {
@@ -86,7 +86,7 @@ impl Refusal {
         }
     }
 
-    /// The Kubernetes name of [`Self::status`].
+    /// Returns the Kubernetes name of [`Self::status`].
     #[must_use]
     pub(super) const fn status_reason(&self) -> &'static str {
         match self.status() {

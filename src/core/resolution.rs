@@ -1,24 +1,24 @@
-//! Billing modes and the contract's resolution table: lookup outcome → mode, source and reason.
-//! Which workspace is looked up is identity.rs's business, and what a mode does to a pod is plan.rs's.
+//! Billing modes and the contract's resolution table: lookup outcome → mode, source and reason. The workspace is
+//! identified in identity.rs; a mode is applied to a pod in plan.rs.
 
 use std::fmt;
 
 use serde::Serialize;
 
-/// The variable that says which mode a container runs under.
+/// The variable that holds a container's billing mode.
 pub const MODE_VARIABLE: &str = "MOLECULE_LLM_BILLING_MODE";
-/// Its twin, for readers that tell the wished mode from the resolved one.
+/// Holds the same value, for programs that distinguish the requested mode from the resolved one.
 pub const RESOLVED_VARIABLE: &str = "MOLECULE_LLM_BILLING_MODE_RESOLVED";
 
-/// Who pays for a workspace's LLM calls. The contract knows these three modes and no other.
+/// Who pays for a workspace's LLM calls. The contract has only these three modes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BillingMode {
-    /// Calls go through the platform's metered proxy; vendor keys go.
+    /// Calls go through the platform's metered proxy; vendor keys are removed.
     PlatformManaged,
-    /// The workspace pays its vendor with its own keys, which stay.
+    /// The workspace pays its vendor; its keys are not removed.
     Byok,
-    /// The platform pays for no LLM here; nothing but the mode is set.
+    /// The platform pays for no LLM; only the mode is set.
     Disabled,
 }
 
@@ -26,13 +26,13 @@ impl BillingMode {
     /// Every mode, in the contract's order.
     pub const ALL: [Self; 3] = [Self::PlatformManaged, Self::Byok, Self::Disabled];
 
-    /// The mode that a stored value names. Exact match only: another case, a space or a hyphen is unknown.
+    /// Returns the mode with exactly this name; another case, a space or a hyphen makes it unknown.
     #[must_use]
     pub fn from_column(stored: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|mode| mode.as_str() == stored)
     }
 
-    /// The mode as it is stored in the database and written into env.
+    /// Returns the name in the database and in env.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -52,11 +52,11 @@ impl fmt::Display for BillingMode {
 /// What the database returned for a workspace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LookupOutcome {
-    /// The workspace has a row; `None` is NULL, which means that nobody chose a mode.
+    /// The workspace's row; `None` is NULL: no mode was chosen.
     Row(Option<String>),
-    /// No row has this workspace.
+    /// The workspace has no row.
     NoRow,
-    /// The database did not answer, or not in time.
+    /// The lookup failed or timed out.
     Failed,
 }
 
@@ -66,12 +66,12 @@ pub enum LookupOutcome {
 pub enum Source {
     /// The workspace's row names one of the three modes.
     WorkspaceOverride,
-    /// Anything else: `platform_managed`.
+    /// No row names a mode: `platform_managed`.
     ConstantFallback,
 }
 
 impl Source {
-    /// The source as annotations, logs and metrics spell it.
+    /// Returns the name in annotations, logs and metrics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -81,7 +81,7 @@ impl Source {
     }
 }
 
-/// Which row of the contract's resolution table applied.
+/// The row of the contract's resolution table that applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
@@ -89,20 +89,20 @@ pub enum Reason {
     Override,
     /// The row's mode is NULL.
     NoOverride,
-    /// There is no row.
+    /// The workspace has no row.
     WorkspaceNotFound,
-    /// The row's mode is some other string.
+    /// The row's mode is another string.
     UnknownMode,
-    /// The workspace id is no UUID, so no lookup was made.
+    /// The workspace id, or another UUID parameter, is not a UUID (no lookup).
     InvalidWorkspaceId,
-    /// The workspace id is empty or absent, so no lookup was made.
+    /// The workspace id, or another label parameter, is empty or absent (no lookup).
     MissingWorkspaceId,
-    /// The database failed.
+    /// The database lookup failed.
     LookupError,
 }
 
 impl Reason {
-    /// The reason as audit annotations, logs and metrics spell it.
+    /// Returns the name in audit annotations, logs and metrics.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -117,19 +117,19 @@ impl Reason {
     }
 }
 
-/// The resolver's answer for one workspace.
+/// The mode of one workspace, with its source and reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Resolution {
-    /// The mode that the env must say.
+    /// The mode that the env must match.
     pub mode: BillingMode,
     /// Where the mode comes from.
     pub source: Source,
-    /// Which rule gave it.
+    /// The rule that gave the mode.
     pub reason: Reason,
 }
 
 impl Resolution {
-    /// A mode that somebody chose for the workspace.
+    /// Returns the resolution for a mode that the workspace's row names.
     #[must_use]
     pub const fn chosen(mode: BillingMode) -> Self {
         Self {
@@ -139,7 +139,7 @@ impl Resolution {
         }
     }
 
-    /// The constant fallback: no failure ever moves a workspace off `platform_managed`.
+    /// Returns the fallback: if the mode cannot be resolved, the pod gets `platform_managed`.
     #[must_use]
     pub const fn fallback(reason: Reason) -> Self {
         Self {
@@ -167,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stored_value_resolves_as_the_table_says() {
+    fn lookup_outcome_resolves_as_the_contract_says() {
         let row = |mode: &str| LookupOutcome::Row(Some(mode.to_owned()));
         let table = [
             (
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn every_name_is_spelt_alike_in_text_and_in_json() {
+    fn names_are_the_same_in_text_and_json() {
         let json = |value: serde_json::Value| value.as_str().unwrap().to_owned();
         for mode in BillingMode::ALL {
             assert_eq!(json(serde_json::to_value(mode).unwrap()), mode.as_str());

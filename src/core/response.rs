@@ -1,5 +1,5 @@
-//! The response to an admission review: a [`Decision`] as JSON. The decision is decision.rs's business, and its patch
-//! is patch.rs's.
+//! Writes a [`Decision`] as the JSON response to an admission review. The decision is made in decision.rs; its patch is
+//! written in patch.rs.
 
 use base64_simd::STANDARD;
 
@@ -7,18 +7,18 @@ use super::admission::{API_VERSION, KIND};
 use super::decision::Decision;
 use super::json::{Object, list, object, text};
 use super::patch::{Patch, patch};
-use super::warning::answered;
+use super::warning::within_limits;
 
-/// Room for a response without its patch.
+/// The capacity for a response without its patch.
 const BYTES_WITHOUT_PATCH: usize = 512;
-/// Kubernetes allows a label 63 bytes, but what arrives has not been validated yet.
+/// Kubernetes limits a label value to 63 bytes, but the request has not been validated yet.
 const MAX_WORKSPACE_BYTES: usize = 63;
 
-/// A response as it is sent.
+/// A response to send.
 pub struct Response {
     /// The admission review, as JSON.
     pub json: String,
-    /// The operations of its patch.
+    /// The number of operations in its patch.
     pub patch_operations: usize,
 }
 
@@ -57,7 +57,7 @@ fn write(response: &mut Object<'_>, uid: &str, decision: &Decision<'_>, patch: O
             status.text("message", &refusal.to_string());
         });
     }
-    let warnings = answered(decision.warnings());
+    let warnings = within_limits(decision.warnings());
     if !warnings.is_empty() {
         list(response.member("warnings"), &warnings, |out, warning| {
             text(out, warning);
@@ -73,7 +73,7 @@ fn write(response: &mut Object<'_>, uid: &str, decision: &Decision<'_>, patch: O
     }
     if let Some(patch) = patch {
         response.text("patchType", "JSONPatch");
-        // Base64 has nothing to escape.
+        // Base64 needs no escapes.
         let out = response.member("patch");
         out.push('"');
         STANDARD.encode_append(&patch.json, out);
@@ -81,13 +81,13 @@ fn write(response: &mut Object<'_>, uid: &str, decision: &Decision<'_>, patch: O
     }
 }
 
-/// Returns the workspace id as it is recorded: in the API server's audit log, the webhook's log and traces.
+/// Returns the workspace id for the API server's audit log, the webhook's log and traces, cut to 63 bytes.
 #[must_use]
 pub fn recorded_workspace<'a>(decision: &Decision<'a>) -> &'a str {
     truncate(decision.workspace, MAX_WORKSPACE_BYTES)
 }
 
-/// Cuts a text to a length in bytes, between two characters.
+/// Truncates a text to at most `max_bytes` bytes, between two characters.
 #[must_use]
 pub fn truncate(text: &str, max_bytes: usize) -> &str {
     &text[..text.floor_char_boundary(max_bytes)]
@@ -111,7 +111,7 @@ mod tests {
     #[test]
     fn refusal_has_status_and_reason_and_no_patch() {
         let response = |refusal| -> Value {
-            let decision = Decision::without_plan(Outcome::Refused(refusal));
+            let decision = Decision::without_workspace(Outcome::Refused(refusal));
             serde_json::from_str(&Response::new("u", &decision).json).unwrap()
         };
         let status = |code: u16, reason: &str, refusal: &Refusal| {

@@ -1,12 +1,12 @@
-//! The vendor keys of a compiled policy: a set of names, each with the mask that hides it. Which names they are is
-//! policy_file.rs's business, and in which mode and container they count is plan.rs's.
+//! The vendor keys of a compiled policy: a set of names, each with its mask. policy_file.rs lists the names; plan.rs
+//! decides in which modes and containers they apply.
 
 use std::collections::BTreeSet;
 
 use super::env::Variable;
 use super::policy_file::Name;
 
-/// Names of variables, in order and each once, with their masks, rendered at the start.
+/// The names of the vendor keys, sorted and unique, each with its mask rendered at startup.
 #[derive(Clone, PartialEq)]
 pub struct VendorKeys(Vec<Variable>);
 
@@ -23,12 +23,12 @@ impl VendorKeys {
         )
     }
 
-    /// Reports whether the name is one of them.
+    /// Reports whether the name is a vendor key.
     pub(super) fn contains(&self, name: &str) -> bool {
         self.0.iter().any(|mask| mask.name() == name)
     }
 
-    /// Returns the mask of each.
+    /// Returns the mask of each vendor key.
     #[must_use]
     pub fn masks(&self) -> &[Variable] {
         &self.0

@@ -1,5 +1,5 @@
-//! What the person who creates a pod should know: which uses of a vendor key are lost, and what stays and could lead
-//! past the meter. How a container is planned is plan.rs's business.
+//! Warnings for the user who creates a pod: references to removed vendor keys, and variables that could bypass the
+//! meter. plan.rs plans the containers.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -8,26 +8,26 @@ use super::env::{Changes, Variable, references};
 use super::pod::Container;
 use super::vendor_keys::VendorKeys;
 
-/// The API server shows longer warnings shortened, in bytes.
+/// The API server truncates longer warnings, in bytes.
 const MAX_WARNING_BYTES: usize = 256;
-/// The API server drops all warnings past 4,096 bytes together.
+/// The API server drops warnings beyond 4,096 bytes in total.
 const MAX_WARNINGS: usize = 15;
 
 /// What a warning is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WarningKind {
-    /// The mode could not be looked up.
+    /// The lookup of the mode failed.
     LookupFailed,
-    /// A command, argument or entry refers to a key that goes.
+    /// A command, argument or env entry refers to a removed vendor key.
     KeyInUse,
-    /// An entry brings a vendor key under another name.
+    /// An env entry exposes a vendor key under another name.
     KeyUnderAnotherName,
-    /// A vendor's base URL stays.
+    /// A vendor's base URL is not removed.
     BaseUrl,
 }
 
 impl WarningKind {
-    /// The kind as metrics spell it.
+    /// Returns the kind as metrics spell it.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -42,14 +42,14 @@ impl WarningKind {
 /// One warning.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Warning {
-    /// What it is about.
+    /// What the warning is about.
     pub kind: WarningKind,
-    /// The sentence, by names and without any value.
+    /// The message: names only, no values.
     pub text: String,
 }
 
 impl Warning {
-    pub(super) fn of_failed_lookup() -> Self {
+    pub(super) fn lookup_failed() -> Self {
         Self {
             kind: WarningKind::LookupFailed,
             text: "the workspace's billing mode could not be looked up; the pod is treated as platform_managed".to_owned(),
@@ -57,59 +57,59 @@ impl Warning {
     }
 }
 
-/// Says what loses a vendor key that it refers to, and what stays and could lead past the meter.
-pub(super) fn of_container(
+/// Adds warnings about a container's references to removed vendor keys, and its variables that could bypass the meter.
+pub(super) fn warn_about_container(
     vendor_keys: &VendorKeys,
     container: &Container<'_>,
     required: &[Cow<'_, Variable>],
     changes: &Changes<'_>,
     warnings: &mut Vec<Warning>,
 ) {
-    let mut warn = |kind, what: String| {
-        let text = format!("container {:?}: {what}", container.name.as_str());
+    let mut warn = |kind, problem: String| {
+        let text = format!("container {:?}: {problem}", container.name.as_str());
         warnings.push(Warning { kind, text });
     };
     let entries = container.entries();
     let is_required = |name: &str| required.iter().any(|variable| variable.name() == name);
-    let comes = |name: &str| changes.add.iter().find(|variable| variable.name() == name);
-    // A key goes if its entry is removed, or if a new mask hides it; not if it comes with another value.
-    let key_goes = |name: &str| {
+    let added = |name: &str| changes.add.iter().find(|variable| variable.name() == name);
+    // A key is removed if its entry is removed or a new mask hides it, but not if it is added with another value.
+    let is_removed = |name: &str| {
         vendor_keys.contains(name)
-            && match comes(name) {
+            && match added(name) {
                 Some(variable) => variable.is_mask(),
                 None => {
                     !is_required(name) && entries.iter().any(|entry| entry.name.as_str() == name)
                 }
             }
     };
-    let mut warn_of_references = |place: &dyn Fn() -> String, text: &str| {
-        let keys: BTreeSet<&str> = references(text).filter(|name| key_goes(name)).collect();
+    let mut warn_about_references = |location: &dyn Fn() -> String, text: &str| {
+        let keys: BTreeSet<&str> = references(text).filter(|name| is_removed(name)).collect();
         for key in keys {
-            let what = format!(
-                "{} refers to $({key}), which platform_managed takes away",
-                place()
+            let problem = format!(
+                "{} refers to $({key}), which platform_managed removes",
+                location()
             );
-            warn(WarningKind::KeyInUse, what);
+            warn(WarningKind::KeyInUse, problem);
         }
     };
     for (field, texts) in [("command", &container.command), ("args", &container.args)] {
-        for (index, text) in texts.iter().flat_map(|texts| &texts.0) {
-            warn_of_references(&|| format!("{field}[{index}]"), text.as_str());
+        for (index, text) in texts.iter().flatten().enumerate() {
+            warn_about_references(&|| format!("{field}[{index}]"), text.as_str());
         }
     }
-    let staying = || {
+    let remaining = || {
         changes
             .others
             .iter()
             .filter_map(|&index| entries.get(index))
     };
-    for entry in staying() {
-        if let Some(value) = entry.value.as_ref().filter(|value| value.may_refer) {
-            let place = || format!("env {}", entry.name.as_str());
-            warn_of_references(&place, value.text.as_str());
+    for entry in remaining() {
+        if let Some(value) = &entry.value {
+            let location = || format!("env {}", entry.name.as_str());
+            warn_about_references(&location, value.as_str());
         }
     }
-    for entry in staying() {
+    for entry in remaining() {
         let name = entry.name.as_str();
         let from = entry.value_from.as_deref();
         let key = from.and_then(|from| {
@@ -121,19 +121,19 @@ pub(super) fn of_container(
             .map(|key| key.key.as_str())
             .filter(|key| vendor_keys.contains(key))
         {
-            let what = format!("env {name} brings vendor key {key} under another name, and stays");
-            warn(WarningKind::KeyUnderAnotherName, what);
+            let problem =
+                format!("env {name} exposes vendor key {key} under another name; not removed");
+            warn(WarningKind::KeyUnderAnotherName, problem);
         }
         if is_vendor_base_url(vendor_keys, name) {
-            let what =
-                format!("env {name} stays on platform_managed, and can lead calls past the meter");
-            warn(WarningKind::BaseUrl, what);
+            let problem = format!("env {name} can make calls bypass the meter; not removed");
+            warn(WarningKind::BaseUrl, problem);
         }
     }
 }
 
-/// Whether a variable tells a vendor's client where to call: `X_BASE_URL` or `X_API_BASE`, where
-/// `X_API_KEY` or `X_AUTH_TOKEN` is a vendor key.
+/// Reports whether a variable is a vendor's base URL: `X_BASE_URL` or `X_API_BASE`, where `X_API_KEY` or
+/// `X_AUTH_TOKEN` is a vendor key.
 fn is_vendor_base_url(vendor_keys: &VendorKeys, name: &str) -> bool {
     let vendor = name
         .strip_suffix("_BASE_URL")
@@ -145,9 +145,9 @@ fn is_vendor_base_url(vendor_keys: &VendorKeys, name: &str) -> bool {
     })
 }
 
-/// The warnings as they are answered, within what the API server hands on.
+/// Returns the warnings' texts, truncated to the API server's limits.
 #[must_use]
-pub fn answered(warnings: &[Warning]) -> Vec<String> {
+pub fn within_limits(warnings: &[Warning]) -> Vec<String> {
     let mut warnings: Vec<String> = warnings.iter().map(|one| one.text.clone()).collect();
     let more = warnings.len().saturating_sub(MAX_WARNINGS);
     if more > 0 {
@@ -185,7 +185,7 @@ mod tests {
         json!({"metadata": {"annotations": {}}, "spec": {"containers": [container]}}).to_string()
     }
 
-    /// The warnings of a platform_managed pod with this container.
+    /// Returns the warnings about a platform_managed pod with this container.
     fn warnings(policy: &Policy, container: &Value) -> Vec<String> {
         let pod = with_container(container);
         let pod = serde_json::from_str(&pod).unwrap();
@@ -198,11 +198,11 @@ mod tests {
         )
         .unwrap()
         .warnings;
-        answered(&warnings)
+        within_limits(&warnings)
     }
 
     #[test]
-    fn every_use_of_a_key_that_goes_is_warned_of_with_container_place_and_key() {
+    fn warning_names_each_reference_to_a_removed_key() {
         let container = json!({
             "name": "c",
             "command": ["sh", "$(XAI_API_KEY) $(XAI_API_KEY) $(ZAI_API_KEY)"],
@@ -218,23 +218,23 @@ mod tests {
                 {"name": "KIMI_API_KEY", "value": "$(XAI_API_KEY)"},
             ],
         });
-        let place = |place: &str, key: &str| {
+        let warning = |location: &str, key: &str| {
             format!(
-                "container \"c\": {place} refers to $({key}), which platform_managed takes away"
+                "container \"c\": {location} refers to $({key}), which platform_managed removes"
             )
         };
-        // ZAI_API_KEY was never there; OPENAI_API_KEY comes with another value; GLM_API_KEY came by envFrom.
+        // ZAI_API_KEY is never set, OPENAI_API_KEY gets another value, and envFrom could set GLM_API_KEY.
         let expected = [
-            place("command[1]", "XAI_API_KEY"),
-            place("args[1]", "GLM_API_KEY"),
-            place("env A", "XAI_API_KEY"),
-            place("env B", "HF_TOKEN"),
+            warning("command[1]", "XAI_API_KEY"),
+            warning("args[1]", "GLM_API_KEY"),
+            warning("env A", "XAI_API_KEY"),
+            warning("env B", "HF_TOKEN"),
         ];
         assert_eq!(warnings(&policy("", ""), &container), expected);
     }
 
     #[test]
-    fn what_stays_and_could_lead_past_the_meter_is_warned_of() {
+    fn warning_names_variables_that_could_bypass_the_meter() {
         let from = |kind: &str, key: &str| json!({kind: {"name": "s", "key": key}});
         let container = json!({"name": "c", "env": [
             {"name": "ALIAS", "valueFrom": from("secretKeyRef", "XAI_API_KEY")},
@@ -248,13 +248,11 @@ mod tests {
         ]});
         let alias = |name: &str, key: &str| {
             format!(
-                "container \"c\": env {name} brings vendor key {key} under another name, and stays"
+                "container \"c\": env {name} exposes vendor key {key} under another name; not removed"
             )
         };
         let base = |name: &str| {
-            format!(
-                "container \"c\": env {name} stays on platform_managed, and can lead calls past the meter"
-            )
+            format!("container \"c\": env {name} can make calls bypass the meter; not removed")
         };
         let expected = [
             alias("ALIAS", "XAI_API_KEY"),
@@ -263,7 +261,7 @@ mod tests {
             base("XAI_API_BASE"),
         ];
         assert_eq!(warnings(&policy("", ""), &container), expected);
-        // Claude Code's own base URL is set by the proxy, so that none stays.
+        // For Claude Code, the proxy replaces ANTHROPIC_BASE_URL.
         let pod = json!({"metadata": {"labels": {"molecule.ai/runtime": "claude-code"}}, "spec": {"containers": [
             {"name": "c", "env": [{"name": "ANTHROPIC_BASE_URL", "value": "https://x"}]},
         ]}})
@@ -291,12 +289,12 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_lookup_is_warned_of() {
+    fn failed_lookup_adds_a_warning() {
         let policy = policy("", "");
         let pod = Pod::default();
         let warnings = |reason| {
             let plan = plan(&policy, "", Resolution::fallback(reason), &pod, Scope::Pod).unwrap();
-            answered(&plan.warnings)
+            within_limits(&plan.warnings)
         };
         assert_eq!(
             warnings(Reason::LookupError),
@@ -308,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn each_warning_says_what_it_is_about() {
+    fn each_warning_has_its_kind() {
         let from = json!({"secretKeyRef": {"name": "s", "key": "XAI_API_KEY"}});
         let container = json!({"name": "c", "args": ["$(HF_TOKEN)"], "env": [
             {"name": "HF_TOKEN", "value": "x"},
@@ -331,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn warnings_stay_within_what_the_api_server_hands_on() {
+    fn warnings_stay_within_the_api_servers_limits() {
         let alias = |index: usize| json!({"name": format!("A{index}"), "valueFrom": {"secretKeyRef": {"name": "s", "key": "HF_TOKEN"}}});
         let container =
             |count| json!({"name": "c", "env": (0..count).map(alias).collect::<Vec<_>>()});
@@ -345,16 +343,20 @@ mod tests {
             "and 2 more warnings; llm-billing-webhook review shows them all"
         );
 
-        // 256 bytes fit, 257 do not; a cut never splits a letter.
+        // 256 bytes fit, 257 do not; truncation never splits a character.
         let of_length = |name: &str| {
             let container = json!({"name": name, "env": [{"name": "XAI_BASE_URL"}]});
             warnings(&policy, &container).remove(0)
         };
         let rest = of_length("").len();
         let fits = of_length(&"x".repeat(256 - rest));
-        assert_eq!((fits.len(), fits.ends_with("the meter")), (256, true));
-        let cut = of_length(&"x".repeat(257 - rest));
-        assert_eq!((cut.len(), cut.ends_with("the m…")), (256, true), "{cut}");
+        assert_eq!((fits.len(), fits.ends_with("removed")), (256, true));
+        let truncated = of_length(&"x".repeat(257 - rest));
+        assert_eq!(
+            (truncated.len(), truncated.ends_with("rem…")),
+            (256, true),
+            "{truncated}"
+        );
         assert!(of_length(&"é".repeat(300)).len() <= 256);
     }
 }

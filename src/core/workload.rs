@@ -1,38 +1,38 @@
-//! Manifests and where their pods are: a Pod, a controller's pod template, a List, an admission review.
-//! Reading and splitting text is cli/review.rs's business.
+//! Manifests and the location of their pods: a Pod, a controller's pod template, a List, an admission review.
+//! cli/review.rs reads and splits the text.
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::admission::{AdmissionTarget, misfit};
+use super::admission::{AdmissionTarget, mismatch_path};
 use super::plan::Scope;
 use super::pod::Pod;
 use super::refusal::Refusal;
 
 /// One object of a manifest.
 pub struct Subject {
-    /// The whole object, which a patch is shown for and applied to.
+    /// The whole object, before any patch.
     pub object: Value,
     /// `Kind namespace/name`, for messages.
     pub title: String,
-    /// The namespace that its pods run in.
+    /// The namespace of its pods.
     pub namespace: String,
     pods: Pods,
 }
 
 /// Where an object's pod or pod template is.
 enum Pods {
-    /// Nowhere: the object makes no pods.
+    /// The object creates no pods.
     Nowhere,
-    /// In an admission request that the webhook allows as it is.
+    /// In an admission request that the webhook allows unchanged.
     Untouched,
-    /// A JSON pointer to a pod or pod template at its creation.
+    /// At a JSON pointer to a new pod or pod template.
     At(&'static str),
-    /// The object is a running pod that gets ephemeral containers, and this is what it was.
+    /// The object is a running pod that gets ephemeral containers; this is the old pod.
     Update(Value),
 }
 
-/// Kinds that make pods, with the pointer to the pod or its template.
+/// Kinds that create pods, with the JSON pointer to the pod or its template.
 const KINDS: [(&str, &str, &str); 9] = [
     ("v1", "Pod", ""),
     ("v1", "PodTemplate", "/template"),
@@ -45,8 +45,8 @@ const KINDS: [(&str, &str, &str); 9] = [
     ("batch/v1", "CronJob", "/spec/jobTemplate/spec/template"),
 ];
 
-/// The objects of one document: the items of a List, the object of an admission review, or the document
-/// itself. Objects that name no namespace are taken to be in `namespace`.
+/// Returns the objects of a document: the items of a List, the object of an admission review, or the document itself.
+/// Objects without a namespace are assumed to be in `namespace`.
 #[must_use]
 pub fn subjects(document: Value, namespace: &str) -> Vec<Subject> {
     let text = |field: &str| {
@@ -57,7 +57,7 @@ pub fn subjects(document: Value, namespace: &str) -> Vec<Subject> {
     };
     let (api_version, kind) = (text("apiVersion"), text("kind"));
     if kind == "AdmissionReview" {
-        return vec![of_request(document, namespace)];
+        return vec![review_subject(document, namespace)];
     }
     if kind.ends_with("List") && document.get("items").is_some_and(Value::is_array) {
         let item_kind = (kind != "List").then(|| {
@@ -74,7 +74,7 @@ pub fn subjects(document: Value, namespace: &str) -> Vec<Subject> {
         };
         return items
             .into_iter()
-            .flat_map(|item| subjects(typed(item, item_kind.as_ref()), namespace))
+            .flat_map(|item| subjects(with_kind(item, item_kind.as_ref()), namespace))
             .collect();
     }
     let pods = KINDS
@@ -97,14 +97,14 @@ fn metadata<'o>(object: &'o Value, field: &str) -> Option<&'o str> {
     object.get("metadata")?.get(field)?.as_str()
 }
 
-/// What an object is called, or the beginning of its name if that is made later.
+/// Returns an object's name, or its `generateName`.
 fn name_of(object: &Value) -> &str {
     let name = metadata(object, "name").or_else(|| metadata(object, "generateName"));
     name.unwrap_or("(unnamed)")
 }
 
-/// Items of a typed list, such as a PodList, may leave out their own kind.
-fn typed(mut item: Value, kind: Option<&(String, String)>) -> Value {
+/// Adds the kind to an item of a typed list, such as a PodList, where items may omit it.
+fn with_kind(mut item: Value, kind: Option<&(String, String)>) -> Value {
     if let (Some((api_version, kind)), Some(fields)) = (kind, item.as_object_mut()) {
         fields
             .entry("apiVersion")
@@ -114,7 +114,7 @@ fn typed(mut item: Value, kind: Option<&(String, String)>) -> Value {
     item
 }
 
-fn of_request(mut review: Value, namespace: &str) -> Subject {
+fn review_subject(mut review: Value, namespace: &str) -> Subject {
     let text = |pointer: &str| {
         review
             .pointer(pointer)
@@ -147,19 +147,19 @@ fn of_request(mut review: Value, namespace: &str) -> Subject {
 }
 
 impl Subject {
-    /// Whether the webhook is asked about what the object makes.
+    /// Reports whether the object creates pods or is an admission request.
     #[must_use]
     pub const fn makes_pods(&self) -> bool {
         !matches!(self.pods, Pods::Nowhere)
     }
 
-    /// Whether the webhook acts on what the object makes.
+    /// Reports whether the webhook plans the object's pod or pod template.
     #[must_use]
     pub const fn is_planned(&self) -> bool {
         matches!(self.pods, Pods::At(_) | Pods::Update(_))
     }
 
-    /// The JSON pointer to the pod or pod template.
+    /// Returns the JSON pointer to the pod or pod template.
     #[must_use]
     pub const fn root(&self) -> &'static str {
         match self.pods {
@@ -168,11 +168,11 @@ impl Subject {
         }
     }
 
-    /// The pod or pod template.
+    /// Returns the pod or pod template.
     ///
     /// # Errors
-    /// [`Refusal::Unreadable`] with the place of a value of the wrong type, or of the missing template;
-    /// [`Refusal::NoObject`] for a request without it.
+    /// Returns [`Refusal::Unreadable`] with the path of the missing template or of a value of the wrong type, or
+    /// [`Refusal::NoObject`] for a request without an object.
     pub fn pod(&self) -> Result<Pod<'_>, Refusal> {
         // Only a request's object can be null.
         if self.object.is_null() {
@@ -185,10 +185,10 @@ impl Subject {
         read(value, self.root())
     }
 
-    /// The pod as it was, if this is an update.
+    /// Returns the old pod of an update.
     ///
     /// # Errors
-    /// [`Refusal::Unreadable`] with the place of a value of the wrong type.
+    /// Returns [`Refusal::Unreadable`] with the path of a value of the wrong type.
     pub fn old_pod(&self) -> Result<Option<Pod<'_>>, Refusal> {
         match &self.pods {
             Pods::Update(old) if !old.is_null() => read(old, "/oldObject").map(Some),
@@ -196,7 +196,7 @@ impl Subject {
         }
     }
 
-    /// Which containers are planned.
+    /// Returns which containers are planned.
     #[must_use]
     pub const fn scope<'s>(&self, old: Option<&'s Pod<'s>>) -> Scope<'s> {
         match self.pods {
@@ -209,7 +209,7 @@ impl Subject {
 fn read<'v>(value: &'v Value, root: &str) -> Result<Pod<'v>, Refusal> {
     Pod::deserialize(value).map_err(|_| {
         let root = root.trim_start_matches('/').replace('/', ".");
-        let place = misfit::<Pod<'_>>(value);
+        let place = mismatch_path::<Pod<'_>>(value);
         Refusal::Unreadable {
             place: if root.is_empty() {
                 place
@@ -226,7 +226,7 @@ mod tests {
 
     use super::*;
 
-    fn shown(document: Value) -> Vec<(String, Option<&'static str>)> {
+    fn titles_and_roots(document: Value) -> Vec<(String, Option<&'static str>)> {
         let subjects = subjects(document, "default");
         subjects
             .iter()
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_says_where_its_pods_are() {
+    fn each_kind_has_its_pod_pointer() {
         let table = [
             ("v1", "Pod", Some("")),
             ("v1", "PodTemplate", Some("/template")),
@@ -263,26 +263,26 @@ mod tests {
         ];
         for (api_version, kind, root) in table {
             assert_eq!(
-                shown(object(api_version, kind)),
+                titles_and_roots(object(api_version, kind)),
                 [(format!("{kind} default/x"), root)]
             );
         }
         assert_eq!(
-            shown(json!({"metadata": {"generateName": "g-", "namespace": "n"}})),
+            titles_and_roots(json!({"metadata": {"generateName": "g-", "namespace": "n"}})),
             [("(no kind) n/g-".to_owned(), None)]
         );
         assert_eq!(
-            shown(json!("text")),
+            titles_and_roots(json!("text")),
             [("(no kind) default/(unnamed)".to_owned(), None)]
         );
     }
 
     #[test]
-    fn a_list_is_the_objects_in_it() {
+    fn list_yields_its_items() {
         let pod = json!({"metadata": {"name": "bare"}});
         let list = |api_version: &str, kind: &str, items: Value| json!({"apiVersion": api_version, "kind": kind, "items": items});
         assert_eq!(
-            shown(list(
+            titles_and_roots(list(
                 "v1",
                 "List",
                 json!([
@@ -296,25 +296,25 @@ mod tests {
             ]
         );
         assert_eq!(
-            shown(list("v1", "PodList", json!([pod]))),
+            titles_and_roots(list("v1", "PodList", json!([pod]))),
             [("Pod default/bare".to_owned(), Some(""))]
         );
         assert_eq!(
-            shown(list("apps/v1", "DeploymentList", json!([pod]))),
+            titles_and_roots(list("apps/v1", "DeploymentList", json!([pod]))),
             [("Deployment default/bare".to_owned(), Some("/spec/template"))]
         );
         assert_eq!(
-            shown(list("v1", "List", json!("text"))),
+            titles_and_roots(list("v1", "List", json!("text"))),
             [("List default/(unnamed)".to_owned(), None)]
         );
         assert_eq!(
-            shown(list("v1", "Pod", json!([pod]))),
+            titles_and_roots(list("v1", "Pod", json!([pod]))),
             [("Pod default/(unnamed)".to_owned(), Some(""))]
         );
     }
 
     #[test]
-    fn an_admission_review_is_the_object_of_its_request() {
+    fn admission_review_yields_its_requests_object() {
         let review_of = |group: &str, resource: &str, sub_resource: &str, operation: &str| {
             json!({
                 "kind": "AdmissionReview",
@@ -331,58 +331,58 @@ mod tests {
         let review = |resource: &str, sub_resource: &str, operation: &str| {
             review_of("", resource, sub_resource, operation)
         };
-        let one = |document: Value| subjects(document, "default").remove(0);
-        for (document, acts) in [
+        let subject_of = |document: Value| subjects(document, "default").remove(0);
+        for (document, is_planned) in [
             (review("pods", "", "CREATE"), true),
             (review("pods", "ephemeralcontainers", "UPDATE"), true),
             (review("pods", "", "UPDATE"), false),
             (review("deployments", "", "CREATE"), false),
             (review_of("metrics.k8s.io", "pods", "", "CREATE"), false),
         ] {
-            let subject = one(document);
+            let subject = subject_of(document);
             assert_eq!(
                 (subject.title.as_str(), subject.namespace.as_str()),
                 ("Pod n/x", "n")
             );
             assert_eq!(
                 (subject.makes_pods(), subject.is_planned(), subject.root()),
-                (true, acts, "")
+                (true, is_planned, "")
             );
         }
-        let update = one(review("pods", "ephemeralcontainers", "UPDATE"));
+        let update = subject_of(review("pods", "ephemeralcontainers", "UPDATE"));
         let old = update.old_pod().unwrap();
         assert!(!update.scope(old.as_ref()).is_empty(&update.pod().unwrap()));
         assert!(matches!(
             update.scope(old.as_ref()),
             Scope::NewEphemeralContainers(Some(_))
         ));
-        let mut of_nothing = review("pods", "ephemeralcontainers", "UPDATE");
-        of_nothing["request"]["oldObject"] = json!(null);
-        assert!(one(of_nothing).old_pod().unwrap().is_none());
-        let create = one(review("pods", "", "CREATE"));
+        let mut without_old = review("pods", "ephemeralcontainers", "UPDATE");
+        without_old["request"]["oldObject"] = json!(null);
+        assert!(subject_of(without_old).old_pod().unwrap().is_none());
+        let create = subject_of(review("pods", "", "CREATE"));
         assert!(create.old_pod().unwrap().is_none());
         assert!(matches!(create.scope(None), Scope::Pod));
         assert_eq!(
-            one(json!({"kind": "AdmissionReview"})).title,
+            subject_of(json!({"kind": "AdmissionReview"})).title,
             "Pod default/(unnamed)"
         );
     }
 
     #[test]
-    fn what_cannot_be_read_is_named_by_its_place() {
-        let place = |document: Value| match subjects(document, "default").remove(0).pod() {
+    fn unreadable_pod_is_reported_by_path() {
+        let path_of = |document: Value| match subjects(document, "default").remove(0).pod() {
             Err(Refusal::Unreadable { place }) => place,
             other => panic!("{other:?}"),
         };
-        assert_eq!(place(object("apps/v1", "Deployment")), "spec.template");
+        assert_eq!(path_of(object("apps/v1", "Deployment")), "spec.template");
         assert_eq!(
-            place(json!({"apiVersion": "v1", "kind": "Pod", "spec": 7})),
+            path_of(json!({"apiVersion": "v1", "kind": "Pod", "spec": 7})),
             "spec"
         );
         let cron_job = json!({"apiVersion": "batch/v1", "kind": "CronJob", "spec": {"jobTemplate": {"spec": {"template":
             {"spec": {"containers": [{"env": [{"value": 7}]}]}}}}}});
         assert_eq!(
-            place(cron_job),
+            path_of(cron_job),
             "spec.jobTemplate.spec.template.spec.containers[0].env[0].value"
         );
         let old = json!({"kind": "AdmissionReview", "request": {"resource": {"resource": "pods"}, "subResource": "ephemeralcontainers",

@@ -1,4 +1,4 @@
-//! The embedded SQLite database that `serve --dev` and `workspace` use: the only one that is ever written.
+//! The embedded SQLite database of `serve --dev` and `workspace`, the only database that is written.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::url::DatabaseUrl;
 use crate::core::resolution::BillingMode;
 
-/// The embedded SQLite database: the standard schema, made if absent.
+/// The embedded SQLite database with the standard schema.
 #[derive(Debug)]
 pub struct Embedded {
     connection: SqliteConnection,
@@ -19,23 +19,23 @@ pub struct Embedded {
 /// Why the embedded database cannot be used.
 #[derive(Debug, Error)]
 pub enum EmbeddedError {
-    /// Only the embedded database is ever written.
+    /// The URL is not that of a SQLite database.
     #[error(
-        "the database is not SQLite; the platform's own database is never written, change modes there by its own means"
+        "the database is not SQLite; the platform's own database is never written, so change modes through the platform"
     )]
     NotEmbedded,
-    /// SQLite's own words.
+    /// SQLite returned an error.
     #[error("cannot use the SQLite database {path}")]
     Sqlite {
         /// The file.
         path: PathBuf,
-        /// What SQLite says.
+        /// The cause.
         source: sqlx::Error,
     },
 }
 
 impl Embedded {
-    /// Opens the file, and makes it and its table if they are not there.
+    /// Opens the file. Creates it and its table if missing.
     ///
     /// # Errors
     /// [`EmbeddedError`]
@@ -61,20 +61,20 @@ impl Embedded {
             .map_err(|source| EmbeddedError::Sqlite { path, source })
     }
 
-    /// All workspaces by id, with their modes; `None` where nobody chose.
+    /// Returns all workspaces' ids and modes, ordered by id. A mode is `None` if unset.
     ///
     /// # Errors
-    /// SQLite's.
+    /// An error of SQLite.
     pub async fn list(&mut self) -> Result<Vec<(String, Option<String>)>, sqlx::Error> {
         sqlx::query_as("SELECT id, llm_billing_mode FROM workspaces ORDER BY id")
             .fetch_all(&mut self.connection)
             .await
     }
 
-    /// Sets a workspace's mode, or leaves it to the platform's default; adds the workspace if it is new.
+    /// Sets a workspace's mode, or unsets it with `None`. Adds the workspace if it is new.
     ///
     /// # Errors
-    /// SQLite's.
+    /// An error of SQLite.
     pub async fn set(&mut self, id: Uuid, mode: Option<BillingMode>) -> Result<(), sqlx::Error> {
         sqlx::query(
             "INSERT INTO workspaces (id, llm_billing_mode) VALUES ($1, $2)
@@ -90,7 +90,7 @@ impl Embedded {
     /// Closes the file.
     ///
     /// # Errors
-    /// SQLite's.
+    /// An error of SQLite.
     pub async fn close(self) -> Result<(), sqlx::Error> {
         self.connection.close().await
     }

@@ -1,4 +1,4 @@
-//! Why a lookup gave no answer, and what an error of the database means for the next try.
+//! The errors of a lookup, and their classification for retries.
 
 use std::borrow::Cow;
 use std::io;
@@ -9,31 +9,31 @@ use thiserror::Error;
 
 use super::url::NO_PREPARED_STATEMENTS;
 
-/// With these words PgBouncer refuses a setting that prepared statements need.
-const UNSUPPORTED: &str = "unsupported startup parameter";
+/// The start of PgBouncer's error for a startup parameter that it does not support.
+const UNSUPPORTED_PARAMETER: &str = "unsupported startup parameter";
 
-/// Why a lookup gave no answer.
+/// Why a lookup failed.
 #[derive(Debug, Error)]
 pub enum LookupError {
     /// The deadline passed.
     #[error("the database did not answer in time")]
     Timeout,
-    /// Too many lookups wait for the database already.
+    /// Too many lookups are waiting for the database.
     #[error("too many lookups wait for the database")]
     Overloaded,
-    /// No connection, or the connection broke, or the database could not do it just now.
-    #[error("the database could not be asked: {0}")]
+    /// The connection failed or was lost, or the database failed temporarily.
+    #[error("cannot query the database: {0}")]
     Unavailable(String),
-    /// The database cannot use what this pod brings, such as text that is no UUID where the query casts it.
+    /// The database cannot use this pod's parameters, for example text that the query casts to a UUID.
     #[error("the database cannot use the pod's parameters: {0}")]
     Unusable(String),
-    /// The database refuses the query as such: no passing fault. The text is the database's own.
+    /// The database rejects the query itself, which a retry cannot fix. Quotes the database's message.
     #[error("the database refuses the policy's query: {0}")]
     Refused(String),
 }
 
 impl LookupError {
-    /// The error's kind as a metric's label.
+    /// Returns the error's kind, as in the metrics' `result` label.
     #[must_use]
     pub const fn kind(&self) -> &'static str {
         match self {
@@ -50,29 +50,29 @@ impl From<sqlx::Error> for LookupError {
     fn from(error: sqlx::Error) -> Self {
         match &error {
             sqlx::Error::PoolTimedOut => Self::Timeout,
-            sqlx::Error::Io(missing) if missing.kind() == io::ErrorKind::NotFound => {
+            sqlx::Error::Io(error) if error.kind() == io::ErrorKind::NotFound => {
                 Self::Unavailable(format!(
-                    "a file that the database URL names, such as sslrootcert or a socket, is missing: {missing}"
+                    "a file that the database URL names, such as sslrootcert or a socket, is missing: {error}"
                 ))
             }
-            sqlx::Error::Database(refusal) => {
-                let code = refusal.code().unwrap_or_default();
-                // PostgreSQL's own statement_timeout.
+            sqlx::Error::Database(error) => {
+                let code = error.code().unwrap_or_default();
+                // PostgreSQL's statement_timeout.
                 if code == "57014" {
                     return Self::Timeout;
                 }
-                let words = refusal.message();
-                if words.starts_with(UNSUPPORTED) {
+                let message = error.message();
+                if message.starts_with(UNSUPPORTED_PARAMETER) {
                     return Self::Refused(format!(
-                        "{words}; behind PgBouncer, add {NO_PREPARED_STATEMENTS} to the database URL"
+                        "{message}; behind PgBouncer, add {NO_PREPARED_STATEMENTS} to the database URL"
                     ));
                 }
-                if refuses_query(refusal.as_ref()) {
-                    Self::Refused(words.to_owned())
-                } else if refuses_parameters(&code) {
-                    Self::Unusable(words.to_owned())
+                if is_query_refused(error.as_ref()) {
+                    Self::Refused(message.to_owned())
+                } else if is_parameter_unusable(&code) {
+                    Self::Unusable(message.to_owned())
                 } else {
-                    Self::Unavailable(words.to_owned())
+                    Self::Unavailable(message.to_owned())
                 }
             }
             sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => {
@@ -84,7 +84,7 @@ impl From<sqlx::Error> for LookupError {
     }
 }
 
-/// Whether the database refuses user or password (class 28).
+/// Reports whether the database rejects the user or password (class 28).
 pub(super) fn is_login_refused(error: &sqlx::Error) -> bool {
     code(error).is_some_and(|code| code.starts_with("28"))
 }
@@ -93,60 +93,58 @@ fn code(error: &sqlx::Error) -> Option<Cow<'_, str>> {
     error.as_database_error()?.code()
 }
 
-/// Whether the server ends the session with these words, for whatever reason: it shuts down, it has waited too long, it
-/// is full.
-fn ends_session(refusal: &dyn DatabaseError) -> bool {
-    let refusal = refusal.try_downcast_ref::<PgDatabaseError>();
-    refusal
-        .is_some_and(|refusal| matches!(refusal.severity(), PgSeverity::Fatal | PgSeverity::Panic))
+/// Reports whether the server ends the session with this error, for example because it shuts down.
+fn ends_session(error: &dyn DatabaseError) -> bool {
+    let error = error.try_downcast_ref::<PgDatabaseError>();
+    error.is_some_and(|error| matches!(error.severity(), PgSeverity::Fatal | PgSeverity::Panic))
 }
 
-/// Whether an error's code says that the query cannot be used. `PostgreSQL`: class 42 (undefined table or column, no
-/// permission, types that do not fit), 3F (no such schema), 08P01 (wrong number of parameters; where it ends the session,
-/// it is PgBouncer's code for all that is its own). `SQLite`: 1 (undefined table or column), 25 (wrong number of
-/// parameters).
-fn refuses_query(refusal: &dyn DatabaseError) -> bool {
-    let code = refusal.code().unwrap_or_default();
+/// Reports whether an error's code means that the query is invalid.
+///
+/// PostgreSQL: class 42 (undefined table or column, no permission, type mismatch), 3F (undefined schema) and 08P01
+/// (wrong number of parameters). PgBouncer also uses 08P01 for its own errors, but those end the session.
+/// SQLite: 1 (undefined table or column) and 25 (wrong number of parameters).
+fn is_query_refused(error: &dyn DatabaseError) -> bool {
+    let code = error.code().unwrap_or_default();
     match code.as_ref() {
-        "08P01" => !ends_session(refusal),
+        "08P01" => !ends_session(error),
         "1" | "25" => true,
         code => code.starts_with("42") || code.starts_with("3F"),
     }
 }
 
-/// Whether an error's code says that the parameters cannot be used (class 22).
-fn refuses_parameters(code: &str) -> bool {
+/// Reports whether an error's code means that the parameters cannot be used (class 22).
+fn is_parameter_unusable(code: &str) -> bool {
     code.starts_with("22")
 }
 
-/// Whether the connection, and not the query, is what failed: it broke, the server ends it, or what was prepared on it is
-/// out of date, as after a column's type was changed.
+/// Reports whether the connection failed, not the query: it broke, the server ended it, or its prepared statements are
+/// outdated, for example because a column's type has changed.
 pub(super) fn is_connection_lost(error: &sqlx::Error) -> bool {
-    let is_out_of_date =
-        |refusal: &PgDatabaseError| refusal.routine() == Some("RevalidateCachedQuery");
+    let is_outdated = |error: &PgDatabaseError| error.routine() == Some("RevalidateCachedQuery");
     match error {
         sqlx::Error::Io(_) => true,
-        sqlx::Error::Database(refusal) => {
-            ends_session(refusal.as_ref()) || refusal.try_downcast_ref().is_some_and(is_out_of_date)
+        sqlx::Error::Database(error) => {
+            ends_session(error.as_ref()) || error.try_downcast_ref().is_some_and(is_outdated)
         }
         _ => false,
     }
 }
 
-/// Whether the question was answered, if not as hoped, so that the connection is fit for the next one.
+/// Reports whether the database processed the query despite the error, so that the connection can be reused.
 pub(super) fn leaves_connection_usable(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => true,
-        sqlx::Error::Database(refusal) => {
-            refuses_query(refusal.as_ref())
-                || refuses_parameters(&refusal.code().unwrap_or_default())
+        sqlx::Error::Database(error) => {
+            is_query_refused(error.as_ref())
+                || is_parameter_unusable(&error.code().unwrap_or_default())
         }
         _ => false,
     }
 }
 
-/// Whether there may be a connection a little later: nobody listens yet, the server or PgBouncer starts up, shuts down or
-/// is full. (PgBouncer's code is the same for a login or a database that it does not know.)
+/// Reports whether connecting may soon succeed: the port is closed, or the server or PgBouncer starts up, shuts down or
+/// is full. Unknown users and databases count too: PgBouncer uses the same code for them.
 pub(super) fn is_transient(error: &sqlx::Error) -> bool {
     use io::ErrorKind::{
         BrokenPipe, ConnectionAborted, ConnectionRefused, ConnectionReset, UnexpectedEof,
@@ -156,17 +154,18 @@ pub(super) fn is_transient(error: &sqlx::Error) -> bool {
             error.kind(),
             BrokenPipe | ConnectionAborted | ConnectionRefused | ConnectionReset | UnexpectedEof
         ),
-        sqlx::Error::Database(refusal) => {
-            let code = refusal.code().unwrap_or_default();
+        sqlx::Error::Database(error) => {
+            let code = error.code().unwrap_or_default();
             let transient = ["57P01", "57P02", "08000", "08003", "08006", "08P01"];
-            refusal.is_transient_in_connect_phase()
-                || transient.contains(&code.as_ref()) && !refusal.message().starts_with(UNSUPPORTED)
+            error.is_transient_in_connect_phase()
+                || transient.contains(&code.as_ref())
+                    && !error.message().starts_with(UNSUPPORTED_PARAMETER)
         }
         _ => false,
     }
 }
 
-/// Whether a prepared statement is not there any more (26000).
-pub(super) fn is_statement_gone(error: &sqlx::Error) -> bool {
+/// Reports whether a prepared statement no longer exists (26000).
+pub(super) fn is_statement_missing(error: &sqlx::Error) -> bool {
     code(error).is_some_and(|code| code == "26000")
 }

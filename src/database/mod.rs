@@ -1,9 +1,8 @@
-//! The lookup of a workspace's mode, on PostgreSQL and on SQLite: connections, deadlines, retries and the limit on
-//! concurrent lookups. The query is query.rs's business, what an error means error.rs's, and what the outcome means
-//! core's.
+//! Looks up workspaces' billing modes in PostgreSQL or SQLite: deadlines, retries and the limit on concurrent lookups.
+//! The queries live in query.rs, the connection pool in pool.rs, the errors in error.rs and the URL in url.rs.
 //!
-//! A production database is only ever read. Where its URL is in a file, the file is read again when it changes
-//! and when the database refuses the login, so that a password can be rotated without a restart.
+//! A production database is never written. A file with its URL is reloaded when it changes and when the database
+//! rejects the login, so that a password can be rotated without a restart.
 
 mod embedded;
 mod error;
@@ -33,14 +32,14 @@ use crate::core::policy_file::{Lookup, Parameter, ParameterType};
 use crate::core::resolution::LookupOutcome;
 use crate::metrics::{ConnectionMetrics, Connections};
 
-/// Limit on concurrent lookups. A thousand pods at once are more than the API servers of a large cluster send.
+/// Limit on concurrent lookups, above the load that a large cluster's API servers send.
 const MAX_LOOKUPS: usize = 1024;
-/// The limit while the database is in doubt: enough to notice that it is back, and few enough that a database that
-/// hangs delays few admissions.
-const MAX_LOOKUPS_IN_DOUBT: usize = MAX_CONNECTIONS;
-/// Limit on an audit's concurrent lookups, where one query cannot look up many: admissions come first.
+/// The limit while the database is degraded: enough to notice its recovery, and few enough that a hanging database
+/// delays few admissions.
+const MAX_DEGRADED_LOOKUPS: usize = MAX_CONNECTIONS;
+/// Limit on an audit's concurrent single lookups, so that admissions come first.
 const MAX_AUDIT_LOOKUPS: usize = 4;
-/// The id that `check` looks up. No workspace should have it; it does no harm if one does.
+/// The id that `check` looks up. It need not exist.
 const SAMPLE_ID: Uuid = Uuid::nil();
 
 /// The database that holds the workspaces' modes. No `Debug`: its URL may hold a password.
@@ -51,7 +50,7 @@ pub struct Database {
     parameters: Vec<Parameter>,
     timeout: Duration,
     limiter: Limiter,
-    /// Counts retries, and measures the wait for a connection.
+    /// Metrics of the connections.
     pub metrics: ConnectionMetrics,
 }
 
@@ -59,15 +58,15 @@ pub struct Database {
 #[derive(Default)]
 struct Limiter {
     lookups: AtomicUsize,
-    /// Whether the lookup that ended last failed at its deadline.
-    in_doubt: AtomicBool,
+    /// Whether the most recently completed lookup failed at its deadline.
+    is_degraded: AtomicBool,
 }
 
 impl Limiter {
-    /// Counts one more lookup until the permit is dropped; `None` above the limit.
+    /// Returns a permit for one lookup; `None` at the limit.
     fn acquire(&self) -> Option<Permit<'_>> {
-        let limit = if self.in_doubt.load(Ordering::Relaxed) {
-            MAX_LOOKUPS_IN_DOUBT
+        let limit = if self.is_degraded.load(Ordering::Relaxed) {
+            MAX_DEGRADED_LOOKUPS
         } else {
             MAX_LOOKUPS
         };
@@ -93,15 +92,15 @@ struct Current {
 enum AnyPool {
     Postgres {
         pool: Pool<PgConnection>,
-        /// Begins a transaction around the lookup, where a session is not the webhook's own.
+        /// The SQL that begins a transaction around each lookup, behind a pooler in transaction mode.
         begin: Option<Arc<str>>,
     },
     Sqlite(Pool<SqliteConnection>),
 }
 
 impl AnyPool {
-    /// Prepares the pool. The server gets `timeout` too: a backend that waits for a lock does not notice that its client
-    /// is gone, and would stay until the lock is released.
+    /// Prepares the pool. Also sets `timeout` as the server's `statement_timeout`: a backend that waits for a lock does
+    /// not notice that its client has disconnected.
     fn connect_lazily(url: DatabaseUrl, timeout: Duration) -> Self {
         let milliseconds = timeout.as_millis().max(1);
         match url {
@@ -146,7 +145,7 @@ impl AnyPool {
 }
 
 impl Database {
-    /// Prepares the database. The first lookup connects, so the database may come up later.
+    /// Prepares the database without connecting, so that it may start later.
     ///
     /// # Errors
     /// [`SourceError`]
@@ -169,7 +168,7 @@ impl Database {
         Arc::clone(&current.unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Reads the URL from its source again. Returns whether it has changed.
+    /// Reloads the URL from its source. Returns whether it has changed.
     ///
     /// # Errors
     /// [`SourceError`]; the URL in use then stays.
@@ -179,19 +178,18 @@ impl Database {
         if current.url == url {
             return Ok(false);
         }
-        // The old connections close as the lookups that use them end.
+        // Old connections close when their lookups end.
         let pool = AnyPool::connect_lazily(url.0.parse()?, self.timeout);
         *current = Arc::new(Current { url, pool });
         Ok(true)
     }
 
-    /// Executes the policy's query. Fails at the policy's time-out, or after `limit` if that is shorter.
+    /// Executes the policy's query. Fails after the policy's time-out, or after `limit` if that is shorter.
     ///
-    /// Runs in a task of its own: a caller that goes away does not cancel it in the middle of a query, so the
-    /// connection stays usable.
+    /// Runs in its own task: a cancelled caller does not interrupt the query, so the connection stays usable.
     ///
     /// # Errors
-    /// [`LookupError`], whose text quotes the database and no credentials.
+    /// [`LookupError`]; its text may quote the database's message, but never credentials.
     pub async fn lookup(
         self: &Arc<Self>,
         parameters: Vec<ParameterValue>,
@@ -203,19 +201,22 @@ impl Database {
             let deadline = Instant::now()
                 + limit.map_or(database.timeout, |limit| limit.min(database.timeout));
             let result = database.execute_single(&parameters, deadline).await;
-            let in_doubt = match &result {
+            let is_degraded = match &result {
                 // The server's own time-out may be shorter.
                 Err(LookupError::Timeout) => true,
                 Err(_) => Instant::now() >= deadline,
                 Ok(_) => false,
             };
-            database.limiter.in_doubt.store(in_doubt, Ordering::Relaxed);
+            database
+                .limiter
+                .is_degraded
+                .store(is_degraded, Ordering::Relaxed);
             result
         })
         .await
     }
 
-    /// Executes the policy's query, whatever the limit on concurrent lookups.
+    /// Executes the policy's query without a limit on concurrent lookups. Reloads the URL if the login is rejected.
     async fn execute_single(
         &self,
         parameters: &[ParameterValue],
@@ -224,12 +225,12 @@ impl Database {
         let used = self.current();
         let mut result = self.execute_on(&used, parameters, deadline).await;
         if result.as_ref().is_err_and(is_login_refused) {
-            // Another task may have read the file first: only whether the URL is another one by now counts. The task
-            // that follows the file reports one that cannot be used.
+            // Another task may have reloaded the URL first, so compare it instead of using the result. The server's
+            // reload task reports an unusable URL.
             let _ = self.reread();
-            let now = self.current();
-            if now.url != used.url {
-                result = self.execute_on(&now, parameters, deadline).await;
+            let current = self.current();
+            if current.url != used.url {
+                result = self.execute_on(&current, parameters, deadline).await;
             }
         }
         result.map_err(LookupError::from)
@@ -255,13 +256,13 @@ impl Database {
     }
 
     /// Looks up many workspaces, each by its parameters' values, and returns the outcomes in the same order. Executes
-    /// one query where the policy's query allows it, and else one for each workspace, a few at a time. Values that the
-    /// database cannot use fail that workspace's lookup alone.
+    /// one query if the policy's query allows it, otherwise one per workspace, a few at a time. Unusable values fail
+    /// only their workspace's lookup.
     ///
-    /// Runs in a task of its own, as [`Self::lookup`].
+    /// Runs in its own task, like [`Self::lookup`].
     ///
     /// # Errors
-    /// [`LookupError`], if the database fails or refuses the query.
+    /// [`LookupError`] if the database fails or rejects the query.
     pub async fn lookup_batch(
         self: &Arc<Self>,
         values: Vec<Vec<ParameterValue>>,
@@ -286,8 +287,8 @@ impl Database {
         .await
     }
 
-    /// Executes one query for many workspaces. Returns `None` where only a query for each can tell: the policy's query
-    /// cannot be part of another one, or one of the values cannot be used.
+    /// Executes one query for many workspaces. Returns `None` if single lookups are needed: the policy's query cannot
+    /// be embedded in another one, or the batch was rejected.
     async fn execute_batch(
         &self,
         values: &[Vec<ParameterValue>],
@@ -316,17 +317,17 @@ impl Database {
         }
     }
 
-    /// Executes the policy's query for an id that no workspace has.
+    /// Validates the policy's query by executing it with sample parameters.
     ///
     /// # Errors
-    /// As [`Self::lookup`].
+    /// See [`Self::lookup`].
     pub async fn check(self: &Arc<Self>) -> Result<(), LookupError> {
         let sample = |parameter: &Parameter| match parameter {
             Parameter::Label {
                 kind: ParameterType::Uuid,
                 ..
             } => ParameterValue::Uuid(SAMPLE_ID),
-            // Text that is a UUID too, for queries that cast it.
+            // A UUID, for queries that cast the text to one.
             Parameter::Label {
                 kind: ParameterType::Text,
                 ..
@@ -335,29 +336,29 @@ impl Database {
         };
         let parameters: Vec<ParameterValue> = self.parameters.iter().map(sample).collect();
         // PostgreSQL ignores surplus parameters, so their number is compared.
-        match self.parameters_of_query().await {
+        match self.count_parameters().await {
             Some(expected) if expected != parameters.len() => Err(LookupError::Refused(format!(
                 "it takes {expected} parameters, and lookup.parameters has {}",
                 parameters.len()
             ))),
             _ => match self.lookup(parameters, None).await {
-                // The query is valid; only the sample cannot be used, for example where text is cast to a number.
+                // The query is valid; only the sample is unusable, for example for a cast to a number.
                 Ok(_) | Err(LookupError::Unusable(_)) => Ok(()),
                 Err(error) => Err(error),
             },
         }
     }
 
-    /// Returns how many parameters the query takes; `None` if the database cannot tell without their types.
-    async fn parameters_of_query(&self) -> Option<usize> {
+    /// Returns the query's number of parameters; `None` if the database cannot tell without their types.
+    async fn count_parameters(&self) -> Option<usize> {
         let query = AssertSqlSafe(Arc::clone(&self.query)).into_sql_str();
         let deadline = Instant::now() + self.timeout;
         let current = self.current();
-        // Prepared without types, the statement must not stay where lookups would find it: the connection is taken out
-        // of the pool and closed.
+        // Lookups must not reuse a statement that was prepared without types, so the connection is taken out of the
+        // pool and closed.
         let count = async {
             match &current.pool {
-                // A named statement would stay with the pooler.
+                // The pooler would keep a named statement.
                 AnyPool::Postgres { begin: Some(_), .. } => Ok(None),
                 AnyPool::Postgres { pool, .. } => {
                     let mut connection = Acquired::take(pool.acquire(deadline).await?);
@@ -372,18 +373,18 @@ impl Database {
         timeout_at(deadline, count).await.ok()?.ok()?
     }
 
-    /// Returns how many connections there are now.
+    /// Returns the current numbers of connections.
     #[must_use]
     pub fn connections(&self) -> Connections {
         self.current().pool.connections()
     }
 
-    /// Closes connections that are old or have been idle for long. To be called periodically.
+    /// Closes connections past their lifetime or idle time-out. Call this periodically.
     pub async fn close_old(&self) {
         self.current().pool.close_old().await;
     }
 
-    /// Closes all connections that no lookup uses.
+    /// Closes all idle connections.
     pub async fn close_idle(&self) {
         self.current().pool.close_idle().await;
     }
@@ -393,7 +394,7 @@ fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sq
     Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
 }
 
-/// Awaits work in a task of its own, which goes on if the caller goes away.
+/// Awaits work in its own task, which continues if the caller is cancelled.
 async fn in_own_task<T: Send + 'static>(
     work: impl Future<Output = Result<T, LookupError>> + Send + 'static,
 ) -> Result<T, LookupError> {
@@ -405,8 +406,8 @@ async fn in_own_task<T: Send + 'static>(
     })
 }
 
-/// Executes a query over a pooled connection. After a restart the pool holds lost connections, which only their use
-/// reveals, so the query is retried on the next one. Pinging each connection first would cost every lookup a round trip.
+/// Executes a query over a pooled connection. After a restart of the database, the pool holds lost connections, which
+/// only their use reveals, so the query is retried on the next one. Pinging first would cost every lookup a round trip.
 async fn execute<C, Q>(
     pool: &Pool<C>,
     query: &Q,
@@ -429,7 +430,7 @@ where
         if result.as_ref().err().is_none_or(leaves_connection_usable) {
             return result;
         }
-        // Out of the pool and closed: it is lost, or its query may still run.
+        // Taken out of the pool and closed: it is lost, or its query may still run.
         drop(Acquired::take(connection));
         match result {
             Err(error) if is_connection_lost(&error) && retries_left > 0 => {

@@ -1,8 +1,7 @@
-//! The connections kept between lookups, on deadpool: how one is made, which are too old, and how they are closed.
-//! What is executed over them is query.rs's business.
+//! The connection pool, based on deadpool: opens, expires and closes connections. The queries live in query.rs.
 //!
-//! sqlx's own pool pings the server whenever a connection is returned, in a task of its own, which doubles a lookup's
-//! round trips. This pool sends nothing: a connection is only returned after an answer (docs/decisions.md).
+//! sqlx's own pool pings the server whenever a connection is returned, which doubles a lookup's round trips. This pool
+//! does not: a connection is returned only after the database has answered (docs/decisions.md).
 
 use std::time::Duration;
 
@@ -17,23 +16,23 @@ use crate::metrics::Connections;
 
 /// Limit on the connections of one pool; each carries one short SELECT at a time.
 pub(super) const MAX_CONNECTIONS: usize = 16;
-/// Age since its last use at which an idle connection is closed.
-const MAX_IDLE: Duration = Duration::from_mins(10);
-/// Age at which a connection is closed, so that the memory that the server keeps for it stays bounded.
+/// Time since its last use after which an idle connection is closed.
+const IDLE_TIMEOUT: Duration = Duration::from_mins(10);
+/// Age at which a connection is closed, to bound the server's memory for it.
 const MAX_LIFETIME: Duration = Duration::from_mins(30);
-/// Pause after the first failed attempt to connect. It doubles up to the maximum.
+/// Pause after the first failed attempt to connect. It doubles with each further one, up to the maximum.
 const RETRY_INTERVAL: Duration = Duration::from_millis(10);
 const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(160);
-/// Limit on the time to tell the server that connections are closed.
+/// Limit on the time to close connections gracefully.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The connections to one database. No `Debug`: the options hold a password.
+/// A pool of connections to one database. No `Debug`: the options hold a password.
 pub(super) struct Pool<C: Connection>(deadpool::managed::Pool<Connector<C>>);
 
-/// A connection taken from the pool. Dropped, it is returned.
+/// A connection acquired from the pool, returned on drop.
 pub(super) type Acquired<C> = Object<Connector<C>>;
 
-/// Makes connections with these options.
+/// Opens connections with these options.
 pub(super) struct Connector<C: Connection>(C::Options);
 
 impl<C> Manager for Connector<C>
@@ -45,7 +44,7 @@ where
     type Error = sqlx::Error;
 
     async fn create(&self) -> Result<C, sqlx::Error> {
-        // Boxed: the future is large and seldom needed, and would be copied with every lookup's.
+        // Boxed: the future is large and seldom needed, and would enlarge every lookup's future.
         Box::pin(self.0.connect()).await
     }
 
@@ -61,9 +60,9 @@ fn is_too_old(metrics: &Metrics) -> bool {
     metrics.age() >= MAX_LIFETIME
 }
 
-/// Reports whether an idle connection is to be closed.
+/// Reports whether an idle connection must be closed.
 fn is_expired(metrics: &Metrics) -> bool {
-    is_too_old(metrics) || metrics.last_used() >= MAX_IDLE
+    is_too_old(metrics) || metrics.last_used() >= IDLE_TIMEOUT
 }
 
 impl<C> Pool<C>
@@ -71,7 +70,7 @@ where
     C: Connection + 'static,
     C::Options: ConnectOptions<Connection = C>,
 {
-    /// Prepares a pool; no connection is made yet.
+    /// Creates a pool without opening a connection.
     pub(super) fn new(options: C::Options) -> Self {
         let pool = deadpool::managed::Pool::builder(Connector(options))
             .max_size(MAX_CONNECTIONS)
@@ -80,7 +79,7 @@ where
         Self(pool.unwrap_or_else(|_| unreachable!("only time-outs need a runtime")))
     }
 
-    /// Returns the connection that was used last, or a new one. Retries while the server is not there yet.
+    /// Returns the most recently used connection, or a new one. Retries transient errors until the deadline.
     ///
     /// # Errors
     /// At the deadline, the error of the last attempt to connect; before it, any error that is not transient.
@@ -106,13 +105,13 @@ where
     pub(super) fn connections(&self) -> Connections {
         let status = self.0.status();
         Connections {
-            // Callers beyond the limit wait for a connection that another one uses.
+            // Beyond the limit, callers wait for a connection that is in use.
             used: (status.size - status.available + status.waiting).min(MAX_CONNECTIONS),
             idle: status.available,
         }
     }
 
-    /// Closes the connections that are old or have been idle for long.
+    /// Closes connections past their lifetime or idle time-out.
     pub(super) async fn close_old(&self) {
         self.close(is_expired).await;
     }
@@ -122,11 +121,11 @@ where
         self.close(|_| true).await;
     }
 
-    async fn close(&self, closes: impl Fn(&Metrics) -> bool) {
-        let closed = self.0.retain(|_, metrics| !closes(&metrics)).removed;
+    async fn close(&self, predicate: impl Fn(&Metrics) -> bool) {
+        let removed = self.0.retain(|_, metrics| !predicate(&metrics)).removed;
         let closing = async {
-            for connection in closed {
-                // If the server cannot be told, dropping the connection closes it.
+            for connection in removed {
+                // If this fails, dropping the connection closes the socket.
                 let _ = connection.close().await;
             }
         };
@@ -172,7 +171,7 @@ mod tests {
         assert_eq!(counts(&pool), (0, 2));
         let mut again = acquire(&pool).await.unwrap();
         assert_eq!(counts(&pool), (1, 1));
-        // Each connection has a database of its own, so the table exists only on the marked one.
+        // Each connection has its own in-memory database, so the table exists only on the marked one.
         again.execute(mark).await.unwrap_err();
         pool.close_old().await;
         assert_eq!(counts(&pool), (1, 1));
@@ -181,7 +180,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn acquire_waits_for_a_returned_connection_at_the_limit() {
+    async fn acquire_waits_for_returned_connection_at_limit() {
         let pool = pool();
         let mut all = Vec::new();
         for _ in 0..MAX_CONNECTIONS {
@@ -201,10 +200,10 @@ mod tests {
     #[tokio::test]
     async fn connection_is_closed_when_old_or_long_idle() {
         let minute = Duration::from_mins(1);
-        // age and time since the last use; whether it is reused, and kept while idle
-        for (age, idle, reused, kept) in [
-            (MAX_LIFETIME - minute, MAX_IDLE - minute, true, true),
-            (MAX_LIFETIME - minute, MAX_IDLE, true, false),
+        // age, time since the last use, whether it is reused, whether it stays open while idle
+        for (age, idle, is_reused, stays_open) in [
+            (MAX_LIFETIME - minute, IDLE_TIMEOUT - minute, true, true),
+            (MAX_LIFETIME - minute, IDLE_TIMEOUT, true, false),
             (MAX_LIFETIME, minute, false, false),
         ] {
             let ago = |time| StdInstant::now() - time;
@@ -216,8 +215,8 @@ mod tests {
             let connector = Connector::<SqliteConnection>(SqliteConnectOptions::new());
             let mut connection = connector.create().await.unwrap();
             let recycled = connector.recycle(&mut connection, &metrics).await;
-            assert_eq!(recycled.is_ok(), reused, "{age:?} {idle:?}");
-            assert_eq!(!is_expired(&metrics), kept, "{age:?} {idle:?}");
+            assert_eq!(recycled.is_ok(), is_reused, "{age:?} {idle:?}");
+            assert_eq!(!is_expired(&metrics), stays_open, "{age:?} {idle:?}");
         }
     }
 }

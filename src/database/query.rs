@@ -1,5 +1,5 @@
-//! The queries that a connection executes: the policy's query for one workspace, or one made of it for many. Which
-//! connection executes them, and how often they are retried, is mod.rs's business.
+//! The queries that a connection executes: the policy's query for one workspace, or a query derived from it for many.
+//! Pooling and retries live in mod.rs and pool.rs.
 
 use std::sync::Arc;
 
@@ -7,14 +7,14 @@ use sqlx::postgres::{PgConnection, PgRow, PgTypeKind};
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Connection, Row, TypeInfo, ValueRef};
 
-use super::error::is_statement_gone;
+use super::error::is_statement_missing;
 use crate::core::identity::ParameterValue;
 use crate::core::policy_file::{Parameter, ParameterType};
 use crate::core::resolution::LookupOutcome;
 
-/// A query that can be executed over a connection of this kind.
+/// A query that can be executed over this type of connection.
 pub(super) trait Query<Connection: Send>: Sync {
-    /// What it returns.
+    /// The query's result.
     type Output: Send;
 
     fn execute_once(
@@ -22,15 +22,15 @@ pub(super) trait Query<Connection: Send>: Sync {
         connection: &mut Connection,
     ) -> impl Future<Output = Result<Self::Output, sqlx::Error>> + Send;
 
-    /// Executes the query. For a column of a type that is new to the connection, such as an enum, sqlx queries the
-    /// type, which takes the place of an unnamed statement. The second attempt finds the type known.
+    /// Executes the query, twice if its statement is missing. For a type that is new to the connection, such as an
+    /// enum, sqlx queries the type, which replaces an unnamed statement. The second attempt finds the type cached.
     fn execute(
         &self,
         connection: &mut Connection,
     ) -> impl Future<Output = Result<Self::Output, sqlx::Error>> + Send {
         async {
             match self.execute_once(connection).await {
-                Err(error) if is_statement_gone(&error) => {
+                Err(error) if is_statement_missing(&error) => {
                     Box::pin(self.execute_once(connection)).await
                 }
                 result => result,
@@ -70,10 +70,10 @@ impl Query<PgConnection> for SingleLookup<'_> {
 
 /// One query for many workspaces. Executed in a transaction if `begin` is given.
 pub(super) struct BatchLookup<'a> {
-    /// What [`batch_query`] made of the policy's query.
+    /// The result of [`batch_query`].
     pub(super) query: &'a str,
     pub(super) parameters: &'a [Parameter],
-    /// The parameters' values of each workspace.
+    /// Each workspace's parameter values.
     pub(super) values: &'a [Vec<ParameterValue>],
     pub(super) begin: Option<&'a Arc<str>>,
 }
@@ -86,8 +86,8 @@ impl Query<PgConnection> for BatchLookup<'_> {
         connection: &mut PgConnection,
     ) -> Result<Vec<LookupOutcome>, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(self.query)).persistent(self.begin.is_none());
-        for (place, parameter) in self.parameters.iter().enumerate() {
-            let values = self.values.iter().map(|values| values.get(place));
+        for (index, parameter) in self.parameters.iter().enumerate() {
+            let values = self.values.iter().map(|values| values.get(index));
             statement = if is_uuid(parameter) {
                 let uuid = |value| match value {
                     Some(&ParameterValue::Uuid(uuid)) => Some(uuid),
@@ -113,11 +113,11 @@ impl Query<PgConnection> for BatchLookup<'_> {
                 rows?
             }
         };
-        let stored = |row: &PgRow| match row.try_get(1)? {
+        let outcome = |row: &PgRow| match row.try_get(1)? {
             Some(true) => Ok(LookupOutcome::Row(mode(row)?)),
             _ => Ok(LookupOutcome::NoRow),
         };
-        rows.iter().map(stored).collect()
+        rows.iter().map(outcome).collect()
     }
 }
 
@@ -131,12 +131,12 @@ const fn is_uuid(parameter: &Parameter) -> bool {
     )
 }
 
-/// Makes a query for many workspaces of the policy's query: each parameter `$1` becomes a column of a joined list.
-/// Returns `None` if the text has quotes or comments, in which a `$1` could be something other than a parameter.
+/// Derives a query for many workspaces from the policy's query: each parameter such as `$1` becomes a column of a
+/// joined list. Returns `None` if the query has quotes or comments, where `$1` might not be a parameter.
 pub(super) fn batch_query(query: &str, parameters: &[Parameter]) -> Option<String> {
     if ["'", "\"", ";", "--", "/*", "$$"]
         .iter()
-        .any(|quote| query.contains(quote))
+        .any(|token| query.contains(token))
     {
         return None;
     }
@@ -151,24 +151,24 @@ pub(super) fn batch_query(query: &str, parameters: &[Parameter]) -> Option<Strin
         if !is_parameter {
             return None;
         }
-        single += &format!("llm_billing_asked.llm_billing_p{number}{rest}");
+        single += &format!("llm_billing_input.llm_billing_p{number}{rest}");
     }
-    let list = |each: &dyn Fn((usize, &Parameter)) -> String| -> String {
-        let all: Vec<String> = parameters.iter().enumerate().map(each).collect();
-        all.join(", ")
+    let list = |format: &dyn Fn((usize, &Parameter)) -> String| -> String {
+        let items: Vec<String> = parameters.iter().enumerate().map(format).collect();
+        items.join(", ")
     };
-    let arrays = list(&|(place, parameter)| {
+    let arrays = list(&|(index, parameter)| {
         let kind = if is_uuid(parameter) { "uuid" } else { "text" };
-        format!("${}::{kind}[]", place + 1)
+        format!("${}::{kind}[]", index + 1)
     });
-    let columns = list(&|(place, _)| format!("llm_billing_p{}", place + 1));
+    let columns = list(&|(index, _)| format!("llm_billing_p{}", index + 1));
     Some(format!(
-        "SELECT llm_billing_found.mode, llm_billing_found.is_there
-         FROM unnest({arrays}) WITH ORDINALITY AS llm_billing_asked({columns}, llm_billing_place)
+        "SELECT llm_billing_found.mode, llm_billing_found.has_row
+         FROM unnest({arrays}) WITH ORDINALITY AS llm_billing_input({columns}, llm_billing_index)
          LEFT JOIN LATERAL (
              SELECT llm_billing_one.mode, true FROM ({single}) AS llm_billing_one(mode) LIMIT 1
-         ) AS llm_billing_found(mode, is_there) ON true
-         ORDER BY llm_billing_asked.llm_billing_place"
+         ) AS llm_billing_found(mode, has_row) ON true
+         ORDER BY llm_billing_input.llm_billing_index"
     ))
 }
 
@@ -178,7 +178,7 @@ async fn select(
     parameters: &[ParameterValue],
     prepared: bool,
 ) -> Result<LookupOutcome, sqlx::Error> {
-    // The operator's query from the policy file; what pods bring is bound, never spliced.
+    // The query is the operator's, from the policy file. Values from pods are bound, never interpolated.
     let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(query))).persistent(prepared);
     for parameter in parameters {
         statement = match parameter {
@@ -192,10 +192,10 @@ async fn select(
     Ok(LookupOutcome::Row(mode(&row)?))
 }
 
-/// The first column of a row.
+/// Returns the mode in a row's first column.
 fn mode(row: &PgRow) -> Result<Option<String>, sqlx::Error> {
     let is_enum = matches!(row.try_get_raw(0)?.type_info().kind(), PgTypeKind::Enum(_));
-    // An enum is sent as its label, which sqlx decodes as text only when it is told not to look at the type.
+    // PostgreSQL sends an enum as its label, which sqlx decodes as text only without a type check.
     if is_enum {
         row.try_get_unchecked(0)
     } else {
@@ -213,7 +213,7 @@ impl Query<SqliteConnection> for SingleLookup<'_> {
         let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(self.query)));
         for parameter in self.parameters {
             statement = match parameter {
-                // SQLite has no type for UUIDs; they are stored as their usual text.
+                // SQLite has no UUID type; UUIDs are stored as hyphenated text.
                 ParameterValue::Uuid(uuid) => statement.bind(uuid.to_string()),
                 ParameterValue::Text(text) => statement.bind(text),
             };

@@ -1,4 +1,4 @@
-//! Where the database is: URLs that show no password, and where they are given.
+//! The database URL and its source. No output shows its password.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -9,10 +9,10 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::sqlite::SqliteConnectOptions;
 use thiserror::Error;
 
-/// What a `PostgreSQL` URL says where connections are shared by a pooler that changes them between transactions.
+/// The setting in a PostgreSQL URL for a pooler in transaction mode.
 pub(super) const NO_PREPARED_STATEMENTS: &str = "statement-cache-capacity=0";
-/// What sqlx heeds of TLS in a `PostgreSQL` URL. It ignores all else.
-const OF_TLS: [&str; 9] = [
+/// The TLS settings that sqlx supports in a PostgreSQL URL. It ignores all others.
+const TLS_SETTINGS: [&str; 9] = [
     "sslmode",
     "ssl-mode",
     "sslrootcert",
@@ -24,36 +24,34 @@ const OF_TLS: [&str; 9] = [
     "ssl-key",
 ];
 
-/// Where the database is. Neither `Debug` nor `Display` shows user, password or options.
+/// A parsed database URL. Neither `Debug` nor `Display` shows user, password or options.
 #[derive(Clone)]
 pub enum DatabaseUrl {
     /// `postgres://…`
     Postgres {
-        /// Where, as whom and how to connect.
+        /// The connection options.
         options: Box<PgConnectOptions>,
-        /// Whether a session is the webhook's own, so that what is set or prepared in it stays. It is not
-        /// behind a pooler in transaction mode, which the URL tells by `statement-cache-capacity=0`.
+        /// Whether a session keeps its settings and prepared statements. It does not behind a pooler in transaction
+        /// mode, for which the URL has `statement-cache-capacity=0`.
         session: bool,
     },
     /// `sqlite://…`
     Sqlite(Box<SqliteConnectOptions>),
 }
 
-/// Why a database URL cannot be used. Says nothing of the URL: it may hold a password.
+/// Why a database URL is invalid. Does not quote the URL: it may hold a password.
 #[derive(Debug, PartialEq, Eq, Error)]
 pub enum UrlError {
-    /// The scheme is neither of the two.
+    /// The scheme is not supported.
     #[error("it must start with postgres:// or sqlite://")]
     Scheme,
-    /// The rest has the wrong shape.
+    /// The URL cannot be parsed.
     #[error(
-        "it has the wrong shape; expected postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=… or sqlite://FILE"
+        "it is malformed; expected postgres://USER:PASSWORD@HOST:PORT/DATABASE?sslmode=… or sqlite://FILE"
     )]
     Shape,
-    /// A setting of TLS that would be ignored.
-    #[error(
-        "it has a setting of TLS that is not supported; leave all out but sslmode, sslrootcert, sslcert and sslkey"
-    )]
+    /// A TLS setting is not supported and would be ignored.
+    #[error("it has an unsupported TLS setting; use only sslmode, sslrootcert, sslcert and sslkey")]
     Tls,
 }
 
@@ -67,7 +65,7 @@ impl FromStr for DatabaseUrl {
                 let mut settings = settings.split('&');
                 let is_ignored = |setting: &str| {
                     let key = setting.split('=').next().unwrap_or_default();
-                    key.to_ascii_lowercase().contains("ssl") && !OF_TLS.contains(&key)
+                    key.to_ascii_lowercase().contains("ssl") && !TLS_SETTINGS.contains(&key)
                 };
                 if settings.clone().any(is_ignored) {
                     return Err(UrlError::Tls);
@@ -75,7 +73,7 @@ impl FromStr for DatabaseUrl {
                 let options = PgConnectOptions::from_str(url).map_err(|_| UrlError::Shape)?;
                 let options = options
                     .application_name(env!("CARGO_PKG_NAME"))
-                    // No number is ever read, and PgBouncer refuses parameters that it does not know.
+                    // Lookups read no floats, and PgBouncer rejects startup parameters that it does not know.
                     .extra_float_digits(None)
                     .disable_statement_logging();
                 Ok(Self::Postgres {
@@ -115,15 +113,15 @@ impl fmt::Debug for DatabaseUrl {
     }
 }
 
-/// Where the database's URL is.
+/// The source of the database URL.
 pub enum UrlSource {
-    /// It was given as it is.
+    /// The URL itself.
     Given(UrlText),
-    /// It is in this file, which may change.
+    /// A file with the URL, which may change.
     File(PathBuf),
 }
 
-/// A URL as it was given, not yet parsed. Its `Debug` says nothing: it may hold a password.
+/// An unparsed URL. Its `Debug` hides the text, which may hold a password.
 #[derive(Clone, PartialEq, Eq)]
 pub struct UrlText(pub(super) String);
 
@@ -139,7 +137,7 @@ impl fmt::Debug for UrlText {
     }
 }
 
-/// Why there is no database URL to use.
+/// Why the source has no usable database URL.
 #[derive(Debug, Error)]
 pub enum SourceError {
     /// The file cannot be read.
@@ -147,10 +145,10 @@ pub enum SourceError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// What was given is no URL of a database.
+    /// The text is not a valid database URL.
     #[error("cannot use the database URL")]
     Url(#[from] UrlError),
 }
@@ -169,7 +167,7 @@ impl UrlSource {
         }
     }
 
-    /// The URL as it is now.
+    /// Reads and parses the current URL.
     ///
     /// # Errors
     /// [`SourceError`]
@@ -183,7 +181,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_url_is_understood_or_refused_and_no_setting_of_tls_is_ignored() {
+    fn url_with_unsupported_tls_settings_is_rejected() {
         for (url, error) in [
             ("postgres://h/d", None),
             (

@@ -1,4 +1,4 @@
-//! `/livez`, `/readyz` and `/metrics`, over plain HTTP on a port of their own.
+//! `/livez`, `/readyz` and `/metrics`, served over plain HTTP on a separate port.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use axum::routing::get;
 
 use crate::server::webhook::App;
 
-/// The routes.
+/// Returns the routes.
 pub fn routes(app: Arc<App>) -> Router {
     Router::new()
         .route("/livez", get(async || "ok\n"))
@@ -20,11 +20,11 @@ pub fn routes(app: Arc<App>) -> Router {
 }
 
 async fn readyz(State(app): State<Arc<App>>) -> Response {
-    match app.readiness.obstacle() {
+    match app.readiness.not_ready_reason() {
         None => "ok\n".into_response(),
-        Some(obstacle) => (
+        Some(reason) => (
             StatusCode::SERVICE_UNAVAILABLE,
-            format!("not ready: {obstacle}\n"),
+            format!("not ready: {reason}\n"),
         )
             .into_response(),
     }

@@ -1,5 +1,5 @@
-//! The life of the server: bind both ports, serve, drain; and what goes on beside it again and again: audits, the
-//! database's URL and its connections. What is served is webhook.rs's and health.rs's business.
+//! The server's life cycle: binds both ports, serves and drains. Also runs the periodic work: audits, reloads of the
+//! database URL and maintenance of its connections. The routes live in webhook.rs and health.rs.
 
 pub mod certificate;
 pub mod health;
@@ -37,58 +37,58 @@ use crate::server::tasks::{TaskError, Tasks};
 use crate::server::webhook::App;
 use crate::telemetry;
 
-/// Longest wait for a TLS handshake, and then for the head of a connection's first request.
+/// Limit on the time for a TLS handshake, and then for the head of a connection's first request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait for the head of a further request. The API server closes what it has not used for 90 s; were
-/// the webhook first, it could be just as a request comes, and that admission would fail.
+/// Limit on the time until the head of a further request. It exceeds the 90 s after which the API server closes an
+/// idle connection: if the webhook closed it first, a request could arrive at that moment and fail.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
-/// A connection's bytes that are read ahead, at most. Bodies are gathered elsewhere, and heads are short; hyper's own
-/// limit is six times this, and most of the memory under a load of large reviews.
-const READ_BUFFER: usize = 16 * 1024;
-/// Limit on open connections, on each port. An API server keeps one for each admission that it waits for.
+/// Limit on a connection's read buffer. Heads are short, and bodies are collected elsewhere. Hyper's default is six
+/// times as large and would dominate memory use under a load of large reviews.
+const MAX_READ_BUFFER_BYTES: usize = 16 * 1024;
+/// Limit on open connections per port. An API server uses one for each concurrent admission.
 const MAX_CONNECTIONS: usize = 4096;
-/// Connections that wait to be accepted, at most. One that finds no room tries again after a whole second.
-const BACKLOG: u32 = 1024;
-/// How often a database that has not answered yet is asked again.
-const DATABASE_INTERVAL: Duration = Duration::from_secs(1);
+/// Limit on connections that wait to be accepted. A client beyond it retries its SYN after a whole second.
+const MAX_BACKLOG: u32 = 1024;
+/// Pause between checks of a database that has not answered yet.
+const DATABASE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How the server drains.
+/// The durations of a drain.
 #[derive(Clone, Copy, Debug)]
 pub struct Drain {
-    /// How long new connections are still accepted after SIGTERM, while the cluster removes the pod's address.
+    /// Time after SIGTERM to keep accepting connections, while the cluster removes the pod's address.
     pub delay: Duration,
-    /// How long requests under way may take after that.
+    /// Time after that for requests in flight to end.
     pub timeout: Duration,
 }
 
-/// Where the serving certificate comes from. The server already has one.
+/// The source of the serving certificate. The first certificate is already loaded.
 pub enum CertificateSource {
-    /// Generated for this process; never replaced.
+    /// Generated for this process and never replaced.
     Generated,
-    /// Files, and what they held when they were read.
+    /// Files, and their contents when they were last read.
     Files(CertificateFiles, CertificatePem),
-    /// The Secret that the replicas share.
+    /// The Secret shared by the replicas.
     Secret(Box<SharedSecret>),
 }
 
-/// Audits of the running pods while the webhook serves.
+/// Configuration of the periodic audits of running pods.
 pub struct Audits {
-    /// Lists the pods.
+    /// The client that lists the pods.
     pub client: kube::Client,
-    /// Which pods are audited.
+    /// The pods to audit.
     pub selection: Selection,
-    /// From the end of one audit to the start of the next.
+    /// Pause between the end of one audit and the start of the next.
     pub interval: Duration,
 }
 
-/// Two bound ports; nothing is served yet.
+/// The two bound ports, not yet served.
 #[derive(Debug)]
 pub struct Bound {
     webhook: TcpListener,
     health: TcpListener,
-    /// Where the webhook will be; tells the port if 0 was asked for.
+    /// The webhook's address, with the actual port if 0 was requested.
     pub webhook_address: SocketAddr,
-    /// Where health and metrics will be.
+    /// The address of health and metrics.
     health_address: SocketAddr,
 }
 
@@ -96,7 +96,7 @@ impl Bound {
     /// Binds both ports.
     ///
     /// # Errors
-    /// The system's, with the address that it is about.
+    /// An IO error that names the address.
     pub fn bind(webhook: SocketAddr, health: SocketAddr) -> io::Result<Self> {
         let bind = |address: SocketAddr| {
             let listener = listen(address).map_err(|error| {
@@ -122,8 +122,8 @@ impl Bound {
     /// Serves until SIGTERM or SIGINT, then drains. A second signal ends the drain at once.
     ///
     /// # Errors
-    /// The system's, if a port or signals cannot be had; or one that names the task that ended, failed or panicked. In
-    /// that case too the server drains, unless the task is the webhook's listener.
+    /// An IO error if a listener or a signal handler cannot be set up. Otherwise an error that names the task that
+    /// ended, failed or panicked; the server still drains, unless that task is the webhook's listener.
     pub async fn serve(
         self,
         app: Arc<App>,
@@ -132,9 +132,9 @@ impl Bound {
         audits: Option<Audits>,
         drain: Drain,
     ) -> io::Result<()> {
-        // Each connection is an open file, and containers often start with a limit of 1,024.
+        // Each connection needs a file descriptor, and containers often start with a limit of 1,024.
         rlimit::increase_nofile_limit(u64::MAX)?;
-        let stop = Stop::new()?;
+        let stop = StopSignals::new()?;
         let config = certificate.server_config();
         let live = LiveCertificate {
             config: &config,
@@ -177,14 +177,14 @@ impl Bound {
     }
 }
 
-/// The task whose end ends the drain.
+/// The name of the task whose end completes the drain.
 const WEBHOOK_LISTENER: &str = "webhook listener";
 
-/// Waits for a signal or the end of a task, then drains: `/readyz` fails at once, the listener closes after the delay, and
-/// requests under way have the time-out. A second signal cuts the drain short. Returns the first failure of a task.
+/// Waits for a signal or the end of a task, then drains. `/readyz` fails at once, the listener closes after the delay,
+/// and requests in flight end within the time-out. A second signal ends the drain. Returns the first task failure.
 async fn run(
     tasks: &mut Tasks,
-    mut stop: Stop,
+    mut stop: StopSignals,
     handle: &Handle<SocketAddr>,
     readiness: &Readiness,
     drain: Drain,
@@ -253,24 +253,24 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
         SocketAddr::V4(_) => TcpSocket::new_v4(),
         SocketAddr::V6(_) => TcpSocket::new_v6(),
     }?;
-    // The port of a process that has just ended can be had at once.
+    // Allows binding the port of a process that has just ended.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
-    socket.listen(BACKLOG)?.into_std()
+    socket.listen(MAX_BACKLOG)?.into_std()
 }
 
-/// Configures HTTP/1.1, which API servers speak to webhooks, with a time-out for every request's head.
+/// Configures HTTP/1.1, which API servers use for webhooks, with a time-out for every request's head.
 fn with_timeouts(server: Server<SocketAddr>) -> Server<SocketAddr> {
     let mut server = server.http1_only().first_request_timeout(HEAD_TIMEOUT);
     server
         .http_builder()
         .http1()
         .header_read_timeout(IDLE_TIMEOUT)
-        .max_buf_size(READ_BUFFER);
+        .max_buf_size(MAX_READ_BUFFER_BYTES);
     server
 }
 
-/// Accepts connections up to a limit, and closes further ones at once.
+/// Accepts connections up to a limit and closes further ones at once.
 #[derive(Clone)]
 struct ConnectionLimit(Arc<Semaphore>);
 
@@ -296,7 +296,7 @@ impl<S> Accept<TcpStream, S> for ConnectionLimit {
     }
 }
 
-/// The service of one connection, which holds the connection's permit.
+/// One connection's service, which holds the connection's permit.
 #[derive(Clone)]
 struct Permitted<S> {
     service: S,
@@ -317,7 +317,7 @@ impl<S: Service<Request>, Request> Service<Request> for Permitted<S> {
     }
 }
 
-/// Asks until the database has answered once, then never ends. An answer to a request counts too.
+/// Checks the database until a check or an admission's lookup succeeds. Never returns.
 async fn wait_for_database(app: Arc<App>) {
     while !app.readiness.database_answered() {
         match app.database.check().await {
@@ -325,15 +325,15 @@ async fn wait_for_database(app: Arc<App>) {
             Err(refused @ LookupError::Refused(_)) => error!(error = %refused, "not ready"),
             Err(failed) => warn!(error = %failed, "not ready"),
         }
-        sleep(DATABASE_INTERVAL).await;
+        sleep(DATABASE_CHECK_INTERVAL).await;
     }
     pending().await
 }
 
-/// Closes old connections to the database, and takes its URL from its source again, again and again for ever. A URL that
-/// cannot be used is said once, and the one in use stays.
+/// Periodically closes old database connections and reloads the database URL. An unusable URL is logged once, and the
+/// one in use stays. Never returns.
 async fn maintain_connections(app: Arc<App>) {
-    let mut failing = false;
+    let mut is_failing = false;
     loop {
         sleep(RELOAD_INTERVAL).await;
         app.database.close_old().await;
@@ -341,17 +341,17 @@ async fn maintain_connections(app: Arc<App>) {
         match &reread {
             Ok(true) => info!("database URL reloaded"),
             Ok(false) => {}
-            Err(_) if failing => {}
+            Err(_) if is_failing => {}
             Err(error) => error!(
                 error = telemetry::chain(error),
                 "the changed database URL cannot be used; the old one stays"
             ),
         }
-        failing = reread.is_err();
+        is_failing = reread.is_err();
     }
 }
 
-/// Audits all running workspace pods again and again, for ever.
+/// Periodically audits all running workspace pods. Never returns.
 async fn audit(app: Arc<App>, audits: Audits) {
     let Audits {
         client,
@@ -372,7 +372,7 @@ async fn audit(app: Arc<App>, audits: Audits) {
                     error = report.not_audited.first(),
                     audited = report.audited,
                     not_audited = report.not_audited.len(),
-                    "some pods were not audited; what the last whole audit found stays"
+                    "some pods were not audited; the metrics keep the last complete audit's results"
                 );
             }
             Err(error) => {
@@ -380,7 +380,7 @@ async fn audit(app: Arc<App>, audits: Audits) {
                 error!(
                     error = telemetry::chain(&error),
                     audited = report.audited,
-                    "the audit ended early; what the last whole one found stays"
+                    "the audit ended early; the metrics keep the last complete audit's results"
                 );
             }
         }
@@ -388,13 +388,13 @@ async fn audit(app: Arc<App>, audits: Audits) {
     }
 }
 
-/// The signals that end the process.
-struct Stop {
+/// The signals that stop the process.
+struct StopSignals {
     terminate: Signal,
     interrupt: Signal,
 }
 
-impl Stop {
+impl StopSignals {
     fn new() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
@@ -423,14 +423,14 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn failed_task_drains_and_requests_under_way_are_answered() {
+    async fn failed_task_drains_and_requests_in_flight_are_answered() {
         let listener = listen((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let address = listener.local_addr().unwrap();
         let (arrived, drained) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-        let (signal, wait) = (Arc::clone(&arrived), Arc::clone(&drained));
+        let (on_arrival, until_drained) = (Arc::clone(&arrived), Arc::clone(&drained));
         let answer = async move || {
-            signal.notify_one();
-            wait.notified().await;
+            on_arrival.notify_one();
+            until_drained.notified().await;
             "answered"
         };
         let handle = Handle::new();
@@ -458,7 +458,13 @@ mod tests {
             timeout: Duration::from_secs(30),
         };
         let (failure, ()) = tokio::join!(
-            run(&mut tasks, Stop::new().unwrap(), &handle, &readiness, drain),
+            run(
+                &mut tasks,
+                StopSignals::new().unwrap(),
+                &handle,
+                &readiness,
+                drain
+            ),
             async {
                 while !readiness.is_draining() {
                     tokio::task::yield_now().await;

@@ -1,10 +1,10 @@
-//! Whether the process should get traffic. Who asks is health.rs's business.
+//! The readiness state of the process. health.rs serves it at `/readyz`.
 
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use time::OffsetDateTime;
 
-/// Whether the process should get traffic.
+/// The state that decides whether the pod is ready for traffic.
 #[derive(Debug, Default)]
 pub struct Readiness {
     draining: AtomicBool,
@@ -13,32 +13,33 @@ pub struct Readiness {
 }
 
 impl Readiness {
-    /// No more: the process is about to end.
+    /// Marks the process as draining; `/readyz` fails from now on.
     pub fn set_draining(&self) {
         self.draining.store(true, Ordering::Relaxed);
     }
 
-    /// Whether it is.
+    /// Reports whether the process is draining.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
     }
 
-    /// The database answered once. A later loss does not take the pod out: the fallback still serves.
+    /// Records that the database has answered once. A later outage keeps the pod ready: the fallback still serves.
     pub fn set_database_answered(&self) {
         self.database_answered.store(true, Ordering::Relaxed);
     }
 
-    /// Whether it did.
+    /// Reports whether the database has answered at least once.
     pub fn database_answered(&self) -> bool {
         self.database_answered.load(Ordering::Relaxed)
     }
 
-    /// When the serving certificate expires, in seconds since the epoch.
+    /// Records when the serving certificate expires, in seconds since the epoch.
     pub fn set_certificate_expiry(&self, timestamp: i64) {
         self.certificate_expiry.store(timestamp, Ordering::Relaxed);
     }
 
-    pub(super) fn obstacle(&self) -> Option<&'static str> {
+    /// Returns why the pod is not ready; `None` if it is.
+    pub(super) fn not_ready_reason(&self) -> Option<&'static str> {
         if self.is_draining() {
             Some("draining")
         } else if self.certificate_expiry.load(Ordering::Relaxed)

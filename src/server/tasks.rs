@@ -1,4 +1,4 @@
-//! The tasks that run for the life of the process, by name. What each task does is the business of the file that has it.
+//! The named tasks that run for the life of the process. Each task's code lives in its own module.
 
 use std::collections::HashMap;
 use std::future::{Future, pending};
@@ -7,7 +7,7 @@ use std::io;
 use thiserror::Error;
 use tokio::task::{Id, JoinSet};
 
-/// Why a task is over though the process is not.
+/// Why a task ended before the process did.
 #[derive(Debug, Error)]
 pub(super) enum TaskError {
     /// The task returned.
@@ -16,7 +16,7 @@ pub(super) enum TaskError {
     /// The task returned an error.
     #[error("the task {0:?} failed")]
     Failed(&'static str, #[source] io::Error),
-    /// The task panicked. Its message is on stderr.
+    /// The task panicked. The panic message is on stderr.
     #[error("the task {0:?} panicked; its message is on stderr above")]
     Panicked(&'static str),
 }
@@ -30,7 +30,7 @@ impl TaskError {
     }
 }
 
-/// Running tasks; dropped, it aborts them.
+/// The running tasks, aborted on drop.
 #[derive(Default)]
 pub(super) struct Tasks {
     set: JoinSet<io::Result<()>>,
@@ -48,7 +48,7 @@ impl Tasks {
         self.names.insert(id, name);
     }
 
-    /// Starts a task that has no end.
+    /// Starts a task that never ends.
     pub(super) fn spawn_endless(
         &mut self,
         name: &'static str,
@@ -60,7 +60,7 @@ impl Tasks {
         });
     }
 
-    /// Waits until a task is over. Never returns if no task is left.
+    /// Waits until a task ends. Never returns if no task is left.
     pub(super) async fn ended(&mut self) -> TaskError {
         let name = |id: Id| self.names.get(&id).copied().unwrap_or("unnamed");
         match self.set.join_next_with_id().await {
@@ -71,7 +71,7 @@ impl Tasks {
         }
     }
 
-    /// Aborts all tasks and waits until they are over.
+    /// Aborts all tasks and waits until they have ended.
     pub(super) async fn shutdown(mut self) {
         self.set.shutdown().await;
     }

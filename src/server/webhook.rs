@@ -1,5 +1,5 @@
-//! `/mutate` and `/validate`: HTTP around the core. Reads the body, executes the lookup, responds, logs and counts;
-//! every decision is core/decision.rs's.
+//! `/mutate` and `/validate`: reads the body, executes the lookup, responds, logs and counts. The decisions are made in
+//! core/decision.rs.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -29,53 +29,53 @@ use crate::metrics::Metrics;
 use crate::server::readiness::Readiness;
 use crate::telemetry::traces;
 
-/// The API server sends a body at once; one that takes longer is nobody's.
+/// Limit on the time to receive a body. The API server sends it in one piece.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
-/// Limit on the time to read the rest of a refused body.
+/// Limit on the time to read the rest of a rejected body.
 const DISCARD_TIMEOUT: Duration = Duration::from_secs(1);
-/// A body of so many bytes is read at once: nearly every pod fits. A larger one waits for its shares of the
-/// memory for large bodies, of so many bytes each.
-const SMALL_BODY: usize = 64 * 1024;
-/// The shares that there are: 4 MiB. A body that is larger than all of them has them to itself.
-const SHARES: u32 = 64;
+/// Limit on the size of a body that needs no permit; nearly every pod fits. A larger body acquires one permit for each
+/// block of this size.
+const MAX_SMALL_BODY_BYTES: usize = 64 * 1024;
+/// Limit on the permits held by large bodies, 4 MiB in all. A body larger than that acquires all of them.
+const MAX_LARGE_BODY_PERMITS: u32 = 64;
 
-/// The least time-out of an API server: `timeoutSeconds` is a whole number from 1 to 30. A shorter one would let a client
-/// make the database look as if it hung.
+/// The API server's shortest time-out: `timeoutSeconds` is an integer from 1 to 30. A shorter one would let a client
+/// make a healthy database appear to hang.
 const MIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What every request shares. No `Debug`: the policy may hold a token.
+/// The state shared by all requests. No `Debug`: the policy may hold a token.
 pub struct App {
-    /// What the operator decided.
+    /// The operator's policy.
     pub policy: Policy,
-    /// Where the modes are.
+    /// The database with the billing modes.
     pub database: Arc<Database>,
-    /// What is counted.
+    /// The metrics of this server.
     pub metrics: Metrics,
-    /// Whether there should be traffic.
+    /// The readiness state.
     pub readiness: Readiness,
-    /// How long a body may be, and how many there may be.
-    pub bodies: Bodies,
+    /// Limits on request bodies.
+    pub body_limits: BodyLimits,
 }
 
-/// The bound on the memory that requests' bodies take.
+/// Limits on the size of a request body and on the memory for all large bodies.
 #[derive(Debug)]
-pub struct Bodies {
-    largest: usize,
-    shares: Semaphore,
+pub struct BodyLimits {
+    max_bytes: usize,
+    large_bodies: Semaphore,
 }
 
-impl Bodies {
-    /// For bodies of so many bytes at most.
+impl BodyLimits {
+    /// Accepts bodies of up to `max_bytes`.
     #[must_use]
-    pub const fn up_to(largest: usize) -> Self {
+    pub const fn new(max_bytes: usize) -> Self {
         Self {
-            largest,
-            shares: Semaphore::const_new(SHARES as usize),
+            max_bytes,
+            large_bodies: Semaphore::const_new(MAX_LARGE_BODY_PERMITS as usize),
         }
     }
 }
 
-/// The routes.
+/// Returns the routes.
 pub fn routes(app: Arc<App>) -> Router {
     Router::new()
         .route(
@@ -89,23 +89,23 @@ pub fn routes(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(async |State(app): State<Arc<App>>, request: HttpRequest| {
             let method = request.method().clone();
             discard(request.into_body());
-            app.closed_when_draining(refused(
+            app.close_when_draining(error_response(
                 StatusCode::METHOD_NOT_ALLOWED,
                 &format!("{method} is not supported here; use POST"),
             ))
         })
         .fallback(async |State(app): State<Arc<App>>, request: HttpRequest| {
             discard(request.into_body());
-            app.closed_when_draining(refused(
+            app.close_when_draining(error_response(
                 StatusCode::NOT_FOUND,
-                "there is nothing here; use POST /mutate or POST /validate",
+                "not found; use POST /mutate or POST /validate",
             ))
         })
         .with_state(app)
 }
 
-fn refused(status: StatusCode, sentence: &str) -> Response {
-    (status, format!("{sentence}\n")).into_response()
+fn error_response(status: StatusCode, message: &str) -> Response {
+    (status, format!("{message}\n")).into_response()
 }
 
 async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpRequest) -> Response {
@@ -122,7 +122,7 @@ async fn serve(webhook: Webhook, State(app): State<Arc<App>>, request: HttpReque
     );
     traces::join(&span, request.headers());
     let response = respond(webhook, &app, request).instrument(span).await;
-    app.closed_when_draining(response)
+    app.close_when_draining(response)
 }
 
 async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response {
@@ -132,14 +132,14 @@ async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response 
     let timeout = Query::<TimeoutQuery>::try_from_uri(&head.uri)
         .ok()
         .and_then(|Query(query)| query.timeout());
-    let received = match app.bodies.read(&head.headers, &mut body).await {
+    let received = match app.body_limits.read(&head.headers, &mut body).await {
         Ok(received) => received,
-        Err((status, sentence)) => {
+        Err((status, message)) => {
             discard(body);
-            return app.bad_request(webhook, arrived, status, &sentence);
+            return app.bad_request(webhook, arrived, status, &message);
         }
     };
-    let decoded = match info_span!("decode").in_scope(|| decode(&received.body)) {
+    let decoded = match info_span!("decode").in_scope(|| decode(&received.bytes)) {
         Ok(decoded) => decoded,
         Err(error) => {
             let status = match error {
@@ -165,26 +165,26 @@ async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response 
     ([(header::CONTENT_TYPE, "application/json")], response.json).into_response()
 }
 
-/// To the microsecond; what is finer would be noise.
+/// Converts to milliseconds, with microsecond precision.
 fn milliseconds(time: Duration) -> f64 {
     f64::from(u32::try_from(time.as_micros()).unwrap_or(u32::MAX)) / 1000.0
 }
 
-/// The query that API servers add to the webhook's URL: how long they wait for the response.
+/// The query that API servers add to the webhook's URL: the time they wait for the response.
 #[derive(serde::Deserialize)]
 struct TimeoutQuery {
     timeout: Option<String>,
 }
 
 impl TimeoutQuery {
-    /// Returns the time-out; API servers wait for at least a second.
+    /// Returns the time-out, at least [`MIN_TIMEOUT`].
     fn timeout(&self) -> Option<Duration> {
         let timeout = humantime::parse_duration(self.timeout.as_deref()?).ok()?;
         Some(timeout.max(MIN_TIMEOUT))
     }
 }
 
-/// Returns the time left for the lookup, so that the response arrives before the API server's time-out.
+/// Returns the time left for the lookup if the response is to arrive before the API server's time-out.
 fn lookup_limit(timeout: Duration, arrived: Instant) -> Duration {
     let reserve = (timeout / 5).min(Duration::from_millis(500));
     timeout
@@ -192,54 +192,54 @@ fn lookup_limit(timeout: Duration, arrived: Instant) -> Duration {
         .saturating_sub(arrived.elapsed())
 }
 
-/// A body, and its share of the memory for large ones.
-struct Received<'a> {
-    body: Bytes,
-    _share: Option<SemaphorePermit<'a>>,
+/// A request body, with its permit if it is large.
+struct ReceivedBody<'a> {
+    bytes: Bytes,
+    _permit: Option<SemaphorePermit<'a>>,
 }
 
-impl Bodies {
+impl BodyLimits {
     async fn read(
         &self,
         headers: &HeaderMap,
         body: &mut Body,
-    ) -> Result<Received<'_>, (StatusCode, String)> {
+    ) -> Result<ReceivedBody<'_>, (StatusCode, String)> {
         let header = |name| headers.get(name).and_then(|value| value.to_str().ok());
         let media_type = header(header::CONTENT_TYPE)
             .and_then(|value| value.split(';').next())
             .unwrap_or_default();
         if !media_type.trim().eq_ignore_ascii_case("application/json") {
-            let sentence = "the content type is not supported; send application/json".to_owned();
-            return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, sentence));
+            let message = "the content type is not supported; send application/json".to_owned();
+            return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
         if header(header::CONTENT_ENCODING)
             .is_some_and(|encoding| !encoding.trim().eq_ignore_ascii_case("identity"))
         {
-            let sentence = "compressed bodies are not supported; send the JSON as it is".to_owned();
-            return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, sentence));
+            let message = "compressed bodies are not supported; send the JSON as it is".to_owned();
+            return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
         }
-        let largest = self.largest;
+        let max_bytes = self.max_bytes;
         let too_large = || {
             (
                 StatusCode::PAYLOAD_TOO_LARGE,
-                format!("the body is larger than {largest} bytes; see --max-body-bytes"),
+                format!("the body is larger than {max_bytes} bytes; see --max-body-bytes"),
             )
         };
-        let length = header(header::CONTENT_LENGTH).map_or(Ok(largest), str::parse::<usize>);
+        let length = header(header::CONTENT_LENGTH).map_or(Ok(max_bytes), str::parse::<usize>);
         let length = length.unwrap_or(usize::MAX);
-        if length > largest {
+        if length > max_bytes {
             return Err(too_large());
         }
-        let share = self.share(length).await?;
-        match timeout(BODY_TIMEOUT, gathered(Limited::new(body, length))).await {
-            Ok(Ok(body)) => Ok(Received {
-                body,
-                _share: share,
+        let permit = self.acquire(length).await?;
+        match timeout(BODY_TIMEOUT, collect(Limited::new(body, length))).await {
+            Ok(Ok(bytes)) => Ok(ReceivedBody {
+                bytes,
+                _permit: permit,
             }),
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
             Ok(Err(_)) => Err((
                 StatusCode::BAD_REQUEST,
-                "the body broke off; send it again".to_owned(),
+                "the body ended early; send it again".to_owned(),
             )),
             Err(_) => Err((
                 StatusCode::REQUEST_TIMEOUT,
@@ -248,18 +248,19 @@ impl Bodies {
         }
     }
 
-    /// Waits for a large body's share of the memory; a small one needs none.
-    async fn share(
+    /// Waits for a large body's permit; a small body needs none.
+    async fn acquire(
         &self,
         length: usize,
     ) -> Result<Option<SemaphorePermit<'_>>, (StatusCode, String)> {
-        if length <= SMALL_BODY {
+        if length <= MAX_SMALL_BODY_BYTES {
             return Ok(None);
         }
-        let shares = u32::try_from(length.div_ceil(SMALL_BODY)).unwrap_or(SHARES);
-        let shares = shares.min(SHARES);
-        match timeout(BODY_TIMEOUT, self.shares.acquire_many(shares)).await {
-            Ok(Ok(share)) => Ok(Some(share)),
+        let count = u32::try_from(length.div_ceil(MAX_SMALL_BODY_BYTES))
+            .unwrap_or(MAX_LARGE_BODY_PERMITS)
+            .min(MAX_LARGE_BODY_PERMITS);
+        match timeout(BODY_TIMEOUT, self.large_bodies.acquire_many(count)).await {
+            Ok(Ok(permit)) => Ok(Some(permit)),
             _ => Err((
                 StatusCode::SERVICE_UNAVAILABLE,
                 "there are too many large bodies; send it again".to_owned(),
@@ -268,27 +269,27 @@ impl Bodies {
     }
 }
 
-/// All of a body. What comes in one piece, as small bodies do, stays where it is; the pieces of a larger one are let go
-/// one by one, so that the connection reads the next one into the same place.
-async fn gathered(mut body: Limited<&mut Body>) -> Result<Bytes, axum::BoxError> {
-    let mut all = Vec::new();
+/// Collects a body. A single frame, as of a small body, is returned without a copy. Further frames are copied and
+/// dropped one by one, so that the connection reuses its read buffer.
+async fn collect(mut body: Limited<&mut Body>) -> Result<Bytes, axum::BoxError> {
+    let mut bytes = Vec::new();
     while let Some(frame) = body.frame().await {
-        let Ok(piece) = frame?.into_data() else {
+        let Ok(data) = frame?.into_data() else {
             continue;
         };
-        if all.is_empty() {
+        if bytes.is_empty() {
             if body.is_end_stream() {
-                return Ok(piece);
+                return Ok(data);
             }
             let rest = usize::try_from(body.size_hint().lower()).unwrap_or_default();
-            all.reserve(piece.len().saturating_add(rest));
+            bytes.reserve(data.len().saturating_add(rest));
         }
-        all.extend_from_slice(&piece);
+        bytes.extend_from_slice(&data);
     }
-    Ok(all.into())
+    Ok(bytes.into())
 }
 
-/// Reads the rest of a refused body for a while and drops it. A socket that is closed with unread bytes resets the
+/// Reads and drops the rest of a rejected body in the background. Closing a socket with unread bytes resets the
 /// connection, and a client that is still sending would miss the response (RFC 9112, section 9.6).
 fn discard(mut body: Body) {
     if !body.is_end_stream() {
@@ -298,8 +299,8 @@ fn discard(mut body: Body) {
 }
 
 impl App {
-    /// Asks the client to open no more requests on a connection that is about to go: then none of them is lost.
-    fn closed_when_draining(&self, mut response: Response) -> Response {
+    /// Asks the client to close the connection while the server drains, so that no further request on it fails.
+    fn close_when_draining(&self, mut response: Response) -> Response {
         if self.readiness.is_draining() {
             let close = HeaderValue::from_static("close");
             response.headers_mut().insert(header::CONNECTION, close);
@@ -331,30 +332,30 @@ impl App {
     ) -> LookupOutcome {
         let uid = truncate(uid, MAX_NAME_BYTES);
         let started = Instant::now();
-        let looked_up = self.database.lookup(parameters, limit).await;
-        let result = match &looked_up {
+        let result = self.database.lookup(parameters, limit).await;
+        let label = match &result {
             Ok(LookupOutcome::NoRow) => "not_found",
             Ok(_) => "found",
             Err(error) => error.kind(),
         };
-        self.metrics.lookup(result, started.elapsed());
-        match looked_up {
+        self.metrics.lookup(label, started.elapsed());
+        match result {
             Ok(outcome) => {
                 self.readiness.set_database_answered();
                 outcome
             }
-            Err(refused @ LookupError::Refused(_)) => {
-                error!(uid, error = %refused, "lookup refused; correct the policy's query, the schema or the role's permissions");
+            Err(error @ LookupError::Refused(_)) => {
+                error!(uid, %error, "lookup refused; correct the policy's query, the schema or the role's permissions");
                 LookupOutcome::Failed
             }
-            Err(failed) => {
-                warn!(uid, error = %failed, "lookup failed");
+            Err(error) => {
+                warn!(uid, %error, "lookup failed");
                 LookupOutcome::Failed
             }
         }
     }
 
-    /// Writes one log line and one count for each admission, without any value of an env entry.
+    /// Logs and counts an admission, without any value of an env entry.
     fn record(
         &self,
         webhook: Webhook,
@@ -414,27 +415,27 @@ impl App {
         webhook: Webhook,
         arrived: Instant,
         status: StatusCode,
-        sentence: &str,
+        message: &str,
     ) -> Response {
         let took = arrived.elapsed();
         warn!(
             webhook = webhook.as_str(),
             status = status.as_u16(),
-            error = sentence,
+            error = message,
             "bad request"
         );
         self.metrics.bad_request(webhook, took);
-        refused(status, sentence)
+        error_response(status, message)
     }
 }
 
-/// Length of a name in the log, at most. What a request brings may be of any length until the API server has validated
-/// it.
+/// Limit on the length of a logged name. Mutating webhooks run before validation, so a request's names may be of any
+/// length.
 const MAX_NAME_BYTES: usize = 253;
-/// Length of the summary of changes in the log, at most.
+/// Limit on the length of the logged summary of changes.
 const MAX_CHANGED_BYTES: usize = 1024;
 
-/// Returns a name as it is logged, empty if there is none.
+/// Returns a name for the log, empty if there is none.
 fn name<'a>(text: Option<&'a Text<'_>>) -> &'a str {
     text.map_or("", |text| truncate(text.as_str(), MAX_NAME_BYTES))
 }

@@ -1,6 +1,6 @@
-//! An error and its causes as text.
+//! Formats an error with its causes.
 
-/// An error with its causes, on one line. Each error of this crate says its own step only.
+/// Returns an error and its causes on one line. Each error of this crate describes only its own step.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

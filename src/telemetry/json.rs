@@ -1,5 +1,5 @@
-//! A log line as a JSON object: time and level, then the event's fields, its target last. tracing-subscriber's own
-//! form of it takes most of a log line's time; the objects are the same.
+//! Formats log lines as JSON objects: time, level, the event's fields and its target. The output equals that of
+//! tracing-subscriber's JSON formatter, which would take most of a log line's time.
 
 use std::fmt::{self, Debug, Display, Write};
 use std::time::SystemTime;
@@ -13,10 +13,10 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent};
 
 use crate::core::json::{Object, object};
 
-/// Room for most lines.
-const LINE_BYTES: usize = 1024;
+/// Initial capacity of a line, enough for most.
+const LINE_CAPACITY_BYTES: usize = 1024;
 
-/// Writes events as JSON objects, one a line. Spans are not told.
+/// Formats each event as one line with a JSON object, without its spans.
 pub(super) struct JsonLines;
 
 impl FormatEvent<Registry, DefaultFields> for JsonLines {
@@ -26,11 +26,11 @@ impl FormatEvent<Registry, DefaultFields> for JsonLines {
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
-        let mut line = String::with_capacity(LINE_BYTES);
+        let mut line = String::with_capacity(LINE_CAPACITY_BYTES);
         object(&mut line, |members| {
             let out = members.member("timestamp");
             out.push('"');
-            // A string takes whatever it is given.
+            // Writing to a string does not fail.
             let _ = write!(out, "{}", format_rfc3339_micros(SystemTime::now()));
             out.push('"');
             members.text("level", event.metadata().level().as_str());
@@ -69,7 +69,7 @@ impl Visit for Fields<'_, '_> {
     }
 
     fn record_f64(&mut self, field: &Field, value: f64) {
-        // JSON has no others.
+        // JSON has no NaN or infinity.
         if value.is_finite() {
             self.plain(field, format_args!("{value:?}"));
         } else {
@@ -93,9 +93,9 @@ mod tests {
     use super::*;
 
     #[derive(Clone, Default)]
-    struct Kept(Arc<Mutex<Vec<u8>>>);
+    struct Buffer(Arc<Mutex<Vec<u8>>>);
 
-    impl io::Write for Kept {
+    impl io::Write for Buffer {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().write(bytes)
         }
@@ -106,9 +106,9 @@ mod tests {
     }
 
     #[test]
-    fn a_line_is_the_object_that_tracing_subscriber_would_write() {
-        let (own, theirs) = (Kept::default(), Kept::default());
-        let tell = || {
+    fn line_equals_tracing_subscribers_json() {
+        let (own, expected) = (Buffer::default(), Buffer::default());
+        let log = || {
             info!(
                 text = "a \"quoted\" one\n",
                 empty = "",
@@ -131,17 +131,17 @@ mod tests {
         let subscriber = tracing_subscriber::fmt()
             .event_format(JsonLines)
             .with_writer(move || writer.clone());
-        subscriber::with_default(subscriber.finish(), tell);
-        let writer = theirs.clone();
+        subscriber::with_default(subscriber.finish(), log);
+        let writer = expected.clone();
         let subscriber = tracing_subscriber::fmt()
             .json()
             .flatten_event(true)
             .with_current_span(false)
             .with_span_list(false)
             .with_writer(move || writer.clone());
-        subscriber::with_default(subscriber.finish(), tell);
-        let lines = |kept: &Kept| -> Vec<Vec<(String, Value)>> {
-            let text = String::from_utf8(kept.0.lock().unwrap().clone()).unwrap();
+        subscriber::with_default(subscriber.finish(), log);
+        let lines = |buffer: &Buffer| -> Vec<Vec<(String, Value)>> {
+            let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
             let line = |line: &str| {
                 let mut object: serde_json::Map<String, Value> =
                     serde_json::from_str(line).unwrap();
@@ -152,7 +152,7 @@ mod tests {
             };
             text.lines().map(line).collect()
         };
-        assert_eq!(lines(&own), lines(&theirs));
+        assert_eq!(lines(&own), lines(&expected));
         assert_eq!(lines(&own).len(), 2);
     }
 }

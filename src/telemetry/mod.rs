@@ -1,5 +1,5 @@
-//! Logs and traces. Logs are JSON lines for machines or plain ones for people, both on stderr so that stdout is a
-//! command's own. Levels come from `RUST_LOG`, as tracing-subscriber reads it. And how errors read in them.
+//! Logs and traces, and the format of errors in them. Logs are JSON or plain lines on stderr, so that stdout is left to
+//! the command. Log levels come from `RUST_LOG`, in tracing-subscriber's syntax.
 
 mod chain;
 mod json;
@@ -19,34 +19,34 @@ pub(crate) use self::chain::chain;
 use self::json::JsonLines;
 use self::traces::{Traces, TracesError};
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
-    /// For people.
+    /// Plain lines for people.
     Pretty,
 }
 
 /// Limit on log lines that wait to be written; lines beyond it are dropped.
 const MAX_WAITING_LINES: usize = 2048;
 
-/// Logs and traces while they go on. Dropped, it writes and sends what still waits.
+/// Running logs and traces. On drop, writes the pending log lines and sends the pending spans.
 pub struct Telemetry {
     /// Counts the log lines that were dropped.
     pub dropped_lines: ErrorCounter,
-    // Dropped in this order: the end of the traces is logged.
+    // Dropped in this order, so that errors while sending the last spans are logged.
     _traces: Option<Traces>,
     _log_writer: WorkerGuard,
 }
 
-/// Starts logging, and tracing where the environment configures it. What `RUST_LOG` does not mention is logged at info.
+/// Starts logging, at level info without `RUST_LOG`. Starts tracing if the environment configures it.
 ///
 /// # Errors
 /// [`TracesError`]
 pub fn start(format: LogFormat) -> Result<Telemetry, TracesError> {
     let levels = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    // A thread of its own writes the log: its reader may be slow or stuck, and no admission waits for it.
+    // A separate thread writes the log: stderr may block, and admissions must not wait for it.
     let (writer, log_writer) = NonBlockingBuilder::default()
         .lossy(true)
         .buffered_lines_limit(MAX_WAITING_LINES)
@@ -54,22 +54,22 @@ pub fn start(format: LogFormat) -> Result<Telemetry, TracesError> {
         .finish(BufWriter::new(io::stderr()));
     let dropped_lines = writer.error_counter();
     let traces = Traces::start()?;
-    // Spans are for traces. The client of the Kubernetes API logs answers that it cannot read, and they may hold keys;
-    // sqlx logs settings of a URL and lines of a password file that it does not know.
-    let quotes_nothing = filter_fn(|metadata| {
-        let quotes = ["kube_client", "sqlx_postgres::options"];
-        let quotes = quotes
+    // Spans are only for traces. kube logs responses that it cannot parse, which may hold keys. sqlx logs unknown
+    // settings of a URL and invalid lines of a password file.
+    let without_secrets = filter_fn(|metadata| {
+        let targets = ["kube_client", "sqlx_postgres::options"];
+        let may_quote_secrets = targets
             .iter()
             .any(|target| metadata.target().starts_with(target));
-        metadata.is_event() && (!quotes || *metadata.level() == Level::ERROR)
+        metadata.is_event() && (!may_quote_secrets || *metadata.level() == Level::ERROR)
     });
     let log = tracing_subscriber::fmt::layer().with_writer(writer);
     let log = match format {
         LogFormat::Json => log.event_format(JsonLines).boxed(),
         LogFormat::Pretty => log.with_target(false).boxed(),
     };
-    // In a list, for one layer that is absent would ask for every span.
-    let mut layers = vec![log.with_filter(levels.and(quotes_nothing)).boxed()];
+    // A list, because an absent layer (`None`) would enable every span.
+    let mut layers = vec![log.with_filter(levels.and(without_secrets)).boxed()];
     layers.extend(traces.as_ref().map(|traces| traces.layer().boxed()));
     tracing_subscriber::registry().with(layers).init();
     Ok(Telemetry {

@@ -1,7 +1,7 @@
-//! Traces: spans of each admission, sent to an OpenTelemetry collector as OTLP over HTTP. They are on where the standard
-//! `OTEL_EXPORTER_OTLP_ENDPOINT` is set, and join the trace that the API server's `traceparent` names; where they are
-//! off, no span is made. The standard's other variables, such as `OTEL_SERVICE_NAME`, `OTEL_TRACES_SAMPLER` and
-//! `OTEL_EXPORTER_OTLP_HEADERS`, are read too. Which spans there are is server/webhook.rs's business.
+//! Traces: exports spans to an OpenTelemetry collector as OTLP over HTTP. server/webhook.rs defines the spans.
+//!
+//! `OTEL_EXPORTER_OTLP_ENDPOINT` enables traces; without it no span is created. Spans join the trace of the API
+//! server's `traceparent`. Other standard variables apply too, such as `OTEL_SERVICE_NAME` and `OTEL_TRACES_SAMPLER`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,27 +30,27 @@ use tracing_subscriber::{Layer, Registry};
 
 use super::chain::chain;
 
-/// Either of them turns traces on.
+/// The variables that enable traces.
 const ENDPOINTS: [&str; 2] = [
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
 ];
-/// Longest wait for the collector's answer. Spans wait meanwhile, and no admission does.
+/// Limit on the time to export a batch of spans. Admissions do not wait for it.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Longest wait for the last spans, when the program ends.
+/// Limit on the time to export the last spans when the process ends.
 const LAST_EXPORT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Traces are asked for, and the standard's variables do not say where to and how. Why not would quote them, and there
-/// may be a password in an address.
+/// The standard variables enable traces, but their settings are invalid. Omits the cause, which quotes them: an address
+/// may hold a password.
 #[derive(Debug, Error)]
 #[error("traces cannot be sent; correct or unset the OTEL_EXPORTER_OTLP_ variables")]
 pub struct TracesError;
 
-/// Traces while they go on; dropped, it sends what still waits.
+/// Running traces. On drop, sends the pending spans.
 pub struct Traces(SdkTracerProvider);
 
 impl Traces {
-    /// Starts sending, if the environment says where to.
+    /// Starts exporting if the environment configures an endpoint.
     ///
     /// # Errors
     /// [`TracesError`]
@@ -59,14 +59,14 @@ impl Traces {
         if !ENDPOINTS.into_iter().any(is_set) {
             return Ok(None);
         }
-        // Where there are none, collectors can still be reached without TLS.
-        let mut authorities = RootCertStore::empty();
-        authorities.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        // Without any root certificates, collectors can still be reached over plain HTTP.
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let tls = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|_| TracesError)?
-            .with_root_certificates(authorities)
+            .with_root_certificates(roots)
             .with_no_client_auth();
         let connector = HttpsConnectorBuilder::new()
             .with_tls_config(tls)
@@ -75,7 +75,7 @@ impl Traces {
             .build();
         let exporter = SpanExporter::builder()
             .with_http()
-            .with_http_client(Sender {
+            .with_http_client(RuntimeClient {
                 client: HyperClient::new(connector, EXPORT_TIMEOUT, None),
                 runtime: Handle::current(),
             })
@@ -88,7 +88,7 @@ impl Traces {
         Ok(Some(Self(provider)))
     }
 
-    /// Makes this program's own spans traces. Events are the log's.
+    /// Returns the layer that exports this crate's own spans. Events go to the log only.
     pub fn layer(&self) -> impl Layer<Registry> + use<> {
         let own = filter_fn(|metadata| {
             metadata.is_span() && metadata.target().starts_with(env!("CARGO_CRATE_NAME"))
@@ -105,34 +105,34 @@ impl Traces {
 
 impl Drop for Traces {
     fn drop(&mut self) {
-        // The collector may be gone; the program ends all the same.
+        // The process exits even if the collector is unreachable.
         let _ = self.0.shutdown_with_timeout(LAST_EXPORT_TIMEOUT);
     }
 }
 
-/// What the environment says of this program, and its name if it says none.
+/// Returns the resource from the environment, with the crate's name as the default service name.
 fn resource() -> Resource {
-    let said = Resource::builder().build();
-    let name = said.get(&Key::from_static_str("service.name"));
-    // The standard has a program that nobody named be called so.
+    let configured = Resource::builder().build();
+    let name = configured.get(&Key::from_static_str("service.name"));
+    // The OpenTelemetry standard's default for a service without a name.
     if name.is_some_and(|name| !name.as_str().starts_with("unknown_service")) {
-        return said;
+        return configured;
     }
     Resource::builder()
         .with_service_name(env!("CARGO_PKG_NAME"))
         .build()
 }
 
-/// Makes a span part of the trace that a request's `traceparent` names, if it names one.
+/// Makes a span part of the trace in a request's `traceparent` header, if there is one.
 pub fn join(span: &Span, headers: &HeaderMap) {
     if !span.is_disabled() {
         let parent = TraceContextPropagator::new().extract(&HeaderExtractor(headers));
-        // A span that has begun can get no parent; this one has not.
+        // Fails only for a span that has started; this one has not.
         let _ = span.set_parent(parent);
     }
 }
 
-/// The trace that a span is part of, in hexadecimal digits; `None` where traces are off.
+/// Returns a span's trace id in hexadecimal; `None` if traces are disabled.
 #[must_use]
 pub fn id(span: &Span) -> Option<String> {
     if span.is_disabled() {
@@ -142,26 +142,26 @@ pub fn id(span: &Span) -> Option<String> {
     Some(context.span().span_context().trace_id().to_string())
 }
 
-/// Sends from the runtime's threads: spans are exported by a thread that has none of its own.
+/// An HTTP client that sends on the given runtime: the exporter's own thread has none.
 #[derive(Debug)]
-struct Sender {
+struct RuntimeClient {
     client: HyperClient<HttpsConnector<HttpConnector>>,
     runtime: Handle,
 }
 
 #[async_trait]
-impl HttpClient for Sender {
+impl HttpClient for RuntimeClient {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
         let client = self.client.clone();
-        let sending = self
+        let task = self
             .runtime
             .spawn(async move { client.send_bytes(request).await });
-        let sent = sending.await?;
-        match &sent {
-            Ok(answer) if answer.status().is_success() => {}
-            Ok(answer) => warn!(status = answer.status().as_u16(), "traces refused"),
+        let result = task.await?;
+        match &result {
+            Ok(response) if response.status().is_success() => {}
+            Ok(response) => warn!(status = response.status().as_u16(), "traces refused"),
             Err(error) => warn!(error = chain(&**error), "traces not sent"),
         }
-        sent
+        result
     }
 }

@@ -1,5 +1,5 @@
-//! How the API server asks: again after other webhooks, in time, by selectors; and what it hands on to people and to its
-//! audit log.
+//! How the API server calls the webhook: reinvocation, timeouts and selectors; and what it passes on to kubectl, events
+//! and its audit log.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,12 +14,13 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 
-use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_true, env_of, pod, policy};
+use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_env_matches, env_of, pod, policy};
 use test_support::program::{Authority, wait_for};
 use test_support::{WORKSPACE_LABEL, fixtures};
 
-/// A mutating webhook of somebody else's, that appends a vendor key to the first container, or a sidecar with one.
-fn start_meddler(patch: &'static str, authority: &Authority) -> (u16, Arc<AtomicUsize>) {
+/// Starts another mutating webhook, which applies this patch to pods without `XAI_API_KEY`. Returns its port and call
+/// count.
+fn start_other_webhook(patch: &'static str, authority: &Authority) -> (u16, Arc<AtomicUsize>) {
     let (certificate, key) = authority.issue("localhost");
     let calls = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&calls);
@@ -31,7 +32,6 @@ fn start_meddler(patch: &'static str, authority: &Authority) -> (u16, Arc<Atomic
         counted.fetch_add(1, Ordering::Relaxed);
         let containers = review["request"]["object"]["spec"]["containers"].to_string();
         let mut response = json!({"uid": review["request"]["uid"], "allowed": true});
-        // Each time that its work is not there.
         if !containers.contains("XAI_API_KEY") {
             response["patchType"] = "JSONPatch".into();
             response["patch"] = STANDARD.encode(patch).into();
@@ -51,7 +51,7 @@ fn start_meddler(patch: &'static str, authority: &Authority) -> (u16, Arc<Atomic
             );
         let config = RustlsConfig::from_config(Arc::new(config.unwrap()));
         let routes = Router::new().route("/", post(answer)).into_make_service();
-        // Ends with the process.
+        // The server ends with the process.
         let runtime = tokio::runtime::Runtime::new().unwrap();
         runtime
             .block_on(async {
@@ -65,18 +65,18 @@ fn start_meddler(patch: &'static str, authority: &Authority) -> (u16, Arc<Atomic
     (port, calls)
 }
 
-/// Registers it to be called after the project's own.
-fn register_meddler(world: &World, port: u16, authority: &Authority, reinvocation: &str) {
+/// Registers the other webhook, whose name sorts after the project's, so that it is called later.
+fn register_other_webhook(world: &World, port: u16, authority: &Authority, reinvocation: &str) {
     let configuration = json!({
         "apiVersion": "admissionregistration.k8s.io/v1",
         "kind": "MutatingWebhookConfiguration",
-        "metadata": {"name": "zz-meddler"},
+        "metadata": {"name": "zz-other"},
         "webhooks": [{
-            "name": "meddler.example.test",
+            "name": "other.example.test",
             "admissionReviewVersions": ["v1"],
             "sideEffects": "None",
             "reinvocationPolicy": reinvocation,
-            "objectSelector": {"matchLabels": {"meddled": "yes"}},
+            "objectSelector": {"matchLabels": {"other-webhook": "yes"}},
             "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "resources": ["pods"], "operations": ["CREATE"]}],
             "clientConfig": {"url": format!("https://localhost:{port}/"), "caBundle": STANDARD.encode(authority.pem())},
         }],
@@ -84,43 +84,46 @@ fn register_meddler(world: &World, port: u16, authority: &Authority, reinvocatio
     world.api.create_all([&configuration]);
 }
 
-fn meddled(name: &str) -> Value {
+/// Returns a pod that the other webhook selects.
+fn selected_pod(name: &str) -> Value {
     let mut pod = pod(name, MANAGED, &json!([{"name": "KEEP", "value": "1"}]));
-    pod["metadata"]["labels"]["meddled"] = "yes".into();
+    pod["metadata"]["labels"]["other-webhook"] = "yes".into();
     pod
 }
 
-const KEY: &str = r#"[{"op": "add", "path": "/spec/containers/0/env/-", "value": {"name": "XAI_API_KEY", "value": "sk"}}]"#;
-const SIDECAR: &str = r#"[{"op": "add", "path": "/spec/containers/-",
+const ADD_KEY: &str = r#"[{"op": "add", "path": "/spec/containers/0/env/-", "value": {"name": "XAI_API_KEY", "value": "sk"}}]"#;
+const ADD_SIDECAR: &str = r#"[{"op": "add", "path": "/spec/containers/-",
     "value": {"name": "sidecar", "image": "busybox", "env": [{"name": "XAI_API_KEY", "value": "sk"}]}}]"#;
 
-/// Waits until the other webhook is asked too, and creates a pod.
-fn create_meddled(world: &World, calls: &AtomicUsize) -> (u16, Value) {
+/// Waits until the other webhook is called too, and creates a pod.
+fn create_selected_pod(world: &World, calls: &AtomicUsize) -> (u16, Value) {
     let path = format!("/api/v1/namespaces/{NAMESPACE}/pods");
-    wait_for("the other webhook is asked", || {
+    wait_for("the other webhook is called", || {
         let _ = world.api.request(
             "POST",
             &format!("{path}?dryRun=All"),
-            Some(&meddled("probe")),
+            Some(&selected_pod("probe")),
         );
         (calls.load(Ordering::Relaxed) > 0).then_some(())
     });
-    world.api.request("POST", &path, Some(&meddled("meddled")))
+    world
+        .api
+        .request("POST", &path, Some(&selected_pod("selected")))
 }
 
 #[test]
-fn what_a_later_webhook_appends_is_settled_by_being_asked_again() {
-    for patch in [KEY, SIDECAR] {
+fn reinvocation_settles_what_a_later_webhook_appends() {
+    for patch in [ADD_KEY, ADD_SIDECAR] {
         let Some(world) = World::start() else { return };
         let postgres = World::workspaces();
         let _webhook = world.install(&postgres, &policy(""), &["guard.enabled=true"]);
         let authority = Authority::generate();
-        let (port, calls) = start_meddler(patch, &authority);
-        register_meddler(&world, port, &authority, "Never");
-        let (status, created) = create_meddled(&world, &calls);
+        let (port, calls) = start_other_webhook(patch, &authority);
+        register_other_webhook(&world, port, &authority, "Never");
+        let (status, created) = create_selected_pod(&world, &calls);
         assert_eq!(status, 201, "{created}");
         for container in created["spec"]["containers"].as_array().unwrap() {
-            assert_true(container, "platform_managed");
+            assert_env_matches(container, "platform_managed");
             assert!(
                 env_of(container)
                     .iter()
@@ -132,28 +135,28 @@ fn what_a_later_webhook_appends_is_settled_by_being_asked_again() {
 }
 
 #[test]
-fn what_acts_after_that_is_refused_by_the_guard_and_stored_without_it() {
+fn guard_refuses_changes_after_the_reinvocation() {
     for (guard, expected) in [("guard.enabled=true", 403), ("guard.enabled=false", 201)] {
         let Some(world) = World::start() else { return };
         let postgres = World::workspaces();
         let _webhook = world.install(&postgres, &policy(""), &[guard]);
         let authority = Authority::generate();
-        let (port, calls) = start_meddler(KEY, &authority);
-        // It is asked again as well, last of all.
-        register_meddler(&world, port, &authority, "IfNeeded");
-        let (status, answer) = create_meddled(&world, &calls);
+        let (port, calls) = start_other_webhook(ADD_KEY, &authority);
+        // The API server reinvokes this webhook too, as the last one.
+        register_other_webhook(&world, port, &authority, "IfNeeded");
+        let (status, answer) = create_selected_pod(&world, &calls);
         assert_eq!(status, expected, "{answer}");
         if expected == 403 {
             let message = answer["message"].as_str().unwrap();
             let expected = "admission webhook \"validate.llm-billing.molecule.ai\" denied the request: \
-                ENV_NOT_SETTLED: container \"agent\" has not settled XAI_API_KEY; ";
+                ENV_NOT_SETTLED: env of container \"agent\" is out of sync: XAI_API_KEY; ";
             assert!(message.starts_with(expected), "{message}");
         }
     }
 }
 
 #[test]
-fn warnings_reach_whoever_uses_kubectl() {
+fn kubectl_shows_the_warnings() {
     let Some(world) = World::start() else { return };
     let postgres = World::workspaces();
     postgres.execute("INSERT INTO workspaces VALUES ('66666666-6666-6666-6666-666666666666', 'platform_managed')");
@@ -162,15 +165,15 @@ fn warnings_reach_whoever_uses_kubectl() {
     let (code, _, stderr) = world.kubectl(&["apply", "-f", file.to_str().unwrap()]);
     assert_eq!(code, 0, "{stderr}");
     for expected in [
-        "Warning: container \"agent\": command[2] refers to $(ZAI_API_KEY), which platform_managed takes away\n",
-        "Warning: container \"agent\": env ALIAS brings vendor key ANTHROPIC_API_KEY under another name, and stays\n",
+        "Warning: container \"agent\": command[2] refers to $(ZAI_API_KEY), which platform_managed removes\n",
+        "Warning: container \"agent\": env ALIAS exposes vendor key ANTHROPIC_API_KEY under another name; not removed\n",
     ] {
         assert!(stderr.contains(expected), "{stderr}");
     }
 }
 
 #[test]
-fn a_denial_reads_well_at_kubectl_and_in_the_events_of_a_workload() {
+fn denial_reaches_kubectl_and_the_workloads_events() {
     let Some(mut world) = World::start() else {
         return;
     };
@@ -198,7 +201,7 @@ fn a_denial_reads_well_at_kubectl_and_in_the_events_of_a_workload() {
         },
     });
     world.api.create_all([&deployment]);
-    wait_for("the ReplicaSet tells why it has no pods", || {
+    wait_for("an event shows why the ReplicaSet has no pods", || {
         let events = world.kubectl_ok(&["-n", NAMESPACE, "events", "--types=Warning"]);
         (events.contains("FailedCreate")
             && events.contains("ReplicaSet/denied-")
@@ -208,11 +211,11 @@ fn a_denial_reads_well_at_kubectl_and_in_the_events_of_a_workload() {
 }
 
 #[test]
-fn the_audit_log_has_the_resolution_and_no_value_that_was_left_alone() {
+fn audit_log_has_resolution_and_no_env_value() {
     let Some(world) = World::start() else { return };
     let postgres = World::workspaces();
     let _webhook = world.install(&postgres, &policy(""), &[]);
-    let env = json!([{"name": "HF_TOKEN", "value": "taken-away-0123456789"}, {"name": "KEEP", "value": "left-alone-0123456789"}]);
+    let env = json!([{"name": "HF_TOKEN", "value": "removed-0123456789"}, {"name": "KEEP", "value": "unmanaged-0123456789"}]);
     world.api.create_all([&pod("audited", MANAGED, &env)]);
     let event = wait_for("the audit log has the pod", || {
         let log = world.api.control_plane.as_ref().unwrap().audit_log();
@@ -230,19 +233,19 @@ fn the_audit_log_has_the_resolution_and_no_value_that_was_left_alone() {
             json!(MANAGED)
         ]
     );
-    // The request is logged as it came; the patch is the webhook's.
+    // The API server logs the patch, and no value from the pod.
     let text = annotations.to_string();
     assert!(
         text.contains("MOLECULE_LLM_BASE_URL"),
         "the patch is not in {text}"
     );
-    for value in ["left-alone", "taken-away"] {
+    for value in ["unmanaged", "removed"] {
         assert!(!text.contains(value), "{value} is in {text}");
     }
 }
 
 #[test]
-fn while_the_database_is_down_pods_are_created_with_a_warning_or_refused_as_the_policy_says() {
+fn failed_lookup_warns_or_refuses_as_policy_says() {
     for on_error in ["platform_managed", "deny"] {
         let Some(world) = World::start() else { return };
         let postgres = World::workspaces();
@@ -265,7 +268,7 @@ fn while_the_database_is_down_pods_are_created_with_a_warning_or_refused_as_the_
                 stderr.starts_with("Warning: the workspace's billing mode could not be looked up"),
                 "{stderr}"
             );
-            assert_true(
+            assert_env_matches(
                 &world.stored("down").unwrap()["spec"]["containers"][0],
                 "platform_managed",
             );
@@ -274,7 +277,7 @@ fn while_the_database_is_down_pods_are_created_with_a_warning_or_refused_as_the_
 }
 
 #[test]
-fn while_the_webhook_is_down_pods_are_refused_or_let_in_as_they_are_as_the_failure_policy_says() {
+fn failure_policy_decides_while_the_webhook_is_down() {
     for (failure_policy, expected) in [("Fail", 500), ("Ignore", 201)] {
         let Some(world) = World::start() else { return };
         let postgres = World::workspaces();
@@ -300,7 +303,7 @@ fn while_the_webhook_is_down_pods_are_refused_or_let_in_as_they_are_as_the_failu
 }
 
 #[test]
-fn an_answer_comes_before_the_api_servers_time_is_up_even_if_the_lookup_has_more() {
+fn answer_arrives_before_the_api_servers_timeout() {
     let Some(world) = World::start() else { return };
     let postgres = World::workspaces();
     let slow = "lookup: {timeout: 20s, query: \"SELECT CASE WHEN id::text = '22222222-2222-4222-8222-222222222222' AND \
@@ -311,7 +314,7 @@ fn an_answer_comes_before_the_api_servers_time_is_up_even_if_the_lookup_has_more
         .api
         .request("POST", &path, Some(&pod("slow", BYOK, &json!([]))));
     assert_eq!(status, 201, "{created}");
-    assert_true(&created["spec"]["containers"][0], "platform_managed");
+    assert_env_matches(&created["spec"]["containers"][0], "platform_managed");
     assert_eq!(
         created["metadata"]["annotations"]["molecule.ai/llm-billing-source"],
         "constant_fallback"
@@ -319,7 +322,7 @@ fn an_answer_comes_before_the_api_servers_time_is_up_even_if_the_lookup_has_more
 }
 
 #[test]
-fn only_pods_in_scope_are_asked_about() {
+fn webhook_is_called_only_for_pods_in_scope() {
     let Some(world) = World::start() else { return };
     let postgres = World::workspaces();
     let env = json!([{"name": "HF_TOKEN", "value": "own"}]);
@@ -340,7 +343,7 @@ fn only_pods_in_scope_are_asked_about() {
         |container: &Value| env_of(container) == [("HF_TOKEN".to_owned(), "own".to_owned())];
 
     let _webhook = world.install(&postgres, &policy(""), &["exemptNamespaces={exempt}"]);
-    assert_true(&create("scoped", Some(BYOK)), "byok");
+    assert_env_matches(&create("scoped", Some(BYOK)), "byok");
     assert!(is_untouched(&create("scoped", None)));
     assert!(is_untouched(&create("exempt", Some(BYOK))));
     assert!(is_untouched(&create("kube-system", Some(BYOK))));
@@ -352,11 +355,11 @@ fn only_pods_in_scope_are_asked_about() {
     ];
     let fields = "unlabelled: platform_managed";
     let _webhook = world.install(&postgres, &policy(fields), &namespaces);
-    wait_for("whole namespaces are asked about", || {
+    wait_for("the namespace scope is in effect", || {
         (!is_untouched(&create("scoped", None))).then_some(())
     });
-    assert_true(&create("scoped", None), "platform_managed");
-    assert_true(&create("scoped", Some(BYOK)), "byok");
+    assert_env_matches(&create("scoped", None), "platform_managed");
+    assert_env_matches(&create("scoped", Some(BYOK)), "byok");
     assert!(is_untouched(&create("exempt", None)));
     assert!(is_untouched(&create(NAMESPACE, Some(BYOK))));
 }

@@ -1,12 +1,12 @@
-//! Every way to create a pod, and what is stored of it.
+//! Every way to create a pod, and the env that the API server stores.
 
 use serde_json::{Value, json};
 
-use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_true, env_of, pod, policy};
+use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_env_matches, env_of, pod, policy};
 use test_support::WORKSPACE_LABEL;
 use test_support::program::wait_for;
 
-/// Workspace label and the mode that it stands for: each mode and each fallback.
+/// Workspace label and its billing mode: each mode and each fallback.
 const CASES: [(&str, &str); 8] = [
     (MANAGED, "platform_managed"),
     (BYOK, "byok"),
@@ -22,7 +22,7 @@ fn own_key() -> Value {
     json!([{"name": "HF_TOKEN", "value": "own"}, {"name": "KEEP", "value": "1"}])
 }
 
-/// A workload's template of a pod, and the labels that select it.
+/// Returns a workload's pod template, with the labels that select it.
 fn template(case: usize, kind: &str, workspace: &str) -> Value {
     json!({
         "metadata": {"labels": {WORKSPACE_LABEL: workspace, "case": case.to_string(), "of": kind}},
@@ -57,14 +57,14 @@ fn workload(case: usize, kind: &str, workspace: &str) -> Value {
 }
 
 #[test]
-fn every_way_to_create_a_pod_stores_a_true_env_in_each_mode_and_each_fallback() {
+fn every_created_pod_matches_its_billing_mode() {
     let Some(mut world) = World::start() else {
         return;
     };
     let postgres = World::workspaces();
     let _webhook = world.install(&postgres, &policy(""), &["guard.enabled=true"]);
     let has_controllers = world.start_controllers();
-    // A DaemonSet has a pod for each node.
+    // A DaemonSet creates a pod for each node.
     let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node"}});
     world.api.create_all([&node]);
     let kinds = ["Deployment", "StatefulSet", "DaemonSet", "Job", "CronJob"];
@@ -110,7 +110,7 @@ fn every_way_to_create_a_pod_stores_a_true_env_in_each_mode_and_each_fallback() 
         ]);
     }
     let each = if has_controllers { 3 + kinds.len() } else { 3 };
-    wait_for("all pods are there", || {
+    wait_for("all pods exist", || {
         (world.pods().len() >= CASES.len() * each).then_some(())
     });
     for pod in world.pods() {
@@ -119,7 +119,7 @@ fn every_way_to_create_a_pod_stores_a_true_env_in_each_mode_and_each_fallback() 
         let (_, mode) = CASES.iter().find(|(id, _)| *id == workspace).unwrap();
         for list in ["initContainers", "containers"] {
             for container in pod["spec"][list].as_array().into_iter().flatten() {
-                assert_true(container, mode);
+                assert_env_matches(container, mode);
             }
         }
         assert_eq!(
@@ -146,33 +146,33 @@ fn every_way_to_create_a_pod_stores_a_true_env_in_each_mode_and_each_fallback() 
             .collect();
         world.kubectl_ok(&arguments);
     };
-    // A debug container, and a copy with its labels and one without.
+    // A debug container, and a copy that keeps the labels.
     for (case, (_, mode)) in CASES.iter().enumerate() {
         let name = format!("applied-{case}");
         let debug = debug(&name);
         with(&debug, &["-c", "debugger"]);
         let debugged = world.stored(&name).unwrap();
-        assert_true(&debugged["spec"]["ephemeralContainers"][0], mode);
+        assert_env_matches(&debugged["spec"]["ephemeralContainers"][0], mode);
         let copy = format!("--copy-to=copy-{case}");
         with(&debug, &[&copy, "--keep-labels", "-c", "debugger"]);
         let copied = world.stored(&format!("copy-{case}")).unwrap();
         for container in copied["spec"]["containers"].as_array().unwrap() {
-            assert_true(container, mode);
+            assert_env_matches(container, mode);
         }
     }
-    // A copy loses its labels unless told otherwise, and is no workspace's pod then: it has the env that was copied, and
-    // what else is put into it is not looked at.
+    // Without --keep-labels a copy has no labels, so it is not a workspace pod: the webhook leaves its containers
+    // unchanged.
     with(
         &debug("applied-0"),
         &["--copy-to=unlabelled", "-c", "debugger"],
     );
     let copied = world.stored("unlabelled").unwrap();
-    assert_true(&copied["spec"]["containers"][0], CASES[0].1);
+    assert_env_matches(&copied["spec"]["containers"][0], CASES[0].1);
     let debugger = env_of(&copied["spec"]["containers"][1]);
     assert_eq!(debugger, [("HF_TOKEN".to_owned(), "own".to_owned())]);
 }
 
-/// What the API server sets itself, or what kubectl notes for its next apply.
+/// Removes the metadata that the API server sets.
 fn without_bookkeeping(mut pod: Value) -> Value {
     let metadata = pod["metadata"].as_object_mut().unwrap();
     for field in [
@@ -188,7 +188,7 @@ fn without_bookkeeping(mut pod: Value) -> Value {
 }
 
 #[test]
-fn a_dry_run_and_a_diff_show_exactly_what_the_create_then_stores() {
+fn dry_run_and_diff_match_the_created_pod() {
     let Some(world) = World::start() else { return };
     let postgres = World::workspaces();
     let _webhook = world.install(&postgres, &policy(""), &[]);
@@ -215,7 +215,7 @@ fn a_dry_run_and_a_diff_show_exactly_what_the_create_then_stores() {
             "{diff}"
         );
     }
-    // What was taken away cannot be applied again: a pod's env is immutable. Workloads are not concerned.
+    // Applying the managed pod's manifest again fails: it adds a removed entry, and a pod's env is immutable.
     let file = world.write("pod.json", &pod("byok", BYOK, &own_key()).to_string());
     assert_eq!(world.kubectl(&["diff", "-f", &file]).0, 0);
     let file = world.write("pod.json", &pod("managed", MANAGED, &own_key()).to_string());

@@ -1,6 +1,6 @@
-//! What the project assumes of a Kubernetes API server, shown on a real one: docs/kubernetes.md has the list. It runs
-//! where `KUBEBUILDER_ASSETS` names a folder with `etcd`, `kube-apiserver` and perhaps `kube-controller-manager`; else
-//! it says once that it was skipped. Each test has a control plane of its own, on loopback.
+//! Tests against a real Kubernetes API server; docs/kubernetes.md lists the assumptions they check. They need
+//! `KUBEBUILDER_ASSETS`, a folder with `etcd`, `kube-apiserver` and, for workloads, `kube-controller-manager`; without
+//! it they are skipped with one message. Each test starts its own control plane on loopback.
 
 #![expect(
     clippy::print_stderr,

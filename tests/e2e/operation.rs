@@ -1,53 +1,53 @@
-//! The life of an installation: Helm, the real identity, rolling over, audits.
+//! Operating an installation: Helm, the chart's service account, rollouts, audits and the commands in the docs.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_true, pod, policy};
+use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_env_matches, pod, policy};
 use test_support::WORKSPACE_LABEL;
 use test_support::chart::{RELEASE, chart, of_kind, render};
 use test_support::haproxy::{Haproxy, Slot};
 use test_support::postgres::free_port;
-use test_support::program::{Authority, Start, program, shown, wait_for};
+use test_support::program::{Authority, Start, decode_output, program, wait_for};
 use test_support::transcript::{commands, page};
 
 #[test]
-fn rolling_both_of_two_instances_over_during_fifty_creates_a_second_fails_none() {
+fn rolling_both_instances_over_fails_no_create() {
     let Some(world) = World::start() else { return };
     let postgres = World::workspaces();
     let (authority, slots) = (Authority::generate(), [Slot::free(), Slot::free()]);
     let start = |slot: Slot| slot.start(&authority, &policy(""), &postgres.url());
     let mut instances = slots.map(start);
-    let proxy = Haproxy::before(&slots);
+    let proxy = Haproxy::start(&slots);
     world.configure(&["guard.enabled=true"], proxy.port, &authority.pem());
 
-    // Every 20 ms one begins, whatever the others do.
-    const EVERY: Duration = Duration::from_millis(20);
+    // A create starts every 20 ms, independent of the others' progress.
+    const CREATE_INTERVAL: Duration = Duration::from_millis(20);
     const CREATORS: usize = 10;
-    let (next, over) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let began = Instant::now();
+    let (next, is_over) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let started = Instant::now();
     let path = format!("/api/v1/namespaces/{NAMESPACE}/pods");
     std::thread::scope(|scope| {
         for _ in 0..CREATORS {
             scope.spawn(|| {
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
-                    if over.load(Ordering::Relaxed) {
+                    if is_over.load(Ordering::Relaxed) {
                         return;
                     }
-                    let turn = EVERY * u32::try_from(number).unwrap();
-                    std::thread::sleep(turn.saturating_sub(began.elapsed()));
+                    let offset = CREATE_INTERVAL * u32::try_from(number).unwrap();
+                    std::thread::sleep(offset.saturating_sub(started.elapsed()));
                     let pod = pod(&format!("p{number}"), BYOK, &json!([]));
                     let (status, created) = world.api.request("POST", &path, Some(&pod));
                     assert_eq!(status, 201, "{number}: {created}");
-                    assert_true(&created["spec"]["containers"][0], "byok");
+                    assert_env_matches(&created["spec"]["containers"][0], "byok");
                 }
             });
         }
-        // However this ends, the creators end.
-        let _over = SetAtEnd(&over);
+        // Ends the creators even after a panic.
+        let _guard = SetOnDrop(&is_over);
         for (instance, slot) in instances.iter_mut().zip(slots) {
             std::thread::sleep(Duration::from_secs(1));
             instance.signal("TERM");
@@ -56,25 +56,25 @@ fn rolling_both_of_two_instances_over_during_fifty_creates_a_second_fails_none()
             instance.wait_until_ready();
         }
     });
-    let (created, took) = (world.pods().len(), began.elapsed().as_secs_f64());
+    let (created, seconds) = (world.pods().len(), started.elapsed().as_secs_f64());
     println!(
-        "{created} pods in {took:.1} s, {:.0} a second",
-        created as f64 / took
+        "{created} pods in {seconds:.1} s, {:.0} a second",
+        created as f64 / seconds
     );
     assert!(created > 100, "{created}");
 }
 
-/// Ends the creators: those pods that have begun are the last.
-struct SetAtEnd<'a>(&'a AtomicBool);
+/// Ends the creators when dropped; creates in progress finish.
+struct SetOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for SetAtEnd<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
 }
 
 #[test]
-fn an_audit_finds_a_flipped_mode_and_an_eviction_has_the_controller_make_the_pod_anew() {
+fn audit_finds_changed_mode_and_eviction_recreates_pods() {
     let Some(mut world) = World::start() else {
         return;
     };
@@ -95,16 +95,16 @@ fn an_audit_finds_a_flipped_mode_and_an_eviction_has_the_controller_make_the_pod
         },
     });
     world.api.create_all([&deployment]);
-    let are_there = |mode: &str| {
-        wait_for("both pods are there", || {
+    let wait_for_pods = |mode: &str| {
+        wait_for("both pods exist", || {
             let pods = world.pods();
-            let said = pods.iter().filter(|pod| {
+            let in_mode = pods.iter().filter(|pod| {
                 pod["metadata"]["annotations"]["molecule.ai/llm-billing-mode"] == mode
             });
-            (said.count() == 2 && pods.len() == 2).then_some(())
+            (in_mode.count() == 2 && pods.len() == 2).then_some(())
         });
     };
-    are_there("byok");
+    wait_for_pods("byok");
     let policy = webhook.folder.path().join("policy.yaml");
     let audit = |more: &[&str]| {
         let mut command = program(&["audit", "-A", "--only-drift", "-o", "csv"]);
@@ -117,7 +117,7 @@ fn an_audit_finds_a_flipped_mode_and_an_eviction_has_the_controller_make_the_pod
             ])
             .args(more)
             .env("KUBECONFIG", world.kubeconfig());
-        shown(&command.output().unwrap())
+        decode_output(&command.output().unwrap())
     };
     assert_eq!(audit(&[]).0, 0);
     postgres.execute(&format!(
@@ -133,17 +133,17 @@ fn an_audit_finds_a_flipped_mode_and_an_eviction_has_the_controller_make_the_pod
     let (code, _, stderr) = audit(&["--evict", "--yes", "--evictions-per-minute", "600"]);
     assert_eq!(code, 1);
     assert_eq!(stderr.matches("evicted ws-acme/ws-").count(), 2, "{stderr}");
-    are_there("platform_managed");
+    wait_for_pods("platform_managed");
     let (code, _, stderr) = audit(&[]);
     assert_eq!(
         (code, stderr.as_str()),
-        (0, "2 pods audited, the env of all is true\n")
+        (0, "2 pods audited, all in sync\n")
     );
 }
 
-/// What people type on a page's account, at a cluster of its own. What needs a running pod or files of theirs is not
-/// run, and said to be.
-fn type_commands_of(name: &str, is_installed: bool) {
+/// Runs a page's kubectl and helm commands on a new cluster. Commands that need a running pod or a user's file are
+/// skipped with a message.
+fn run_commands_of(name: &str, is_installed: bool) {
     let Some(world) = World::start() else { return };
     let install = page("docs/install.md");
     let values = install.split("```yaml\n# values.yaml\n").nth(1).unwrap();
@@ -160,7 +160,7 @@ fn type_commands_of(name: &str, is_installed: bool) {
         "kubectl -n {RELEASE} create secret generic {RELEASE}-certificate \
          --from-file=ca.crt={ca} --from-literal=ca.key=x --from-file=tls.crt={certificate}"
     );
-    let mut is_there = is_installed;
+    let mut has_release = is_installed;
     if is_installed {
         let prepare = format!(
             "set -e; kubectl create namespace {RELEASE}; {helm_install} --set audit.interval=10m \
@@ -171,16 +171,16 @@ fn type_commands_of(name: &str, is_installed: bool) {
     }
     for block in commands(&page(name)) {
         let script = block.replace("\\\n", "").replace("|\n", "| ");
-        // Variables hold within a block.
+        // A block with a substitution runs as one script, since its lines share variables.
         let steps: Vec<&str> = match script.contains("$(") {
             true => vec![&script],
             false => script.lines().map(str::trim).collect(),
         };
-        for typed in steps {
-            if !typed.contains("kubectl ") && !typed.contains("helm ") {
+        for step in steps {
+            if !step.contains("kubectl ") && !step.contains("helm ") {
                 continue;
             }
-            let not_here = [
+            let needs_more = [
                 " logs ",
                 " exec ",
                 " top ",
@@ -188,47 +188,45 @@ fn type_commands_of(name: &str, is_installed: bool) {
                 "test llm-billing",
                 "apply -k",
             ];
-            if not_here.iter().any(|part| typed.contains(part)) {
-                eprintln!(
-                    "not run, for there is no kubelet, no metrics server, or no such file: {typed}"
-                );
+            if needs_more.iter().any(|part| step.contains(part)) {
+                eprintln!("skipped, needs a kubelet, a metrics server or a user's file: {step}");
                 continue;
             }
-            if typed.contains("delete validatingwebhookconfiguration llm") {
-                // The page has had it uninstalled.
+            if step.contains("delete validatingwebhookconfiguration llm") {
+                // An earlier command of the page uninstalled it.
                 shell(&helm_install);
             }
-            if typed.contains("/data/ca.key") {
+            if step.contains("/data/ca.key") {
                 shell(&make_certificate);
             }
-            let mut command = typed.replace("values.yaml", &values).replace("--wait", "");
-            if typed.starts_with("helm install") && std::mem::replace(&mut is_there, true) {
+            let mut command = step.replace("values.yaml", &values).replace("--wait", "");
+            if step.starts_with("helm install") && std::mem::replace(&mut has_release, true) {
                 command = command.replace("--create-namespace", "") + " --dry-run=server";
             }
             let (code, _, stderr) = shell(&format!("set -o pipefail; {command}"));
-            let is_well = code == 0
-                // What is looked for may not have happened.
+            let is_ok = code == 0
+                // grep may find nothing.
                 || code == 1 && command.contains("| grep") && !stderr.contains("rror")
-                // Nothing serves where there is no kubelet; but it is asked.
+                // Without a kubelet the webhook does not run, but the API server calls it.
                 || stderr.contains("failed calling webhook");
-            assert!(is_well, "{name}: {typed}: {code} {stderr}");
+            assert!(is_ok, "{name}: {step}: {code} {stderr}");
         }
     }
 }
 
 #[test]
-fn helm_and_the_api_server_understand_what_the_page_on_installing_has_people_type() {
-    type_commands_of("docs/install.md", false);
+fn commands_of_the_install_page_work() {
+    run_commands_of("docs/install.md", false);
 }
 
 #[test]
-fn helm_and_the_api_server_understand_what_runbook_and_readme_have_people_type() {
-    type_commands_of("docs/runbook.md", true);
-    type_commands_of("README.md", true);
+fn commands_of_runbook_and_readme_work() {
+    run_commands_of("docs/runbook.md", true);
+    run_commands_of("README.md", true);
 }
 
 #[test]
-fn helm_installs_it_the_deployments_own_identity_is_enough_and_nothing_is_left_that_blocks_pods() {
+fn helm_release_works_and_uninstalls_cleanly() {
     let Some(world) = World::start() else { return };
     let postgres = World::workspaces();
     let port = free_port();
@@ -248,17 +246,20 @@ fn helm_installs_it_the_deployments_own_identity_is_enough_and_nothing_is_left_t
         assert_eq!(code, 0, "{command:?}: {stderr}");
         stdout
     };
-    let said = helm(
+    let notes = helm(
         &[
             &["install", RELEASE, chart, "--create-namespace"],
             &arguments[..],
         ]
         .concat(),
     );
-    assert!(said.contains("WARNING: policy.proxy is not set"), "{said}");
+    assert!(
+        notes.contains("WARNING: policy.proxy is not set"),
+        "{notes}"
+    );
 
-    // There is no kubelet, so the test runs the Deployment's container, with the token that it would mount; and the
-    // Service leads to it.
+    // Without a kubelet, the test runs the program with the Deployment's arguments and its service account's token, and
+    // points the Service to it.
     let service = json!({"spec": {"type": "ExternalName", "externalName": "localhost", "clusterIP": null, "clusterIPs": null, "selector": null}});
     world.kubectl_ok(&[
         "-n",
@@ -276,34 +277,34 @@ fn helm_installs_it_the_deployments_own_identity_is_enough_and_nothing_is_left_t
         .kubeconfig_with_token(world.folder.path(), token.trim());
     let objects = render(&settings);
     let container = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"]["containers"][0];
-    let of_chart: Vec<&str> = container["args"]
+    let chart_arguments: Vec<&str> = container["args"]
         .as_array()
         .unwrap()
         .iter()
         .map(|one| one.as_str().unwrap())
         .collect();
     let address = format!("127.0.0.1:{port}");
-    let own = |argument: &&str| {
+    let is_used = |argument: &&str| {
         argument.starts_with("--tls-") || argument.starts_with("--audit-interval=")
     };
-    let mut program_arguments: Vec<&str> = of_chart.into_iter().filter(own).collect();
+    let mut program_arguments: Vec<&str> = chart_arguments.into_iter().filter(is_used).collect();
     program_arguments.extend(["--listen", &address, "--health-listen", "127.0.0.1:0"]);
     let webhook = Start {
         policy: &policy(""),
         database_url: &postgres.url(),
         arguments: &program_arguments,
         environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
-        keeps_certificate: true,
+        manages_certificate: true,
         ..Start::default()
     }
     .start();
-    world.wait_until_asked(NAMESPACE);
+    world.wait_until_called(NAMESPACE);
     world.api.create_all([&pod("first", BYOK, &json!([]))]);
-    assert_true(
+    assert_env_matches(
         &world.stored("first").unwrap()["spec"]["containers"][0],
         "byok",
     );
-    let line = wait_for("an audit has seen the pod", || {
+    let line = wait_for("an audit has covered the pod", || {
         let log = webhook.log();
         let line = log
             .lines()
@@ -312,7 +313,7 @@ fn helm_installs_it_the_deployments_own_identity_is_enough_and_nothing_is_left_t
     });
     assert!(line.contains("\"drifted\":0"), "{line}");
 
-    // An upgrade leaves the CA where it is.
+    // An upgrade keeps caBundle.
     helm(
         &[
             &["upgrade", RELEASE, chart],
@@ -337,7 +338,7 @@ fn helm_installs_it_the_deployments_own_identity_is_enough_and_nothing_is_left_t
 
     drop(webhook);
     helm(&["uninstall", RELEASE, "-n", RELEASE]);
-    wait_for("pods are created as they are", || {
+    wait_for("pods are created unchanged", || {
         let path = format!("/api/v1/namespaces/{NAMESPACE}/pods?dryRun=All");
         let (status, created) =
             world
@@ -359,6 +360,6 @@ fn helm_installs_it_the_deployments_own_identity_is_enough_and_nothing_is_left_t
         .map(|object| object["metadata"]["name"].as_str().unwrap())
         .filter(|name| name.contains(RELEASE))
         .collect();
-    // What the program made itself.
+    // The program created it, so Helm does not delete it.
     assert_eq!(left, ["llm-billing-webhook-certificate"]);
 }

@@ -1,4 +1,5 @@
-//! A real control plane with the chart's webhook configurations, the real program behind them, and kubectl.
+//! The environment of the e2e tests: a real control plane with the chart's webhook configurations, the real program
+//! behind them, and kubectl. The tests themselves are in the other files.
 
 use std::fs;
 use std::io::Write;
@@ -13,7 +14,7 @@ use serde_json::{Value, json};
 use test_support::api_server::ApiServer;
 use test_support::chart::{render, with_tools};
 use test_support::postgres::Postgres;
-use test_support::program::{Start, Webhook, shown, wait_for};
+use test_support::program::{Start, Webhook, decode_output, wait_for};
 use test_support::{PROXY, WORKSPACE_LABEL};
 
 /// The namespace of the workspaces in the fixtures.
@@ -23,7 +24,7 @@ pub(crate) const BYOK: &str = "22222222-2222-4222-8222-222222222222";
 /// A platform_managed workspace.
 pub(crate) const MANAGED: &str = "11111111-1111-4111-8111-111111111111";
 
-/// A row of each kind: id, and the stored mode as SQL.
+/// Workspaces by id, each with its stored mode as SQL: every mode, no mode and an unknown mode.
 const ROWS: [(&str, &str); 5] = [
     (MANAGED, "'platform_managed'"),
     (BYOK, "'byok'"),
@@ -39,7 +40,7 @@ pub(crate) struct World {
 }
 
 impl World {
-    /// Starts the control plane, or says once why the suite is skipped.
+    /// Starts the control plane, or returns `None` and prints once why the suite is skipped.
     pub(crate) fn start() -> Option<Self> {
         static SKIPPED: Once = Once::new();
         if std::env::var_os("KUBEBUILDER_ASSETS").is_none() {
@@ -65,19 +66,19 @@ impl World {
         self.api.create_all([&namespace]);
     }
 
-    /// Starts the controllers; whether they are there.
+    /// Starts the controllers, and reports whether kube-controller-manager is available.
     pub(crate) fn start_controllers(&mut self) -> bool {
         let plane = self.api.control_plane.as_mut().unwrap();
         let started = plane.start_controllers(&self.kubeconfig);
         if !started {
             eprintln!(
-                "skipped: what controllers make: KUBEBUILDER_ASSETS has no kube-controller-manager"
+                "skipped: pods of workloads: KUBEBUILDER_ASSETS has no kube-controller-manager"
             );
         }
         started
     }
 
-    /// The table of workspaces in a real PostgreSQL.
+    /// Creates the table of workspaces in a real PostgreSQL.
     pub(crate) fn workspaces() -> Postgres {
         let rows: Vec<String> = ROWS
             .iter()
@@ -89,7 +90,7 @@ impl World {
         ))
     }
 
-    /// The program behind the configurations that the chart renders with these settings.
+    /// Starts the program, and applies the webhook configurations that the chart renders with these settings.
     pub(crate) fn install(&self, postgres: &Postgres, policy: &str, settings: &[&str]) -> Webhook {
         let webhook = Start {
             policy,
@@ -101,7 +102,7 @@ impl World {
         webhook
     }
 
-    /// Applies the chart's webhook configurations with kubectl, with this port of loopback in the Service's place.
+    /// Applies the chart's webhook configurations with kubectl, with this port of loopback in place of the Service.
     pub(crate) fn configure(&self, settings: &[&str], port: u16, authority: &str) {
         let provided = [
             "database.existingSecret=db",
@@ -128,27 +129,27 @@ impl World {
         let list = json!({"apiVersion": "v1", "kind": "List", "items": configurations});
         let file = self.write("configurations.json", &list.to_string());
         self.kubectl_ok(&["apply", "-f", &file]);
-        // Known to the API server a moment later.
-        let label = settings
+        // The API server picks a new configuration up with a delay.
+        let is_namespaced = settings
             .iter()
             .any(|setting| setting.starts_with("scope=namespace"));
-        if !label {
-            self.wait_until_asked(NAMESPACE);
+        if !is_namespaced {
+            self.wait_until_called(NAMESPACE);
         }
     }
 
-    /// Waits until the webhook is asked about the pods of a namespace.
-    pub(crate) fn wait_until_asked(&self, namespace: &str) {
+    /// Waits until the API server calls the webhook for pods of a namespace.
+    pub(crate) fn wait_until_called(&self, namespace: &str) {
         let pod = pod("probe", MANAGED, &json!([]));
-        wait_for("the webhook is asked", || {
+        wait_for("the webhook is called", || {
             let path = format!("/api/v1/namespaces/{namespace}/pods?dryRun=All");
             let mut pod = pod.clone();
             pod["metadata"]["namespace"] = namespace.into();
             let (status, created) = self.api.request("POST", &path, Some(&pod));
-            let is_seen = created["metadata"]["annotations"]
+            let is_mutated = created["metadata"]["annotations"]
                 .get("molecule.ai/llm-billing-mode")
                 .is_some();
-            (is_seen || status != 201).then_some(())
+            (is_mutated || status != 201).then_some(())
         });
     }
 
@@ -158,34 +159,34 @@ impl World {
         file.to_str().unwrap().to_owned()
     }
 
-    /// Runs a tool against the cluster: exit code, stdout, stderr.
+    /// Runs a tool against the cluster, and returns its exit code, stdout and stderr.
     pub(crate) fn tool(&self, program: &str, arguments: &[&str]) -> (i32, String, String) {
         let mut command = Command::new(program);
         with_tools(&mut command, Path::new(""))
             .args(arguments)
             .env("KUBECONFIG", &self.kubeconfig)
             .stdin(Stdio::null());
-        shown(&command.output().unwrap())
+        decode_output(&command.output().unwrap())
     }
 
     pub(crate) fn kubectl(&self, arguments: &[&str]) -> (i32, String, String) {
         self.tool("kubectl", arguments)
     }
 
-    /// What kubectl prints; it must succeed.
+    /// Runs kubectl, which must succeed, and returns its stdout.
     pub(crate) fn kubectl_ok(&self, arguments: &[&str]) -> String {
         let (code, stdout, stderr) = self.kubectl(arguments);
         assert_eq!(code, 0, "kubectl {arguments:?}: {stderr}");
         stdout
     }
 
-    /// What is stored under this name in the workspaces' namespace.
+    /// Returns the pod with this name in the workspaces' namespace.
     pub(crate) fn stored(&self, pod: &str) -> Option<Value> {
         self.api
             .get(&format!("/api/v1/namespaces/{NAMESPACE}/pods/{pod}"))
     }
 
-    /// The pods of the workspaces' namespace.
+    /// Returns the pods in the workspaces' namespace.
     pub(crate) fn pods(&self) -> Vec<Value> {
         let list = self
             .api
@@ -199,7 +200,7 @@ impl World {
     }
 }
 
-/// A pod of one container.
+/// Returns a pod with one container.
 pub(crate) fn pod(name: &str, workspace: &str, env: &Value) -> Value {
     json!({
         "apiVersion": "v1",
@@ -209,12 +210,12 @@ pub(crate) fn pod(name: &str, workspace: &str, env: &Value) -> Value {
     })
 }
 
-/// The policy of the fixtures, with these fields before it.
+/// Returns the fixtures' policy, preceded by these fields.
 pub(crate) fn policy(fields: &str) -> String {
     format!("{fields}\n{PROXY}")
 }
 
-/// The env of a container by name: literal values, `""` for references.
+/// Returns a container's env entries as name and literal value, with `""` for a reference.
 pub(crate) fn env_of(container: &Value) -> Vec<(String, String)> {
     let entries = container["env"].as_array().into_iter().flatten();
     entries
@@ -225,30 +226,30 @@ pub(crate) fn env_of(container: &Value) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Holds a container's env against what its mode asks for; its author gave it a key of its own.
-pub(crate) fn assert_true(container: &Value, mode: &str) {
+/// Asserts that a container's env matches its billing mode. Its manifest may set `HF_TOKEN`.
+pub(crate) fn assert_env_matches(container: &Value, mode: &str) {
     let env = env_of(container);
     let values = |name: &str| -> Vec<&str> {
         let found = env.iter().filter(|(own, _)| own == name);
         found.map(|(_, value)| value.as_str()).collect()
     };
-    let said = format!("{mode}: {container}");
-    assert_eq!(values("MOLECULE_LLM_BILLING_MODE"), [mode], "{said}");
+    let context = format!("{mode}: {container}");
+    assert_eq!(values("MOLECULE_LLM_BILLING_MODE"), [mode], "{context}");
     assert_eq!(
         values("MOLECULE_LLM_BILLING_MODE_RESOLVED"),
         [mode],
-        "{said}"
+        "{context}"
     );
     if mode == "platform_managed" {
-        assert_eq!(values("HF_TOKEN"), [""; 0], "{said}");
+        assert_eq!(values("HF_TOKEN"), [""; 0], "{context}");
         assert_eq!(
             values("MOLECULE_LLM_BASE_URL"),
             ["https://proxy.example.test/openai/v1"],
-            "{said}"
+            "{context}"
         );
-        assert_eq!(values("OPENAI_API_KEY"), [""], "{said}");
+        assert_eq!(values("OPENAI_API_KEY"), [""], "{context}");
     } else {
-        assert_eq!(values("MOLECULE_LLM_BASE_URL"), [""; 0], "{said}");
-        assert_eq!(values("OPENAI_API_KEY"), [""; 0], "{said}");
+        assert_eq!(values("MOLECULE_LLM_BASE_URL"), [""; 0], "{context}");
+        assert_eq!(values("OPENAI_API_KEY"), [""; 0], "{context}");
     }
 }

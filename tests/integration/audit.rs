@@ -1,5 +1,5 @@
-//! Running pods against the database: what is found, how it is told, and what an eviction does. What the core finds in
-//! one pod is tested beside it.
+//! The audit of running pods: findings, output formats, evictions, permissions. How the core compares one pod is tested
+//! in `src/core/audit.rs`.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -13,22 +13,22 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
-use test_support::api_server::{ApiServer, collection_of, say_skipped};
+use test_support::api_server::{ApiServer, collection_of, report_skipped};
 use test_support::chart::{RELEASE, of_kind, render};
 use test_support::load::BYOK;
 use test_support::postgres::Postgres;
-use test_support::program::{Start, Webhook, program, shown, wait_for};
-use test_support::transcript::{page, printed, transcripts};
+use test_support::program::{Start, Webhook, decode_output, program, wait_for};
+use test_support::transcript::{page, run_in_shell, transcripts};
 use test_support::{PROXY, WORKSPACE_LABEL};
 
-/// Workspaces, by what happens to their pods.
-const TRUE: &str = "11111111-1111-4111-8111-111111111111";
+/// Workspaces, named after the state of their pods.
+const IN_SYNC: &str = "11111111-1111-4111-8111-111111111111";
 const OLD: &str = "22222222-2222-4222-8222-222222222222";
 const FLIPPED: &str = "33333333-3333-4333-8333-333333333333";
 const OUTAGE: &str = "44444444-4444-4444-8444-444444444444";
 const NAMESPACE: &str = "ws-acme";
 
-/// A cluster whose pods pass a running webhook, and the database behind it.
+/// A cluster, a webhook for its pods, and the webhook's database.
 struct Platform {
     api: ApiServer,
     postgres: Postgres,
@@ -43,7 +43,7 @@ impl Platform {
         let schema = format!(
             "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);
              INSERT INTO workspaces VALUES
-                 ('{TRUE}', 'platform_managed'), ('{OLD}', 'platform_managed'), ('{FLIPPED}', 'byok'), ('{OUTAGE}', 'byok')"
+                 ('{IN_SYNC}', 'platform_managed'), ('{OLD}', 'platform_managed'), ('{FLIPPED}', 'byok'), ('{OUTAGE}', 'byok')"
         );
         let postgres = Postgres::with(&schema);
         let start = Start {
@@ -72,8 +72,8 @@ impl Platform {
         platform
     }
 
-    /// Pods pass the webhook from now on.
-    fn configure(&self) {
+    /// Registers the webhook for pods.
+    fn register_webhook(&self) {
         let configuration = json!({
             "apiVersion": "admissionregistration.k8s.io/v1",
             "kind": "MutatingWebhookConfiguration",
@@ -91,9 +91,9 @@ impl Platform {
             }],
         });
         self.api.create_all([&configuration]);
-        // A real API server learns of it a moment later.
+        // A real API server applies the configuration with a delay.
         wait_for("pods pass the webhook", || {
-            let pod = pod("probe", TRUE, None);
+            let pod = pod("probe", IN_SYNC, None);
             let path = format!("{}?dryRun=All", collection_of(&pod));
             let created = self.api.request("POST", &path, Some(&pod)).1;
             created["metadata"]["annotations"]
@@ -102,13 +102,13 @@ impl Platform {
         });
     }
 
-    /// Four pods: one whose env is true, and one for each way in which it comes not to be.
-    fn drift(&self) {
+    /// Creates four pods: one in sync, and one for each cause of drift.
+    fn create_drift(&self) {
         self.api
             .create_all([&pod("old", OLD, Some("ReplicaSet/old"))]);
-        self.configure();
+        self.register_webhook();
         self.api.create_all([
-            &pod("true", TRUE, None),
+            &pod("true", IN_SYNC, None),
             &pod("flipped", FLIPPED, Some("ReplicaSet/flipped")),
         ]);
         self.postgres
@@ -120,7 +120,7 @@ impl Platform {
         self.set(FLIPPED, "disabled");
     }
 
-    /// A pod without the label, in a namespace of which all pods are in scope.
+    /// Creates a pod without the label, in a namespace whose pods are all in scope.
     fn create_without_label(&self) {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "scoped", "labels": {"workspaces": "yes"}}});
         let mut unlabelled = pod("unlabelled", "", None);
@@ -146,9 +146,9 @@ impl Platform {
         command
     }
 
-    /// Audits: exit code, stdout, stderr.
+    /// Runs an audit and returns exit code, stdout and stderr.
     fn audit(&self, arguments: &[&str]) -> (i32, String, String) {
-        shown(&self.command(arguments, &self.kubeconfig).output().unwrap())
+        decode_output(&self.command(arguments, &self.kubeconfig).output().unwrap())
     }
 
     fn pod_names(&self) -> Vec<String> {
@@ -162,7 +162,7 @@ impl Platform {
     }
 }
 
-/// A pod that brings a key of its own, and perhaps has a controller.
+/// Returns a pod with its own vendor key and, optionally, a controller.
 fn pod(name: &str, workspace: &str, owner: Option<&str>) -> Value {
     let mut pod = json!({
         "apiVersion": "v1",
@@ -178,22 +178,22 @@ fn pod(name: &str, workspace: &str, owner: Option<&str>) -> Value {
 }
 
 #[test]
-fn a_pod_older_than_the_webhook_a_flipped_mode_and_an_outage_are_found_each_with_its_finding() {
+fn audit_reports_each_drift_with_its_finding() {
     let platform = Platform::start();
-    platform.drift();
+    platform.create_drift();
     let (code, stdout, stderr) = platform.audit(&["-n", NAMESPACE, "-o", "json"]);
     assert_eq!(code, 1, "{stderr}");
     assert_eq!(
         stderr,
-        "4 pods audited, the env of 3 is not true: wrong_mode 3, vendor_key 1, proxy_variable 1, fallback_in_force 1, not_seen 1\n"
+        "4 pods audited, 3 drifted: wrong_mode 3, vendor_key 1, proxy_variable 1, fallback_in_force 1, not_seen 1\n"
     );
-    let said: Value = serde_json::from_str(&stdout).unwrap();
-    let one = |pod: &str,
-               owner: Value,
-               workspace: &str,
-               modes: (&str, &str),
-               findings: Value,
-               details: Value| {
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    let entry = |pod: &str,
+                 owner: Value,
+                 workspace: &str,
+                 modes: (&str, &str),
+                 findings: Value,
+                 details: Value| {
         json!({
             "namespace": NAMESPACE, "pod": pod, "owner": owner, "workspace": workspace,
             "mode": modes.0, "source": "workspace_override", "reason": "override", "mode_in_env": modes.1,
@@ -205,14 +205,14 @@ fn a_pod_older_than_the_webhook_a_flipped_mode_and_an_outage_are_found_each_with
         MOLECULE_LLM_BASE_URL, MOLECULE_LLM_USAGE_TOKEN, MOLECULE_LLM_ANTHROPIC_BASE_URL, MOLECULE_LLM_USAGE_URL, OPENAI_BASE_URL";
     let expected = json!({
         "pods": [
-            one("flipped", json!("ReplicaSet/flipped"), FLIPPED, ("disabled", "byok"), json!(["wrong_mode"]), json!([mode])),
-            one("old", json!("ReplicaSet/old"), OLD, ("platform_managed", "-"), json!(["wrong_mode", "vendor_key", "proxy_variable", "not_seen"]), json!([all])),
-            one("outage", json!("Job/outage"), OUTAGE, ("byok", "platform_managed"), json!(["wrong_mode", "fallback_in_force"]), json!([mode])),
-            one("true", Value::Null, TRUE, ("platform_managed", "platform_managed"), json!([]), json!([])),
+            entry("flipped", json!("ReplicaSet/flipped"), FLIPPED, ("disabled", "byok"), json!(["wrong_mode"]), json!([mode])),
+            entry("old", json!("ReplicaSet/old"), OLD, ("platform_managed", "-"), json!(["wrong_mode", "vendor_key", "proxy_variable", "not_seen"]), json!([all])),
+            entry("outage", json!("Job/outage"), OUTAGE, ("byok", "platform_managed"), json!(["wrong_mode", "fallback_in_force"]), json!([mode])),
+            entry("true", Value::Null, IN_SYNC, ("platform_managed", "platform_managed"), json!([]), json!([])),
         ],
         "summary": {"audited": 4, "drifted": 3, "not_audited": [], "complete": true, "error": null},
     });
-    assert_eq!(said, expected);
+    assert_eq!(report, expected);
 
     let yaml = platform.audit(&["-n", NAMESPACE, "-o", "yaml"]).1;
     assert_eq!(serde_saphyr::from_str::<Value>(&yaml).unwrap(), expected);
@@ -236,7 +236,7 @@ fn a_pod_older_than_the_webhook_a_flipped_mode_and_an_outage_are_found_each_with
         "-n",
         NAMESPACE,
         "--workspace",
-        TRUE,
+        IN_SYNC,
         "--wide",
         "--color",
         "always",
@@ -247,24 +247,24 @@ fn a_pod_older_than_the_webhook_a_flipped_mode_and_an_outage_are_found_each_with
         "\u{1b}[1mNAMESPACE  POD   OWNER  WORKSPACE                             DATABASE          ENV               FINDINGS  SOURCE              REASON    DETAILS\u{1b}[0m\n\
          ws-acme    true  -      11111111-1111-4111-8111-111111111111  platform_managed  platform_managed  -         workspace_override  override  -\n"
     );
-    assert_eq!(wide.2, "1 pods audited, the env of all is true\n");
+    assert_eq!(wide.2, "1 pods audited, all in sync\n");
     assert!(
         ![stdout, csv, table, yaml].concat().contains("sk-own"),
-        "a value is shown"
+        "output contains an env value"
     );
 }
 
 #[test]
-fn evicted_pods_come_back_true_and_those_that_must_stay_are_kept_with_the_reason() {
+fn eviction_spares_bare_and_budgeted_pods() {
     let platform = Platform::start();
     platform.api.create_all([&pod("bare", OLD, None)]);
-    platform.drift();
+    platform.create_drift();
     let budget = json!({
         "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "outage", "namespace": NAMESPACE},
         "spec": {"minAvailable": 1, "selector": {"matchLabels": {"app": "outage"}}},
     });
     platform.api.create_all([&budget]);
-    // A budget counts pods that run.
+    // A disruption budget counts running pods.
     let outage = format!("/api/v1/namespaces/{NAMESPACE}/pods/outage");
     let mut running = platform.api.get(&outage).unwrap();
     running["status"] =
@@ -280,14 +280,14 @@ fn evicted_pods_come_back_true_and_those_that_must_stay_are_kept_with_the_reason
         (code, stderr.as_str()),
         (
             2,
-            "error: --evict asks first, and nobody is there to answer; add --yes or --dry-run\n"
+            "error: --evict asks for confirmation, but stdin is not a terminal; add --yes or --dry-run\n"
         )
     );
 
-    let evict = |more: &[&str]| {
+    let evict = |extra: &[&str]| {
         let arguments = [
             &["-n", NAMESPACE, "--evict", "--evictions-per-minute", "60"],
-            more,
+            extra,
         ]
         .concat();
         let (code, _, stderr) = platform.audit(&arguments);
@@ -299,14 +299,14 @@ fn evicted_pods_come_back_true_and_those_that_must_stay_are_kept_with_the_reason
             .chain(lines)
             .collect::<Vec<String>>()
     };
-    let kept = "kept ws-acme/bare: no controller would make it anew; see --evict-bare";
+    let bare = "skipped ws-acme/bare: no controller would recreate it; see --evict-bare";
     let budget =
-        "kept ws-acme/outage: Cannot evict pod as it would violate the pod's disruption budget.";
-    let said = evict(&["--dry-run"]);
+        "skipped ws-acme/outage: Cannot evict pod as it would violate the pod's disruption budget.";
+    let actions = evict(&["--dry-run"]);
     assert_eq!(
-        said,
+        actions,
         [
-            kept,
+            bare,
             "would evict ws-acme/flipped",
             "would evict ws-acme/old",
             budget
@@ -315,17 +315,17 @@ fn evicted_pods_come_back_true_and_those_that_must_stay_are_kept_with_the_reason
     assert_eq!(platform.pod_names(), before);
 
     let started = Instant::now();
-    let said = evict(&["--yes"]);
+    let actions = evict(&["--yes"]);
     assert_eq!(
-        said,
+        actions,
         [
-            kept,
+            bare,
             "evicted ws-acme/flipped",
             "evicted ws-acme/old",
             budget
         ]
     );
-    // Three are tried, so there are two pauses; the program itself takes a fraction of one.
+    // Three evictions are tried, with two pauses of 1 s between them.
     assert!(started.elapsed().as_secs() >= 2, "{:?}", started.elapsed());
     wait_for("the pods have ended", || {
         (platform.pod_names() == ["bare", "outage", "true"]).then_some(())
@@ -334,13 +334,13 @@ fn evicted_pods_come_back_true_and_those_that_must_stay_are_kept_with_the_reason
     platform.api.delete(&format!(
         "/apis/policy/v1/namespaces/{NAMESPACE}/poddisruptionbudgets/outage"
     ));
-    let said = evict(&["--yes", "--evict-bare"]);
-    assert_eq!(said, ["evicted ws-acme/bare", "evicted ws-acme/outage"]);
+    let actions = evict(&["--yes", "--evict-bare"]);
+    assert_eq!(actions, ["evicted ws-acme/bare", "evicted ws-acme/outage"]);
     wait_for("the pods have ended", || {
         (platform.pod_names() == ["true"]).then_some(())
     });
 
-    // Their controllers make them anew.
+    // Recreate the pods as their controllers would.
     platform.api.create_all([
         &pod("flipped", FLIPPED, Some("ReplicaSet/flipped")),
         &pod("old", OLD, Some("ReplicaSet/old")),
@@ -349,32 +349,32 @@ fn evicted_pods_come_back_true_and_those_that_must_stay_are_kept_with_the_reason
     let (code, stdout, stderr) = platform.audit(&["-A", "--only-drift", "--evict", "--yes"]);
     assert_eq!(
         (code, stdout.as_str(), stderr.as_str()),
-        (0, "", "4 pods audited, the env of all is true\n")
+        (0, "", "4 pods audited, all in sync\n")
     );
 }
 
 #[test]
-fn an_audit_that_cannot_see_everything_is_an_error_and_never_a_clean_bill() {
+fn incomplete_audit_exits_with_an_error() {
     let platform = Platform::start();
-    platform.configure();
-    platform.api.create_all([&pod("true", TRUE, None)]);
-    let nobody = platform
+    platform.register_webhook();
+    platform.api.create_all([&pod("true", IN_SYNC, None)]);
+    let kubeconfig = platform
         .api
-        .kubeconfig(platform.folder.path(), Some("nobody"));
+        .kubeconfig(platform.folder.path(), Some("unprivileged"));
     let forbidden = platform
-        .command(&["-n", NAMESPACE], nobody.to_str().unwrap())
+        .command(&["-n", NAMESPACE], kubeconfig.to_str().unwrap())
         .output()
         .unwrap();
-    let (code, stdout, stderr) = shown(&forbidden);
+    let (code, stdout, stderr) = decode_output(&forbidden);
     assert_eq!((code, stdout.as_str()), (2, ""));
-    assert!(stderr.contains("error: the audit ended early, after 0 pods; the others were not audited: cannot list the pods in namespace ws-acme: the API server refuses: "), "{stderr}");
-    assert!(stderr.contains("nobody"), "{stderr}");
+    assert!(stderr.contains("error: the audit ended early, after 0 pods; the others were not audited: cannot list the pods in namespace ws-acme: the API server refused the request: "), "{stderr}");
+    assert!(stderr.contains("unprivileged"), "{stderr}");
 
-    let nowhere = platform.command(&["-A"], "/nonexistent").output().unwrap();
-    let (code, _, stderr) = shown(&nowhere);
+    let unconfigured = platform.command(&["-A"], "/nonexistent").output().unwrap();
+    let (code, _, stderr) = decode_output(&unconfigured);
     assert_eq!(code, 2);
     assert!(
-        stderr.starts_with("error: no cluster is known here; "),
+        stderr.starts_with("error: no cluster configured: "),
         "{stderr}"
     );
 
@@ -390,11 +390,11 @@ fn an_audit_that_cannot_see_everything_is_an_error_and_never_a_clean_bill() {
         .postgres
         .execute("ALTER TABLE gone RENAME TO workspaces");
     let (code, _, stderr) = platform.audit(&["-n", "nowhere"]);
-    assert_eq!((code, stderr.as_str()), (0, "no pod was found\n"));
+    assert_eq!((code, stderr.as_str()), (0, "no pods found\n"));
 }
 
 #[test]
-fn a_pod_that_the_database_cannot_use_is_told_and_the_others_are_audited() {
+fn unusable_parameters_skip_only_that_pod() {
     let platform = Platform::start();
     platform.api.create_all([
         &pod("good", FLIPPED, None),
@@ -419,26 +419,25 @@ fn a_pod_that_the_database_cannot_use_is_told_and_the_others_are_audited() {
         .args(["--database-url", &platform.postgres.url()])
         .args(["--metrics-file", metrics.to_str().unwrap()])
         .env("KUBECONFIG", &platform.kubeconfig);
-    let (code, stdout, stderr) = shown(&command.output().unwrap());
+    let (code, stdout, stderr) = decode_output(&command.output().unwrap());
     assert_eq!(code, 2);
-    let said: Value = serde_json::from_str(&stdout).unwrap();
-    assert_eq!(said["pods"][0]["pod"], "good");
-    assert_eq!(said["pods"][0]["mode"], "byok");
-    let why = "ws-acme/not-a-uuid: the database cannot use the pod's parameters: invalid input syntax for type uuid: \"not-a-uuid\"";
-    let summary =
-        json!({"audited": 1, "drifted": 1, "not_audited": [why], "complete": false, "error": null});
-    assert_eq!(said["summary"], summary);
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(report["pods"][0]["pod"], "good");
+    assert_eq!(report["pods"][0]["mode"], "byok");
+    let error = "ws-acme/not-a-uuid: the database cannot use the pod's parameters: invalid input syntax for type uuid: \"not-a-uuid\"";
+    let summary = json!({"audited": 1, "drifted": 1, "not_audited": [error], "complete": false, "error": null});
+    assert_eq!(report["summary"], summary);
     assert_eq!(
         stderr,
         format!(
-            "error: not audited: {why}\n1 pods audited, and not all, the env of 1 is not true\n"
+            "error: not audited: {error}\n1 pods audited, 1 drifted; the audit is incomplete\n"
         )
     );
     assert!(!metrics.exists());
 }
 
 #[test]
-fn where_pods_without_the_label_count_somebody_must_say_where_and_then_they_are_found() {
+fn unlabelled_scope_requires_a_namespace_selection() {
     let platform = Platform::start();
     platform.create_without_label();
     for (rule, finding) in [("platform_managed", "vendor_key"), ("deny", "refused")] {
@@ -450,12 +449,12 @@ fn where_pods_without_the_label_count_somebody_must_say_where_and_then_they_are_
                 .args(["--database-url", &platform.postgres.url()])
                 .args(arguments)
                 .env("KUBECONFIG", &platform.kubeconfig);
-            shown(&command.output().unwrap())
+            decode_output(&command.output().unwrap())
         };
         let (code, stdout, stderr) = audit(&["-A"]);
         assert_eq!((code, stdout.as_str()), (2, ""));
         assert!(
-            stderr.starts_with("error: see -n and --namespace-selector: by the policy's `unlabelled`, pods without the label count too"),
+            stderr.starts_with("error: see -n and --namespace-selector: the policy's `unlabelled` also covers pods without the workspace label"),
             "{stderr}"
         );
         for scope in [["-n", "scoped"], ["--namespace-selector", "workspaces=yes"]] {
@@ -468,8 +467,8 @@ fn where_pods_without_the_label_count_somebody_must_say_where_and_then_they_are_
 }
 
 #[test]
-fn a_list_that_expires_between_two_pages_tells_how_far_the_audit_came() {
-    // Only the stand-in expires on demand.
+fn expired_list_reports_the_audit_progress() {
+    // Only the stand-in can expire a continue token on demand.
     let api = ApiServer::stand_in();
     let folder = tempfile::tempdir().unwrap();
     let database = folder.path().join("modes.sqlite");
@@ -478,7 +477,7 @@ fn a_list_that_expires_between_two_pages_tells_how_far_the_audit_came() {
         "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)",
     );
     for index in 0..501 {
-        let mut pod = pod(&format!("p{index:04}"), TRUE, None);
+        let mut pod = pod(&format!("p{index:04}"), IN_SYNC, None);
         pod["metadata"]["namespace"] = "expires".into();
         api.create_all([&pod]);
     }
@@ -489,26 +488,26 @@ fn a_list_that_expires_between_two_pages_tells_how_far_the_audit_came() {
             &format!("sqlite://{}", database.display()),
         ])
         .env("KUBECONFIG", api.kubeconfig(folder.path(), None));
-    let (code, stdout, stderr) = shown(&command.output().unwrap());
+    let (code, stdout, stderr) = decode_output(&command.output().unwrap());
     assert_eq!(code, 2);
-    let said: Value = serde_json::from_str(&stdout).unwrap();
-    assert_eq!(said["pods"].as_array().unwrap().len(), 500);
-    assert_eq!(said["summary"]["complete"], false);
-    let error = "the list of pods in namespace expires expired before its end, for there are many or the database is slow; \
+    let report: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(report["pods"].as_array().unwrap().len(), 500);
+    assert_eq!(report["summary"]["complete"], false);
+    let error = "the list of pods in namespace expires expired before its end: too many pods, or a slow database; \
         audit one namespace at a time";
-    assert_eq!(said["summary"]["error"], error);
+    assert_eq!(report["summary"]["error"], error);
     assert!(
-        stderr.starts_with("500 pods audited, and not all, the env of 500 is not true\n"),
+        stderr.starts_with("500 pods audited, 500 drifted; the audit is incomplete\n"),
         "{stderr}"
     );
     assert!(stderr.ends_with(
         "error: the audit ended early, after 500 pods; the others were not audited: the list of pods in namespace expires expired \
-         before its end, for there are many or the database is slow; audit one namespace at a time\n"
+         before its end: too many pods, or a slow database; audit one namespace at a time\n"
     ), "{stderr}");
 }
 
 #[test]
-fn many_workspaces_are_looked_up_by_one_query_where_the_policys_allows_it() {
+fn batch_query_looks_up_many_workspaces() {
     let platform = Platform::start();
     platform.api.create_all([
         &pod("known", FLIPPED, None),
@@ -531,10 +530,10 @@ fn many_workspaces_are_looked_up_by_one_query_where_the_policys_allows_it() {
             .args(["--policy", file.to_str().unwrap(), "--database-url", url])
             .env("KUBECONFIG", &platform.kubeconfig)
             .env("RUST_LOG", "off");
-        let (code, stdout, stderr) = shown(&command.output().unwrap());
+        let (code, stdout, stderr) = decode_output(&command.output().unwrap());
         assert_eq!(code, 1, "{stderr}");
-        let said: Value = serde_json::from_str(&stdout).unwrap();
-        let pods = said["pods"].as_array().unwrap().iter();
+        let report: Value = serde_json::from_str(&stdout).unwrap();
+        let pods = report["pods"].as_array().unwrap().iter();
         pods.map(|pod| {
             format!(
                 "{} {} {}",
@@ -562,25 +561,25 @@ fn many_workspaces_are_looked_up_by_one_query_where_the_policys_allows_it() {
             format!("{select} AND namespace = $2"),
             with_namespace.as_str(),
         ),
-        // With more columns than the mode, and an enum.
+        // More columns than the mode, and an ORDER BY.
         (
             "SELECT llm_billing_mode, id FROM workspaces WHERE id = $1 ORDER BY 1".to_owned(),
             label,
         ),
-        // With a literal, in which a $1 could stand: one query each.
+        // A literal could contain $1, so each workspace gets its own query.
         (format!("{select} AND '$1' <> 'x'"), label),
     ] {
         assert_eq!(reasons(&query, parameters, &url), expected, "{query}");
     }
-    // What the webhook would read is what counts: a mode with blanks after it is none.
+    // The batch query reads what the webhook reads: a mode padded with blanks is unknown.
     let padded = reasons(
         "SELECT llm_billing_mode::char(20) FROM workspaces WHERE id = $1",
         label,
         &url,
     );
     assert_eq!(padded[2], "known platform_managed unknown_mode");
-    let pooled = format!("{url}&statement-cache-capacity=0");
-    assert_eq!(reasons(select, label, &pooled), expected);
+    let uncached = format!("{url}&statement-cache-capacity=0");
+    assert_eq!(reasons(select, label, &uncached), expected);
 
     for index in 0..100 {
         let id = format!("{index:08}-0000-4000-8000-000000000000");
@@ -595,18 +594,18 @@ fn many_workspaces_are_looked_up_by_one_query_where_the_policys_allows_it() {
         reasons(query, label, &url);
         count() - before
     };
-    let (at_once, one_by_one) = (
+    let (batched, single) = (
         transactions(select),
         transactions(&format!("{select} AND '$1' <> 'x'")),
     );
-    assert!(at_once < 20, "{at_once}");
-    assert!(one_by_one >= 100, "{one_by_one}");
+    assert!(batched < 20, "{batched}");
+    assert!(single >= 100, "{single}");
 }
 
 #[test]
-fn what_was_found_is_a_file_for_prometheus_and_a_warning_on_each_pod() {
+fn audit_writes_metrics_file_and_pod_events() {
     let platform = Platform::start();
-    platform.drift();
+    platform.create_drift();
     let file = platform.folder.path().join("drift.prom");
     let arguments = ["-A", "--metrics-file", file.to_str().unwrap(), "--events"];
     let (code, _, stderr) = platform.audit(&arguments);
@@ -644,14 +643,14 @@ fn what_was_found_is_a_file_for_prometheus_and_a_warning_on_each_pod() {
     assert_eq!(messages.len(), 3);
     assert_eq!(
         messages[0],
-        "flipped: the env of this pod is not true (wrong_mode): container \"agent\": MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED"
+        "flipped: the env of this pod does not match the billing mode (wrong_mode): container \"agent\": MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED"
     );
 }
 
 #[test]
-fn a_server_that_audits_shows_the_drift_with_the_permissions_that_the_chart_gives_it() {
+fn server_audit_works_with_the_charts_permissions() {
     let platform = Platform::start();
-    platform.drift();
+    platform.create_drift();
     let objects = render(&[
         "database.existingSecret=db",
         "audit.interval=1h",
@@ -675,26 +674,26 @@ fn a_server_that_audits_shows_the_drift_with_the_permissions_that_the_chart_give
     let webhook = start.start();
     let line = webhook.wait_for_log("\"audit\"");
     assert!(line.contains("\"audited\":4,\"drifted\":3"), "{line}");
-    let shows = |text: &str| {
+    let wait_for_metric = |text: &str| {
         wait_for(text, || {
             webhook.health("/metrics").1.contains(text).then_some(())
         })
     };
-    shows("llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 1\n");
+    wait_for_metric("llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 1\n");
     platform.set(FLIPPED, "byok");
-    shows("llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 0\n");
+    wait_for_metric("llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 0\n");
     platform.api.delete(&format!(
         "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{RELEASE}-audit"
     ));
-    shows("llm_billing_audits_total{result=\"failed\"} ");
-    shows("llm_billing_audited_pods 4\n");
-    webhook.wait_for_log("what the last whole one found stays");
+    wait_for_metric("llm_billing_audits_total{result=\"failed\"} ");
+    wait_for_metric("llm_billing_audited_pods 4\n");
+    webhook.wait_for_log("the metrics keep the last complete audit's results");
 }
 
 #[test]
-fn each_permission_that_the_chart_gives_to_the_audits_job_is_needed_and_they_are_enough() {
+fn audit_job_needs_each_permission_of_the_chart() {
     let platform = Platform::start();
-    platform.drift();
+    platform.create_drift();
     let objects = render(&[
         "database.existingSecret=db",
         "audit.cronJob.enabled=true",
@@ -713,14 +712,14 @@ fn each_permission_that_the_chart_gives_to_the_audits_job_is_needed_and_they_are
         .as_array()
         .unwrap()
         .iter()
-        .map(|one| one.as_str().unwrap())
+        .map(|argument| argument.as_str().unwrap())
         .collect();
     let own = |argument: &&&str| **argument != "audit" && !argument.contains("/etc/llm-billing/");
     let arguments: Vec<&str> = arguments.iter().filter(own).copied().collect();
     let user = format!("system:serviceaccount:{RELEASE}:llm-billing-webhook-audit-job");
     let kubeconfig = platform.api.kubeconfig(platform.folder.path(), Some(&user));
     let audit = || {
-        shown(
+        decode_output(
             &platform
                 .command(&arguments, kubeconfig.to_str().unwrap())
                 .output()
@@ -739,7 +738,7 @@ fn each_permission_that_the_chart_gives_to_the_audits_job_is_needed_and_they_are
             role["rules"]
                 .as_array_mut()
                 .unwrap()
-                .retain(|one| one != rule)
+                .retain(|other| other != rule)
         });
         let (code, _, stderr) = audit();
         assert_eq!(code, 2, "{stderr}");
@@ -751,7 +750,7 @@ fn each_permission_that_the_chart_gives_to_the_audits_job_is_needed_and_they_are
         platform
             .api
             .change(role, |role| role["rules"] = rules.clone().into());
-        // Those that went although something else was forbidden.
+        // Recreate pods that were evicted although another permission was missing.
         for (name, workspace, owner) in [
             ("flipped", FLIPPED, "ReplicaSet/flipped"),
             ("old", OLD, "ReplicaSet/old"),
@@ -774,8 +773,7 @@ fn each_permission_that_the_chart_gives_to_the_audits_job_is_needed_and_they_are
 }
 
 #[test]
-fn where_whole_namespaces_are_in_scope_the_chart_lets_its_audits_list_them_too_and_that_is_needed()
-{
+fn namespace_scope_audit_needs_permission_to_list_namespaces() {
     let platform = Platform::start();
     let objects = render(&[
         "database.existingSecret=db",
@@ -793,7 +791,7 @@ fn where_whole_namespaces_are_in_scope_the_chart_lets_its_audits_list_them_too_a
     let arguments: Vec<String> = serde_json::from_value(container["args"].clone()).unwrap();
     let selector = arguments
         .iter()
-        .find(|one| one.starts_with("--audit-namespace-selector="));
+        .find(|argument| argument.starts_with("--audit-namespace-selector="));
     let user = format!("system:serviceaccount:{RELEASE}:{RELEASE}");
     let kubeconfig = platform.api.kubeconfig(platform.folder.path(), Some(&user));
     let start = Start {
@@ -813,13 +811,13 @@ fn where_whole_namespaces_are_in_scope_the_chart_lets_its_audits_list_them_too_a
     let line = webhook.wait_for_log("cannot list the namespaces");
     assert!(line.contains("is forbidden"), "{line}");
 
-    // Where pods without the label count, no server starts to audit without being told where.
-    let mut alone = Start {
+    // If pods without the label are in scope, the server requires a namespace selector.
+    let mut command = Start {
         arguments: &["--audit-interval", "1h"],
         ..start
     }
     .command(webhook.folder.path());
-    let (code, _, stderr) = shown(&alone.output().unwrap());
+    let (code, _, stderr) = decode_output(&command.output().unwrap());
     assert_eq!(code, 2);
     assert!(
         stderr.starts_with("error: see --audit-namespace-selector: "),
@@ -828,9 +826,9 @@ fn where_whole_namespaces_are_in_scope_the_chart_lets_its_audits_list_them_too_a
 }
 
 #[test]
-fn an_object_of_the_cluster_is_reviewed_like_a_manifest() {
+fn cluster_object_is_reviewed_like_a_manifest() {
     let platform = Platform::start();
-    platform.drift();
+    platform.create_drift();
     let deployment = json!({
         "apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "ws", "namespace": NAMESPACE},
         "spec": {
@@ -853,7 +851,7 @@ fn an_object_of_the_cluster_is_reviewed_like_a_manifest() {
         command
             .args(arguments)
             .env("KUBECONFIG", &platform.kubeconfig);
-        shown(&command.output().unwrap())
+        decode_output(&command.output().unwrap())
     };
     let (code, stdout, stderr) = review(&["-n", NAMESPACE, "pod/true"]);
     assert_eq!(
@@ -882,7 +880,7 @@ fn an_object_of_the_cluster_is_reviewed_like_a_manifest() {
     assert_eq!(code, 2);
     assert!(
         stderr.starts_with(
-            "error: cannot read pod/none: the API server refuses: pods \"none\" not found"
+            "error: cannot read pod/none: the API server refused the request: pods \"none\" not found"
         ),
         "{stderr}"
     );
@@ -903,9 +901,9 @@ fn an_object_of_the_cluster_is_reviewed_like_a_manifest() {
 }
 
 #[test]
-fn each_transcript_on_the_page_about_audits_is_what_the_programs_print() {
+fn audit_page_transcripts_match_program_output() {
     let platform = Platform::start();
-    platform.drift();
+    platform.create_drift();
     platform
         .postgres
         .execute(&format!("INSERT INTO workspaces VALUES ('{BYOK}', 'byok')"));
@@ -918,24 +916,24 @@ fn each_transcript_on_the_page_about_audits_is_what_the_programs_print() {
     let transcripts = transcripts(&page("docs/audit.md"));
     assert_eq!(transcripts.len(), 5);
     for (command, expected) in transcripts {
-        // The stand-in does not tell kubectl which kinds there are. As a plugin, the program asks itself.
+        // The stand-in has no API discovery, which kubectl needs for `apply`.
         if command.starts_with("kubectl apply") && !platform.api.is_real() {
-            say_skipped(&command);
+            report_skipped(&command);
             continue;
         }
-        assert_eq!(printed(&command, &environment), expected, "{command}");
+        assert_eq!(run_in_shell(&command, &environment), expected, "{command}");
     }
 }
 
 #[test]
-fn a_sweep_keeps_no_more_than_a_page_and_asks_a_query_a_page() {
+fn sweep_queries_once_per_page_in_bounded_memory() {
     let pods: usize = std::env::var("AUDIT_PODS").map_or(1_500, |pods| pods.parse().unwrap());
     let platform = Platform::start();
     platform.postgres.execute(&format!(
         "INSERT INTO workspaces SELECT ('00000000-0000-4000-8000-' || lpad(i::text, 12, '0'))::uuid, 'byok' FROM generate_series(1, {}) i",
         pods / 2
     ));
-    // As large as a workspace's pods are, with the mode that most of them have.
+    // Pods of a realistic size, all in sync.
     let recorded = &test_support::recorded_reviews()["claude-code-pod"]["request"]["object"];
     let threads = 8;
     std::thread::scope(|scope| {
@@ -973,50 +971,50 @@ fn a_sweep_keeps_no_more_than_a_page_and_asks_a_query_a_page() {
     while child.try_wait().unwrap().is_none() {
         let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let now = line.map_or(0, |line| {
+        let size = line.map_or(0, |line| {
             line.trim().trim_end_matches(" kB").parse().unwrap()
         });
-        peak = std::cmp::max(peak, now);
+        peak = std::cmp::max(peak, size);
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    let took = started.elapsed();
-    let (code, _, stderr) = shown(&child.wait_with_output().unwrap());
+    let elapsed = started.elapsed();
+    let (code, _, stderr) = decode_output(&child.wait_with_output().unwrap());
     assert_eq!(
         (code, stderr),
-        (0, format!("{pods} pods audited, the env of all is true\n"))
+        (0, format!("{pods} pods audited, all in sync\n"))
     );
-    // Those of the psql that counts are among them.
+    // This includes the transactions of the counting psql.
     let queries = count() - before;
     println!(
-        "{pods} pods of {} workspaces: {took:.1?}, {peak} KiB at most, {queries} transactions",
+        "{pods} pods of {} workspaces: {elapsed:.1?}, {peak} KiB at most, {queries} transactions",
         pods / 2
     );
     assert!(queries <= pods.div_ceil(500) + 10, "{queries}");
-    // The same whether there are three pages or forty.
+    // The limit is the same for three pages and for forty.
     assert!(peak < 64 * 1024, "{peak} KiB");
 }
 
-/// Answers one list of pods over HTTP, and holds its last byte back until it is told to go on.
+/// Serves one list of pods over HTTP. It sends the last byte when the returned sender is used.
 fn serve_page_in_two_steps(page: String) -> (String, mpsc::Receiver<()>, mpsc::Sender<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let (is_written, written) = mpsc::channel();
-    let (go_on, going_on) = mpsc::channel();
+    let (signal_written, written) = mpsc::channel();
+    let (resume, resumed) = mpsc::channel();
     thread::spawn(move || {
         let (mut stream, _) = listener.accept().unwrap();
         let mut head = BufReader::new(stream.try_clone().unwrap()).lines();
         while head.next().is_some_and(|line| !line.unwrap().is_empty()) {}
         let length = page.len();
-        let (most, last) = page.split_at(length - 1);
+        let (body, last) = page.split_at(length - 1);
         let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length";
-        write!(stream, "{head}: {length}\r\n\r\n{most}").unwrap();
-        is_written.send(()).unwrap();
-        going_on.recv().unwrap();
+        write!(stream, "{head}: {length}\r\n\r\n{body}").unwrap();
+        signal_written.send(()).unwrap();
+        resumed.recv().unwrap();
         stream.write_all(last.as_bytes()).unwrap();
-        // The connection stays open until the test is over.
-        let _ = going_on.recv();
+        // Keep the connection open until the test ends.
+        let _ = resumed.recv();
     });
-    (url, written, go_on)
+    (url, written, resume)
 }
 
 #[test]
@@ -1029,7 +1027,7 @@ fn probe_is_answered_while_audit_reads_large_page() {
     let items = vec![large.to_string(); 500].join(",");
     let page =
         format!(r#"{{"kind":"PodList","apiVersion":"v1","metadata":{{}},"items":[{items}]}}"#);
-    let (url, written, go_on) = serve_page_in_two_steps(page);
+    let (url, written, resume) = serve_page_in_two_steps(page);
     let folder = tempfile::tempdir().unwrap();
     let kubeconfig = folder.path().join("kubeconfig");
     let config = json!({
@@ -1045,7 +1043,7 @@ fn probe_is_answered_while_audit_reads_large_page() {
         policy: PROXY,
         database_url: &postgres.url(),
         arguments: &["--audit-interval", "1h"],
-        // With one worker, a task that does not yield would hold up all others.
+        // With one worker, a task that does not yield blocks all others.
         environment: &[
             ("KUBECONFIG", kubeconfig.to_str().unwrap()),
             ("TOKIO_WORKER_THREADS", "1"),
@@ -1058,11 +1056,11 @@ fn probe_is_answered_while_audit_reads_large_page() {
         let metrics = webhook.health("/metrics").1;
         metrics.contains("llm_billing_audits_total{result=\"ok\"} 1")
     };
-    // What the connection still holds of the page is read between these answers.
+    // Between these answers, the webhook reads what it has received of the page.
     for _ in 0..200 {
         assert!(!is_audited());
     }
-    go_on.send(()).unwrap();
+    resume.send(()).unwrap();
     let mut answers = 0;
     wait_for("the audit ends", || {
         answers += 1;

@@ -1,10 +1,10 @@
-//! The structure of src/: what the core may not mention, and that no files import each other in a circle.
+//! The structure of src/: the core mentions no IO or outer module, and no imports form a cycle.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-/// IO, waiting, HTTP, the clock and every edge of the crate.
+/// IO, waiting, HTTP, the clock, and the crate's modules outside the core.
 const FORBIDDEN: [&str; 28] = [
     "std::fs",
     "std::io",
@@ -37,7 +37,7 @@ const FORBIDDEN: [&str; 28] = [
 ];
 
 #[test]
-fn the_core_knows_no_io_no_async_no_http_and_no_edge() {
+fn core_mentions_no_io_or_outer_module() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/core");
     let mut breaches = Vec::new();
     for entry in fs::read_dir(folder).unwrap() {
@@ -57,7 +57,7 @@ fn the_core_knows_no_io_no_async_no_http_and_no_edge() {
 }
 
 #[test]
-fn source_files_import_each_other_in_no_circle() {
+fn source_files_import_without_cycles() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut sources = BTreeMap::new();
     read_modules(&root, &mut Vec::new(), &mut sources);
@@ -66,25 +66,28 @@ fn source_files_import_each_other_in_no_circle() {
         .map(|(module, text)| (module.as_slice(), imported_modules(module, text, &sources)))
         .collect();
     assert!(imports[&path("core::decision")[..]].contains(&path("core::plan")));
-    // Remove what imports nothing that is left, or is imported by nothing that is left: what remains are circles.
-    let mut left = imports;
+    // Repeatedly remove modules without remaining imports or importers: the rest forms cycles.
+    let mut remaining = imports;
     loop {
-        let modules: BTreeSet<Module> = left.keys().map(|module| module.to_vec()).collect();
-        let imported: BTreeSet<Module> = left.values().flatten().cloned().collect();
-        left.retain(|module, imports| !imports.is_disjoint(&modules) && imported.contains(*module));
-        if left.len() == modules.len() {
+        let modules: BTreeSet<Module> = remaining.keys().map(|module| module.to_vec()).collect();
+        let imported: BTreeSet<Module> = remaining.values().flatten().cloned().collect();
+        remaining
+            .retain(|module, imports| !imports.is_disjoint(&modules) && imported.contains(*module));
+        if remaining.len() == modules.len() {
             break;
         }
     }
-    let in_circles: Vec<String> = left
+    let in_cycles: Vec<String> = remaining
         .iter()
         .map(|(module, imported)| {
-            let imported = imported.iter().filter(|one| left.contains_key(&one[..]));
-            let imported: Vec<String> = imported.map(|one| one.join("::")).collect();
+            let imported = imported
+                .iter()
+                .filter(|other| remaining.contains_key(&other[..]));
+            let imported: Vec<String> = imported.map(|other| other.join("::")).collect();
             format!("{} imports {}", module.join("::"), imported.join(", "))
         })
         .collect();
-    assert!(in_circles.is_empty(), "{in_circles:#?}");
+    assert!(in_cycles.is_empty(), "{in_cycles:#?}");
 }
 
 type Module = Vec<String>;
@@ -93,7 +96,7 @@ fn path(text: &str) -> Module {
     text.split("::").map(str::to_owned).collect()
 }
 
-/// Reads each module's source without comments and tests.
+/// Reads each module's source, without comments and tests.
 fn read_modules(folder: &Path, parent: &mut Module, sources: &mut BTreeMap<Module, String>) {
     for entry in fs::read_dir(folder).unwrap() {
         let file = entry.unwrap().path();
@@ -113,7 +116,7 @@ fn read_modules(folder: &Path, parent: &mut Module, sources: &mut BTreeMap<Modul
     }
 }
 
-/// Returns the modules that a module's paths lead into, itself left out.
+/// Returns the other modules that a module's paths lead to.
 fn imported_modules(
     module: &Module,
     text: &str,
@@ -134,7 +137,7 @@ fn imported_modules(
         for (start, _) in text.match_indices(keyword) {
             let before = &text[..start];
             let continues = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
-            // `pub(in crate::a)` is a visibility, and imports nothing.
+            // `pub(in crate::a)` is a visibility, not an import.
             let begins = !before.ends_with(continues) && !before.ends_with("pub(in ");
             if begins && (keyword != "self::" || is_folder) {
                 let mut paths = Vec::new();

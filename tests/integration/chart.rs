@@ -1,5 +1,5 @@
-//! The Helm chart and what is rendered from it: lint, settings that are refused, objects that Kubernetes' own types
-//! read without losing a field, the default's snapshot, and the files that are kept beside the chart.
+//! The Helm chart: lint, refused settings, rendered objects, permissions, alerts, and the files that must match the
+//! chart.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -18,7 +18,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use test_support::api_server::{ApiServer, collection_of};
-use test_support::chart::{RELEASE, chart, helm, of_kind, refusal, render, with_tools};
+use test_support::chart::{RELEASE, chart, helm, of_kind, render, render_error, with_tools};
 use test_support::fixtures;
 use test_support::program::{Authority, run};
 use test_support::transcript::page;
@@ -99,21 +99,22 @@ const MATRIX: [&[&str]; 10] = [
 ];
 
 #[test]
-fn the_chart_is_linted_without_a_remark() {
-    let done = helm(&[
+fn chart_passes_strict_lint() {
+    let output = helm(&[
         "lint",
         "--strict",
         chart().to_str().unwrap(),
         "--set",
         DATABASE,
     ]);
-    let said = String::from_utf8(done.stdout).unwrap() + &String::from_utf8(done.stderr).unwrap();
-    assert!(done.status.success(), "{said}");
-    assert!(!said.contains("[WARNING]"), "{said}");
+    let text =
+        String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{text}");
+    assert!(!text.contains("[WARNING]"), "{text}");
 }
 
 #[test]
-fn every_rendered_object_is_read_by_kubernetes_own_types_without_losing_a_field() {
+fn rendered_objects_match_the_kubernetes_types() {
     for settings in MATRIX {
         for object in render(settings) {
             let name = format!(
@@ -126,7 +127,7 @@ fn every_rendered_object_is_read_by_kubernetes_own_types_without_losing_a_field(
     }
 }
 
-/// The object as its type reads it; `None` for kinds that Kubernetes does not bring itself.
+/// Returns the object as its Kubernetes type reads it, or `None` for a custom resource.
 fn typed(object: &Value) -> Option<Value> {
     fn of<T: DeserializeOwned + Serialize>(object: &Value) -> Option<Value> {
         let read: T = serde_json::from_value(object.clone())
@@ -160,11 +161,11 @@ fn typed(object: &Value) -> Option<Value> {
         }
         ("cert-manager.io/v1", "Certificate" | "Issuer")
         | ("monitoring.coreos.com/v1", "ServiceMonitor" | "PodMonitor" | "PrometheusRule") => None,
-        other => panic!("{other:?} is not expected"),
+        other => panic!("unexpected kind {other:?}"),
     }
 }
 
-/// The paths of what is in `object` and not, or not the same, in `read`.
+/// Returns the paths of values in `object` that are missing or different in `read`.
 fn lost(object: &Value, read: &Value) -> Vec<String> {
     let below = |key: String, object: &Value, read: &Value| -> Vec<String> {
         lost(object, read)
@@ -175,7 +176,7 @@ fn lost(object: &Value, read: &Value) -> Vec<String> {
     match (object, read) {
         (Value::Object(object), Value::Object(read)) => object
             .iter()
-            // An empty list or object need not be written.
+            // Serialization omits empty lists and objects.
             .filter(|(_, value)| !value.is_null() && **value != json!([]) && **value != json!({}))
             .flat_map(|(key, value)| {
                 below(key.clone(), value, read.get(key).unwrap_or(&Value::Null))
@@ -193,7 +194,7 @@ fn lost(object: &Value, read: &Value) -> Vec<String> {
 }
 
 #[test]
-fn a_real_api_server_accepts_every_rendered_object_field_by_field() {
+fn real_api_server_accepts_rendered_objects() {
     let Some(api) = ApiServer::real("accepting what the chart renders") else {
         return;
     };
@@ -215,7 +216,7 @@ fn a_real_api_server_accepts_every_rendered_object_field_by_field() {
 }
 
 #[test]
-fn settings_that_cannot_work_are_refused_with_the_remedy_before_anything_is_installed() {
+fn unusable_settings_are_refused_with_the_remedy() {
     let table: [(&[&str], &str); 16] = [
         (&[], "no database is given: set database.existingSecret"),
         (&[DATABASE, "database.sqlite.enabled=true"], "are both set"),
@@ -257,26 +258,26 @@ fn settings_that_cannot_work_are_refused_with_the_remedy_before_anything_is_inst
         ),
     ];
     for (settings, expected) in table {
-        let said = refusal(settings);
-        assert!(said.contains(expected), "{settings:?}: {said}");
-        assert!(!said.contains("postgres://"), "{said}");
+        let error = render_error(settings);
+        assert!(error.contains(expected), "{settings:?}: {error}");
+        assert!(!error.contains("postgres://"), "{error}");
     }
 }
 
 #[test]
-fn the_default_render_is_that_of_its_snapshot() {
+fn default_render_matches_its_snapshot() {
     let objects = render(&[DATABASE]);
-    let whole: Vec<String> = objects
+    let documents: Vec<String> = objects
         .iter()
         .map(|object| serde_saphyr::to_string(object).unwrap())
         .collect();
     insta::with_settings!({snapshot_path => "../fixtures/snapshots", prepend_module_to_snapshot => false, omit_expression => true}, {
-        insta::assert_snapshot!("chart-default", whole.join("---\n"));
+        insta::assert_snapshot!("chart-default", documents.join("---\n"));
     });
 }
 
 #[test]
-fn the_program_takes_the_arguments_and_the_policy_that_the_chart_gives_it() {
+fn program_accepts_the_charts_arguments_and_policy() {
     for settings in MATRIX {
         let objects = render(settings);
         let templates = [
@@ -293,7 +294,7 @@ fn the_program_takes_the_arguments_and_the_policy_that_the_chart_gives_it() {
         });
         for container in containers {
             let arguments = container["args"].as_array().unwrap().iter();
-            // An argument that it does not know is an error even where help is asked for.
+            // An unknown argument is an error even with --help.
             let mut arguments: Vec<&str> = arguments
                 .map(|argument| argument.as_str().unwrap())
                 .collect();
@@ -326,7 +327,7 @@ fn of_kind_named<'o>(objects: &'o [Value], kind: &str, ending: &str) -> &'o Valu
 }
 
 #[test]
-fn a_pod_without_the_label_is_platform_managed_where_whole_namespaces_are_in_scope() {
+fn namespace_scope_defaults_unlabelled_to_platform_managed() {
     let scope = [
         "scope=namespace",
         "namespaceSelector.matchLabels.workspaces=yes",
@@ -345,7 +346,7 @@ fn a_pod_without_the_label_is_platform_managed_where_whole_namespaces_are_in_sco
         policy(&[&scope[..], &["policy.unlabelled=deny"]].concat()),
         json!({"unlabelled": "deny"})
     );
-    // Another policy is a rollout.
+    // A changed policy changes the checksum annotation, so the Deployment rolls out.
     let checksum = |settings: &[&str]| {
         let objects = render(&[&[DATABASE], settings].concat());
         of_kind(&objects, "Deployment")["spec"]["template"]["metadata"]["annotations"].clone()
@@ -355,7 +356,7 @@ fn a_pod_without_the_label_is_platform_managed_where_whole_namespaces_are_in_sco
 }
 
 #[test]
-fn no_token_and_no_permission_is_there_unless_the_replicas_keep_their_certificate() {
+fn only_self_managed_tls_gets_token_and_permissions() {
     for (mode, has_token) in [
         ("self-managed", true),
         ("cert-manager", false),
@@ -380,7 +381,7 @@ fn no_token_and_no_permission_is_there_unless_the_replicas_keep_their_certificat
 }
 
 #[test]
-fn the_authority_of_a_provided_certificate_is_published_by_the_chart() {
+fn provided_ca_bundle_reaches_the_webhook_configuration() {
     let pem = Authority::generate().pem();
     let ca_bundle = format!("tls.provided.caBundle={pem}");
     let objects = render(&[
@@ -394,7 +395,7 @@ fn the_authority_of_a_provided_certificate_is_published_by_the_chart() {
 }
 
 #[test]
-fn the_charts_schema_has_the_policys_own() {
+fn values_schema_contains_the_policy_schema() {
     let schema = fs::read(chart().join("values.schema.json")).unwrap();
     let schema: Value = serde_json::from_slice(&schema).unwrap();
     let mut policy: Value = serde_json::from_str(&run(&["policy", "schema"]).1).unwrap();
@@ -406,7 +407,7 @@ fn the_charts_schema_has_the_policys_own() {
     assert!(schema["$defs"] == definitions, "{remedy}");
 }
 
-/// The chart's alerts, all of them.
+/// Returns the rules with all of the chart's alerts.
 fn alerts() -> Value {
     let objects = render(&[
         DATABASE,
@@ -418,23 +419,23 @@ fn alerts() -> Value {
 }
 
 #[test]
-fn each_alert_fires_on_data_in_which_it_should_and_stays_silent_otherwise() {
+fn alerts_fire_exactly_when_expected() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     fs::write(path("rules.yaml"), alerts().to_string()).unwrap();
     fs::copy(fixtures("alerts/alerts.yaml"), path("alerts.yaml")).unwrap();
     let mut promtool = Command::new("promtool");
-    let done = with_tools(&mut promtool, Path::new(""))
+    let output = with_tools(&mut promtool, Path::new(""))
         .args(["test", "rules"])
         .arg(path("alerts.yaml"))
         .output()
         .expect("promtool is not installed; scripts/check installs it");
-    let said = String::from_utf8_lossy(&done.stdout) + String::from_utf8_lossy(&done.stderr);
-    assert!(done.status.success(), "{said}");
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}");
 }
 
 #[test]
-fn each_alert_has_its_section_in_the_runbook_and_its_data() {
+fn each_alert_has_a_runbook_section_and_data() {
     let alerts = alerts();
     let groups = alerts["groups"].as_array().unwrap().iter();
     let rules = groups.flat_map(|group| group["rules"].as_array().unwrap());
@@ -469,30 +470,30 @@ fn each_alert_has_its_section_in_the_runbook_and_its_data() {
 }
 
 #[test]
-fn the_plain_manifests_are_what_the_chart_renders() {
+fn plain_manifests_match_the_rendered_chart() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut render = Command::new(root.join("scripts/manifests"));
-    let done = with_tools(render.arg("-"), Path::new("")).output().unwrap();
+    let output = with_tools(render.arg("-"), Path::new("")).output().unwrap();
     assert!(
-        done.status.success(),
+        output.status.success(),
         "{}",
-        String::from_utf8_lossy(&done.stderr)
+        String::from_utf8_lossy(&output.stderr)
     );
-    let kept = fs::read_to_string(root.join("manifests/install.yaml")).unwrap();
+    let committed = fs::read_to_string(root.join("manifests/install.yaml")).unwrap();
     assert!(
-        String::from_utf8(done.stdout).unwrap() == kept,
+        String::from_utf8(output.stdout).unwrap() == committed,
         "manifests/install.yaml is stale; run scripts/manifests"
     );
 }
 
 #[test]
-fn chart_crate_toolchain_and_image_name_the_same_versions() {
+fn chart_crate_toolchain_and_image_versions_match() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let read = |file: &str| fs::read_to_string(root.join(file)).unwrap();
-    let about: Value =
+    let metadata: Value =
         serde_saphyr::from_str(&read("charts/llm-billing-webhook/Chart.yaml")).unwrap();
-    assert_eq!(about["appVersion"], env!("CARGO_PKG_VERSION"));
-    assert_eq!(about["version"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(metadata["appVersion"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(metadata["version"], env!("CARGO_PKG_VERSION"));
     let rust = env!("CARGO_PKG_RUST_VERSION");
     assert!(read("rust-toolchain.toml").contains(&format!("\"{rust}\"")));
     assert!(

@@ -1,4 +1,4 @@
-//! `check`: the whole report and the exit code, for what is right and for each thing that is wrong.
+//! The `check` command: its report and exit code for valid and invalid setups.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use test_support::program::{Authority, run};
 use test_support::{PROXY, WORKSPACE_LABEL};
 
 #[test]
-fn a_complete_and_right_setting_is_reported_line_by_line() {
+fn valid_setup_is_reported_line_by_line() {
     let postgres = Postgres::with("CREATE TABLE workspaces (id uuid, llm_billing_mode text)");
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
@@ -52,7 +52,7 @@ fn a_complete_and_right_setting_is_reported_line_by_line() {
 }
 
 #[test]
-fn nothing_given_is_the_default_policy_and_says_what_was_not_checked() {
+fn check_without_flags_reports_the_skipped_checks() {
     let (code, report, _) = run(&["check"]);
     assert_eq!(code, 0);
     assert_eq!(
@@ -65,7 +65,7 @@ fn nothing_given_is_the_default_policy_and_says_what_was_not_checked() {
 }
 
 #[test]
-fn everything_wrong_is_reported_at_once() {
+fn all_errors_are_reported_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     fs::write(
@@ -89,7 +89,7 @@ fn everything_wrong_is_reported_at_once() {
         "error policy       cannot use policy {} (see: llm-billing-webhook policy schema): line 2, column 1: \
          unknown field \"vendorKey\"; expected one of workspaceLabel, runtimeLabel, unlabelled, lookup, vendorKeys, envFrom, proxy\n\
          error certificate  cannot read {}: No such file or directory (os error 2)\n\
-         skip  database     it is asked with the policy's query, which cannot be read\n",
+         skip  database     not queried, because the policy is invalid\n",
         path("policy.yaml"),
         path("missing.crt")
     );
@@ -97,13 +97,13 @@ fn everything_wrong_is_reported_at_once() {
     let (code, report, _) = run(&["check", "--database-url", "sqlite:///nonexistent/file"]);
     assert_eq!(code, 2);
     assert!(
-        report.contains("error database     the database could not be asked: "),
+        report.contains("error database     cannot query the database: "),
         "{report}"
     );
 }
 
 #[test]
-fn an_expired_certificate_is_an_error_and_one_about_to_expire_a_warning() {
+fn certificate_expiry_is_an_error_or_a_warning() {
     for (seconds, verdict) in [
         (-60, "error certificate  it has expired; renew it"),
         (3600, "warn  certificate  it expires within 7 days"),

@@ -1,4 +1,4 @@
-//! docs/configuration.md is what the program says of itself, and so are its man pages.
+//! Checks that docs/configuration.md and the man pages match the program.
 
 use std::fs;
 use std::path::Path;
@@ -13,22 +13,22 @@ const HEAD: &str = "\
 
 # Configuration
 
-For those who set it up: every field of the policy file, and every command with its flags. The chart's values are
-described in [values.yaml](../charts/llm-billing-webhook/values.yaml).
+Every field of the policy file, and every command with its flags. The chart's values are described in
+[values.yaml](../charts/llm-billing-webhook/values.yaml).
 
 ## The policy file
 
-YAML; an empty file is the default policy, and a field that is not here is an error that names its line. `policy default`
-prints it with remarks, and `policy schema` as a JSON schema for an editor.
+The policy file is YAML. An empty file is the default policy; an unknown field is an error that names its line.
+`policy default` prints the default policy with comments, and `policy schema` prints a JSON schema for editors.
 
 | field | values | default | meaning |
 |---|---|---|---|
 ";
 
-/// A schema without its reference.
+/// Returns a schema with its `$ref` resolved.
 fn resolved<'s>(root: &'s Value, schema: &'s Value) -> &'s Value {
     let alternatives = schema["anyOf"].as_array().into_iter().flatten();
-    let mut alternatives = alternatives.filter(|one| one["type"] != "null");
+    let mut alternatives = alternatives.filter(|schema| schema["type"] != "null");
     let schema = alternatives.next().unwrap_or(schema);
     match schema["$ref"].as_str() {
         Some(reference) => root.pointer(reference.trim_start_matches('#')).unwrap(),
@@ -36,14 +36,14 @@ fn resolved<'s>(root: &'s Value, schema: &'s Value) -> &'s Value {
     }
 }
 
-/// What a field may be, in a word or by its values.
+/// Returns a field's type or its possible values.
 fn values(root: &Value, schema: &Value) -> String {
     let schema = resolved(root, schema);
     let constants: Vec<String> = schema["oneOf"]
         .as_array()
         .into_iter()
         .flatten()
-        .filter_map(|one| Some(format!("`{}`", one["const"].as_str()?)))
+        .filter_map(|value| Some(format!("`{}`", value["const"].as_str()?)))
         .collect();
     if !constants.is_empty() {
         return constants.join(", ");
@@ -56,7 +56,7 @@ fn values(root: &Value, schema: &Value) -> String {
     }
 }
 
-/// A field's type, which may be left out or not.
+/// Returns a field's type, whether it is optional or not.
 fn kind(schema: &Value) -> Option<&str> {
     match &schema["type"] {
         Value::Array(kinds) => kinds[0].as_str(),
@@ -64,19 +64,21 @@ fn kind(schema: &Value) -> Option<&str> {
     }
 }
 
-/// What a field is for, and what each of its values means.
+/// Returns a field's description and the meaning of each of its values.
 fn meaning(root: &Value, alternative: &Value, field: &Value) -> String {
-    let whole = resolved(root, field);
-    let described = [field, alternative, whole].map(|schema| schema["description"].as_str());
-    let mut meaning = described
+    let target = resolved(root, field);
+    let descriptions = [field, alternative, target].map(|schema| schema["description"].as_str());
+    let mut meaning = descriptions
         .into_iter()
         .flatten()
         .next()
         .unwrap_or_default()
         .to_owned();
-    for one in whole["oneOf"].as_array().into_iter().flatten() {
-        if let (Some(value), Some(means)) = (one["const"].as_str(), one["description"].as_str()) {
-            meaning += &format!(" `{value}`: {means}");
+    for schema in target["oneOf"].as_array().into_iter().flatten() {
+        if let (Some(value), Some(text)) =
+            (schema["const"].as_str(), schema["description"].as_str())
+        {
+            meaning += &format!(" `{value}`: {text}");
         }
     }
     meaning.replace('\n', " ").replace('|', "\\|")
@@ -85,7 +87,7 @@ fn meaning(root: &Value, alternative: &Value, field: &Value) -> String {
 fn rows(root: &Value, defaults: &Value, schema: &Value, path: &str, text: &mut String) {
     let schema = resolved(root, schema);
     let alternatives = schema["oneOf"].as_array().into_iter().flatten();
-    let alternatives = alternatives.map(|one| (one, one));
+    let alternatives = alternatives.map(|schema| (schema, schema));
     for (object, alternative) in [(schema, &Value::Null)].into_iter().chain(alternatives) {
         for (name, field) in object["properties"].as_object().into_iter().flatten() {
             let path = format!("{path}{name}");
@@ -109,7 +111,7 @@ fn rows(root: &Value, defaults: &Value, schema: &Value, path: &str, text: &mut S
     }
 }
 
-/// The commands, as the program's own help lists them below `path`.
+/// Returns the subcommands that the program's help lists for the command at `path`.
 fn commands(path: &[&str]) -> Vec<String> {
     let (_, help, _) = run(&[&["help"], path].concat());
     let Some((_, list)) = help.split_once("Commands:\n") else {
@@ -128,7 +130,7 @@ fn generated() -> String {
     let mut text = HEAD.to_owned();
     let defaults = serde_saphyr::from_str(&run(&["policy", "default"]).1).unwrap();
     rows(&schema, &defaults, &schema, "", &mut text);
-    text += "\n## The command line\n\nEvery flag is also an environment variable, which its help names. Errors go to stderr,\nthose of `check` into its report; the exit code is 2 then.\n";
+    text += "\n## The command line\n\nEvery flag can also be set by the environment variable that its help names. Errors go to\nstderr, or into the report of `check`, and the exit code is then 2.\n";
     for name in commands(&[]) {
         for path in [vec![name.as_str()]].into_iter().chain(
             commands(&[&name])
@@ -149,7 +151,7 @@ fn generated() -> String {
 }
 
 #[test]
-fn the_page_on_configuration_is_what_the_program_says_of_itself() {
+fn configuration_page_matches_the_program() {
     let generated = generated();
     if std::env::var_os("UPDATE_DOCS").is_some() {
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/configuration.md");
@@ -162,7 +164,7 @@ fn the_page_on_configuration_is_what_the_program_says_of_itself() {
 }
 
 #[test]
-fn there_is_a_man_page_of_the_program_and_of_each_command() {
+fn program_and_each_command_have_a_man_page() {
     let (code, page, _) = run(&["man"]);
     assert_eq!(code, 0);
     assert!(page.contains(".TH llm-billing-webhook 1"), "{page}");

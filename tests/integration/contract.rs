@@ -1,5 +1,4 @@
-//! The contract's vectors through the real HTTPS endpoint, on SQLite and on PostgreSQL, as the env of a
-//! container.
+//! The contract's vectors as a container's env, through the real HTTPS endpoint, on SQLite and PostgreSQL.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +11,7 @@ use test_support::{assert_expected, defaulted, patch_of, patched, policy_of, rev
 
 const SCHEMA: &str = "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);";
 
-/// The rows that the vectors' lookups find.
+/// Returns statements that insert the rows of the vectors.
 fn rows(vectors: &[Value]) -> String {
     let quoted = |value: &Value| {
         value
@@ -32,8 +31,8 @@ fn rows(vectors: &[Value]) -> String {
     with_row.map(row).collect()
 }
 
-/// Asks one program for each proxy that the vectors have, and one for the vectors whose lookup fails.
-fn every_vector_passes(vectors: &[Value], database_url: &str, broken_url: &str) {
+/// Runs one program for each proxy in the vectors, and one for those whose lookup fails.
+fn assert_every_vector_passes(vectors: &[Value], database_url: &str, broken_url: &str) {
     let mut programs: BTreeMap<(String, bool), Webhook> = BTreeMap::new();
     for vector in vectors {
         let fails = vector["stored"]["lookup_error"] == true;
@@ -72,8 +71,8 @@ fn every_vector_passes(vectors: &[Value], database_url: &str, broken_url: &str) 
 fn every_vector_passes_on_postgresql() {
     let vectors = vectors();
     let postgres = Postgres::with(&(SCHEMA.to_owned() + &rows(&vectors)));
-    let nowhere = "postgres://reader@localhost/nowhere?host=/nonexistent";
-    every_vector_passes(&vectors, &postgres.url(), nowhere);
+    let broken_url = "postgres://reader@localhost/nowhere?host=/nonexistent";
+    assert_every_vector_passes(&vectors, &postgres.url(), broken_url);
 }
 
 #[test]
@@ -83,7 +82,7 @@ fn every_vector_passes_on_sqlite() {
     let file = folder.path().join("vectors.sqlite");
     test_support::sqlite(&file, &(SCHEMA.to_owned() + &rows(&vectors)));
     let url = |file: &Path| format!("sqlite://{}", file.display());
-    every_vector_passes(
+    assert_every_vector_passes(
         &vectors,
         &url(&file),
         &url(&folder.path().join("missing.sqlite")),

@@ -1,4 +1,4 @@
-//! The contract's vectors, in process. Over the wire and with real databases: contract.rs.
+//! The contract's vectors, in process. `contract.rs` runs them over HTTPS with real databases.
 
 use llm_billing_webhook::core::policy::Policy;
 use llm_billing_webhook::core::resolution::LookupOutcome;
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use test_support::in_process::answer;
 use test_support::{assert_expected, defaulted, patch_of, patched, policy_of, review_of, vectors};
 
-/// What a vector says that the lookup finds.
+/// Returns the lookup outcome of a vector.
 fn stored(vector: &Value) -> LookupOutcome {
     let stored = &vector["stored"];
     match (stored["lookup_error"].as_bool(), stored["row"].as_bool()) {
@@ -18,7 +18,7 @@ fn stored(vector: &Value) -> LookupOutcome {
 }
 
 #[test]
-fn every_vector_gives_the_env_that_it_expects_and_is_settled_by_it() {
+fn every_vector_yields_its_env_in_one_pass() {
     let vectors = vectors();
     assert_eq!(vectors.len(), 36);
     for vector in &vectors {
@@ -39,7 +39,7 @@ fn every_vector_gives_the_env_that_it_expects_and_is_settled_by_it() {
 }
 
 #[test]
-fn the_reason_names_the_row_of_the_table_that_applied() {
+fn reason_names_the_lookup_outcome() {
     let policy = Policy::parse("unlabelled: platform_managed").unwrap();
     let reason = |workspace: &Value, stored: &LookupOutcome| {
         let pod = json!({"metadata": {"labels": {"molecule.ai/workspace-id": workspace}}});

@@ -1,4 +1,4 @@
-//! What must hold for every pod, whatever is in it: proptest makes the pods, in process.
+//! Properties that hold for every pod, in process, on pods that proptest generates.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +15,7 @@ use test_support::{
 
 const MODE: &str = "MOLECULE_LLM_BILLING_MODE";
 const RESOLVED: &str = "MOLECULE_LLM_BILLING_MODE_RESOLVED";
-/// What the proxy can set.
+/// The variables that the proxy can set.
 const PROXY_VARIABLES: [&str; 8] = [
     "MOLECULE_LLM_BASE_URL",
     "MOLECULE_LLM_USAGE_TOKEN",
@@ -124,7 +124,7 @@ fn containers(review: &Value) -> Vec<Value> {
         .collect()
 }
 
-/// The review without anything that the plan may change.
+/// Returns the review without the parts that a plan may change.
 fn without_env_and_annotations(review: &Value) -> Value {
     let mut review = review.clone();
     let object = &mut review["request"]["object"];
@@ -140,7 +140,7 @@ fn without_env_and_annotations(review: &Value) -> Value {
     review
 }
 
-/// The bytes of the entries with none of these names, in their order.
+/// Returns the env entries with other names as JSON, in their order.
 fn others(container: &Value, owned: &BTreeSet<&str>) -> Vec<String> {
     let is_other = |entry: &&Value| !owned.contains(entry["name"].as_str().unwrap());
     entries(container)
@@ -161,7 +161,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_plan_settles_in_one_pass_and_touches_nothing_that_it_does_not_own(
+    fn plan_is_idempotent_and_changes_only_owned_variables(
         pod in pod(),
         mode in select(vec!["platform_managed", "byok", "disabled"]),
     ) {
@@ -184,8 +184,8 @@ proptest! {
         for (before, after) in containers(&review).iter().zip(containers(&after)) {
             assert_eq!(others(before, &owned), others(&after, &owned));
             for name in [MODE, RESOLVED] {
-                let right = |entry: &Value| entry["name"] == name && entry["value"] == mode;
-                assert_eq!((count(&after, name), entries(&after).iter().filter(|entry| right(entry)).count()), (1, 1));
+                let matches = |entry: &Value| entry["name"] == name && entry["value"] == mode;
+                assert_eq!((count(&after, name), entries(&after).iter().filter(|entry| matches(entry)).count()), (1, 1));
             }
             if mode == "platform_managed" {
                 for entry in entries(&after) {
@@ -200,9 +200,9 @@ proptest! {
     }
 
     #[test]
-    fn a_patch_repeats_no_value_that_it_leaves_alone(pod in pod(), mode in select(vec!["platform_managed", "byok"])) {
+    fn patch_repeats_no_unchanged_value(pod in pod(), mode in select(vec!["platform_managed", "byok"])) {
         let policy = Policy::parse(PROXY).unwrap();
-        // A value that the plan cannot make of itself.
+        // A value that no plan produces.
         let mut pod = pod;
         for list in ["initContainers", "containers"] {
             for container in pod["spec"][list].as_array_mut().unwrap() {
@@ -216,7 +216,7 @@ proptest! {
     }
 
     #[test]
-    fn space_between_tokens_changes_no_answer(pod in pod(), mode in select(vec!["platform_managed", "byok"])) {
+    fn whitespace_between_tokens_changes_no_answer(pod in pod(), mode in select(vec!["platform_managed", "byok"])) {
         let policy = Policy::parse(PROXY).unwrap();
         let review = create(&pod);
         let with_space = serde_json::to_vec_pretty(&review).unwrap();
@@ -225,12 +225,13 @@ proptest! {
     }
 
     #[test]
-    fn a_review_with_any_byte_changed_is_read_alike_behind_a_space(at in any::<Index>(), byte in any::<u8>()) {
+    fn both_readers_agree_on_a_corrupted_review(index in any::<Index>(), byte in any::<u8>()) {
         let policy = Policy::parse(PROXY).unwrap();
         let mut body = recorded("claude-code-pod").to_string().into_bytes();
-        let at = at.index(body.len());
-        body[at] = byte;
-        let ask = |body: &[u8]| answer_to(&policy, &stored("byok"), body).ok();
-        assert_eq!(ask(&body), ask(&[b" ", body.as_slice()].concat()));
+        let index = index.index(body.len());
+        body[index] = byte;
+        let answer = |body: &[u8]| answer_to(&policy, &stored("byok"), body).ok();
+        // A body that starts with a space is read by serde_json.
+        assert_eq!(answer(&body), answer(&[b" ", body.as_slice()].concat()));
     }
 }

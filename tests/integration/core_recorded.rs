@@ -1,5 +1,5 @@
-//! The recorded admission reviews under each mode, in process: the whole answer as a snapshot, and what
-//! the patched object is. Over the wire: recorded.rs.
+//! The recorded admission reviews in each mode, in process: snapshots of the answers, and the patched objects.
+//! `recorded.rs` runs them over HTTPS.
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::core::admission::{AdmissionRequest, AdmissionReview};
@@ -14,8 +14,8 @@ use test_support::{PROXY, defaulted, fixtures, patch_of, patched, recorded_revie
 
 const MODES: [&str; 3] = ["platform_managed", "byok", "disabled"];
 
-/// An answer to read: its patch decoded, an operation a line.
-fn shown(answer: &Value) -> String {
+/// Returns an answer as readable text, with one patch operation per line.
+fn render(answer: &Value) -> String {
     let mut response = answer["response"].clone();
     let fields = response.as_object_mut().unwrap();
     let patch = patch_of(answer);
@@ -29,7 +29,7 @@ fn shown(answer: &Value) -> String {
 }
 
 #[test]
-fn each_recorded_review_gets_the_whole_answer_of_its_snapshot() {
+fn recorded_reviews_match_their_answer_snapshots() {
     let policy = Policy::parse(PROXY).unwrap();
     let reviews = recorded_reviews();
     assert_eq!(reviews.len(), 14);
@@ -38,14 +38,14 @@ fn each_recorded_review_gets_the_whole_answer_of_its_snapshot() {
             for mode in MODES {
                 let answer = answer(&policy, &stored(mode), review);
                 assert_eq!(answer["response"]["uid"], review["request"]["uid"]);
-                insta::assert_snapshot!(format!("{name}.{mode}"), shown(&answer));
+                insta::assert_snapshot!(format!("{name}.{mode}"), render(&answer));
             }
         }
     });
 }
 
 #[test]
-fn a_patched_object_is_a_pod_and_is_settled_in_the_second_call() {
+fn patched_object_is_a_pod_and_stays_unpatched() {
     let policy = Policy::parse(PROXY).unwrap();
     for (name, review) in &recorded_reviews() {
         for mode in MODES {
@@ -65,20 +65,20 @@ fn a_patched_object_is_a_pod_and_is_settled_in_the_second_call() {
 }
 
 #[test]
-fn dry_run_and_the_real_call_get_the_same_answer() {
+fn dry_run_gets_the_same_answer() {
     let policy = Policy::parse(PROXY).unwrap();
     for (name, review) in &recorded_reviews() {
         let mut dry_run = review.clone();
         dry_run["request"]["dryRun"] = true.into();
         for mode in MODES {
-            let ask = |review| answer(&policy, &stored(mode), review);
-            assert_eq!(ask(review), ask(&dry_run), "{name}");
+            let answer = |review| answer(&policy, &stored(mode), review);
+            assert_eq!(answer(review), answer(&dry_run), "{name}");
         }
     }
 }
 
 #[test]
-fn a_change_of_mode_makes_a_patched_pod_true_again() {
+fn mode_change_updates_a_patched_pod() {
     let policy = Policy::parse(PROXY).unwrap();
     let review = &recorded_reviews()["claude-code-pod"];
     let managed = patched(
@@ -94,12 +94,12 @@ fn a_change_of_mode_makes_a_patched_pod_true_again() {
         object["metadata"]["annotations"]["molecule.ai/llm-billing-mode"],
         "byok"
     );
-    // What the proxy set is not the plan's to take on byok: the contract leaves all else alone.
+    // By the contract, byok does not remove the proxy's variables.
     assert!(env.contains_key("MOLECULE_LLM_BASE_URL"));
 }
 
 #[test]
-fn what_is_read_of_a_review_is_what_kube_reads_of_it() {
+fn decoded_review_matches_kubes_own_types() {
     for (name, review) in &recorded_reviews() {
         let body = review.to_string().into_bytes();
         let Ok(Decoded::Request(own)) = decode(&body) else {

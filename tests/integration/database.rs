@@ -1,5 +1,4 @@
-//! The lookup on real databases: the same suite on PostgreSQL and on SQLite, then what only one of them
-//! has.
+//! Lookups on real databases: behaviour common to PostgreSQL and SQLite, then that of only one of them.
 
 use std::io::Write;
 use std::path::Path;
@@ -13,13 +12,13 @@ use serde_json::{Value, json};
 
 use test_support::load;
 use test_support::postgres::{Cluster, PgBouncer, Postgres};
-use test_support::program::{Authority, Start, Webhook, run, shown, wait_for};
+use test_support::program::{Authority, Start, Webhook, decode_output, run, wait_for};
 use test_support::relay::Relay;
 use test_support::{PROXY, create, pod};
 
 const ID: &str = "88888888-8888-8888-8888-888888888888";
 
-/// A database of either kind with this schema, and what makes a URL for it.
+/// A kind of database, which `with` creates.
 enum Kind {
     Postgres,
     Sqlite(tempfile::TempDir),
@@ -30,6 +29,7 @@ impl Kind {
         [Self::Postgres, Self::Sqlite(tempfile::tempdir().unwrap())]
     }
 
+    /// Creates a database with this schema and returns its URL.
     fn with(&self, schema: &str) -> String {
         match self {
             Self::Postgres => Postgres::with(schema).url(),
@@ -58,8 +58,8 @@ fn start(policy: &str, database_url: &str) -> Webhook {
     .start()
 }
 
-/// Exit code and stderr of a `serve` that must end by itself.
-fn start_in_vain(policy: &str, database_url: &str) -> (i32, String) {
+/// Returns exit code and stderr of a `serve` that fails to start.
+fn fail_to_start(policy: &str, database_url: &str) -> (i32, String) {
     let folder = tempfile::tempdir().unwrap();
     let (certificate, key) = Authority::generate().issue("localhost");
     std::fs::write(folder.path().join("tls.crt"), certificate).unwrap();
@@ -70,11 +70,11 @@ fn start_in_vain(policy: &str, database_url: &str) -> (i32, String) {
         ..Start::default()
     }
     .command(folder.path());
-    let (code, _, stderr) = shown(&command.output().unwrap());
+    let (code, _, stderr) = decode_output(&command.output().unwrap());
     (code, stderr)
 }
 
-/// Exit code and stdout of `check`.
+/// Returns exit code and stdout of `check`.
 fn check(policy: &str, database_url: &str) -> (i32, String) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("policy.yaml");
@@ -89,7 +89,7 @@ fn check(policy: &str, database_url: &str) -> (i32, String) {
     (code, stdout)
 }
 
-/// Mode and reason of a pod of this workspace.
+/// Returns the mode and reason in the answer for this pod.
 fn resolved(webhook: &Webhook, pod: &Value) -> (String, String) {
     let annotations = webhook.mutate(&create(pod))["response"]["auditAnnotations"].clone();
     let text = |field: &str| annotations[field].as_str().unwrap_or_default().to_owned();
@@ -97,32 +97,32 @@ fn resolved(webhook: &Webhook, pod: &Value) -> (String, String) {
 }
 
 #[test]
-fn what_is_committed_is_what_the_next_pod_gets() {
+fn next_pod_gets_the_committed_mode() {
     let postgres =
         Postgres::with("CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text)");
     let webhook = start(PROXY, &postgres.url());
     let pod = pod(ID, &json!([]));
-    let is = |mode: &str, reason: &str| {
+    let assert_resolved = |mode: &str, reason: &str| {
         assert_eq!(
             resolved(&webhook, &pod),
             (mode.to_owned(), reason.to_owned())
         )
     };
-    is("platform_managed", "workspace_not_found");
+    assert_resolved("platform_managed", "workspace_not_found");
     postgres.execute(&format!("INSERT INTO workspaces VALUES ('{ID}', NULL)"));
-    is("platform_managed", "no_override");
+    assert_resolved("platform_managed", "no_override");
     for mode in ["byok", "disabled", "platform_managed", "byok"] {
         postgres.execute(&format!(
             "UPDATE workspaces SET llm_billing_mode = '{mode}'"
         ));
-        is(mode, "override");
+        assert_resolved(mode, "override");
     }
     postgres.execute("DELETE FROM workspaces");
-    is("platform_managed", "workspace_not_found");
+    assert_resolved("platform_managed", "workspace_not_found");
 }
 
 #[test]
-fn the_query_and_its_parameters_come_from_the_policy() {
+fn query_and_parameters_come_from_the_policy() {
     for kind in Kind::both() {
         let url = kind.with(&format!(
             "CREATE TABLE spaces (tenant text, space text, id uuid, mode text);
@@ -146,7 +146,7 @@ fn the_query_and_its_parameters_come_from_the_policy() {
 }
 
 #[test]
-fn a_pod_that_names_a_workspace_of_another_namespace_finds_none() {
+fn workspace_of_another_namespace_is_not_found() {
     let postgres = Postgres::with(&format!(
         "CREATE TABLE workspaces (id uuid, namespace text, llm_billing_mode text);
          INSERT INTO workspaces VALUES ('{ID}', 'ws-acme', 'byok')"
@@ -167,13 +167,13 @@ fn a_pod_that_names_a_workspace_of_another_namespace_finds_none() {
 }
 
 #[test]
-fn a_query_that_the_database_refuses_fails_check_and_start_in_the_databases_own_words() {
+fn refused_query_fails_check_and_start() {
     let two = "parameters: [{label: molecule.ai/workspace-id, type: uuid}, {field: namespace}]";
     let text = "parameters: [{label: molecule.ai/workspace-id, type: text}]";
     for kind in Kind::both() {
         let url =
             kind.with("CREATE TABLE workspaces (id uuid, llm_billing_mode text, price integer)");
-        let of = |postgres: &str, sqlite: &str| {
+        let either = |postgres: &str, sqlite: &str| {
             if kind.is_postgres() {
                 postgres.to_owned()
             } else {
@@ -183,18 +183,18 @@ fn a_query_that_the_database_refuses_fails_check_and_start_in_the_databases_own_
         let mut table = vec![
             (
                 "query: SELECT mode FROM workspaces WHERE id = $1",
-                of("column \"mode\" does not exist", "no such column: mode"),
+                either("column \"mode\" does not exist", "no such column: mode"),
             ),
             (
                 "query: SELECT 1 FROM nowhere WHERE id = $1",
-                of(
+                either(
                     "relation \"nowhere\" does not exist",
                     "no such table: nowhere",
                 ),
             ),
             (
                 "query: SELEKT $1",
-                of(
+                either(
                     "syntax error at or near \"SELEKT\"",
                     "near \"SELEKT\": syntax error",
                 ),
@@ -211,15 +211,15 @@ fn a_query_that_the_database_refuses_fails_check_and_start_in_the_databases_own_
         if kind.is_postgres() {
             table.push((text, "operator does not exist: uuid = text".to_owned()));
         }
-        for (lookup, words) in table {
+        for (lookup, error) in table {
             let policy = format!("lookup: {{{lookup}}}");
-            let refused = format!("the database refuses the policy's query: {words}");
+            let refused = format!("the database refuses the policy's query: {error}");
             let (code, report) = check(&policy, &url);
             assert!(
                 code == 2 && report.contains(&format!("error database     {refused}")),
                 "{code} {report}"
             );
-            let (code, stderr) = start_in_vain(&policy, &url);
+            let (code, stderr) = fail_to_start(&policy, &url);
             assert!(
                 code == 2 && stderr.contains(&format!("error: cannot start: {refused}")),
                 "{code} {stderr}"
@@ -229,7 +229,7 @@ fn a_query_that_the_database_refuses_fails_check_and_start_in_the_databases_own_
 }
 
 #[test]
-fn a_mode_column_that_is_not_text_is_refused_rather_than_guessed_at() {
+fn mode_column_that_is_not_text_is_refused() {
     for kind in Kind::both() {
         let url = kind.with(&format!(
             "CREATE TABLE workspaces (id uuid, llm_billing_mode integer); INSERT INTO workspaces VALUES ('{ID}', 7)"
@@ -240,7 +240,7 @@ fn a_mode_column_that_is_not_text_is_refused_rather_than_guessed_at() {
             ("platform_managed".to_owned(), "lookup_error".to_owned())
         );
         let line = webhook.wait_for_log("lookup refused");
-        // It has the request's uid, as the admission's own line has.
+        // The line has the request's uid, like the admission's line.
         let uid = "\"uid\":\"00000000-0000-0000-0000-0000000000aa\"";
         assert!(line.contains(uid), "{line}");
         assert!(
@@ -252,7 +252,7 @@ fn a_mode_column_that_is_not_text_is_refused_rather_than_guessed_at() {
 }
 
 #[test]
-fn a_database_that_is_down_at_start_is_waited_for_and_pods_are_answered_meanwhile() {
+fn pods_are_answered_before_the_database_is_up() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("later.sqlite");
     let webhook = start(PROXY, &format!("sqlite://{}", file.display()));
@@ -274,13 +274,13 @@ fn a_database_that_is_down_at_start_is_waited_for_and_pods_are_answered_meanwhil
         resolved(&webhook, &pod),
         ("byok".to_owned(), "override".to_owned())
     );
-    // A later loss does not take the pod out.
+    // A later database failure does not make the pod unready.
     std::fs::remove_file(&file).unwrap();
     assert_eq!(webhook.health("/readyz").0, 200);
 }
 
 #[test]
-fn on_error_deny_refuses_with_503_while_the_database_is_down() {
+fn on_error_deny_refuses_with_503_during_outage() {
     let policy = format!("lookup: {{onError: deny}}\n{PROXY}");
     let webhook = start(&policy, "postgres://reader@localhost/x?host=/nonexistent");
     let response = webhook.mutate(&create(&pod(ID, &json!([]))))["response"].clone();
@@ -288,7 +288,7 @@ fn on_error_deny_refuses_with_503_while_the_database_is_down() {
     assert_eq!(response["status"]["code"], 503);
     let message = response["status"]["message"].as_str().unwrap();
     assert!(message.starts_with("LOOKUP_FAILED: "), "{message}");
-    // What needs no lookup is no failure.
+    // A pod that needs no lookup is admitted.
     assert_eq!(
         webhook.mutate(&create(&pod("", &json!([]))))["response"]["allowed"],
         true
@@ -296,7 +296,7 @@ fn on_error_deny_refuses_with_503_while_the_database_is_down() {
 }
 
 #[test]
-fn an_answer_beats_the_deadline_of_the_policy_and_that_of_the_api_server() {
+fn lookup_respects_policy_and_api_server_timeouts() {
     let postgres = Postgres::with(&format!(
         "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', 'byok')"
     ));
@@ -306,7 +306,7 @@ fn an_answer_beats_the_deadline_of_the_policy_and_that_of_the_api_server() {
         )
     };
     let review = create(&pod(ID, &json!([]))).to_string();
-    let asked = |webhook: &Webhook, path: &str| {
+    let admit = |webhook: &Webhook, path: &str| {
         let started = Instant::now();
         let mut response = webhook.post(path, "application/json", review.as_bytes());
         let answer: Value =
@@ -317,18 +317,18 @@ fn an_answer_beats_the_deadline_of_the_policy_and_that_of_the_api_server() {
         );
         started.elapsed()
     };
-    let of_the_policy = start(&slow("300ms"), &postgres.url());
-    let took = asked(&of_the_policy, "/mutate?timeout=30s");
-    assert!(took < Duration::from_secs(10), "{took:?}");
-    // 16 connections; a hundred lookups that time out one after the other must not use them up.
+    let policy_limited = start(&slow("300ms"), &postgres.url());
+    let elapsed = admit(&policy_limited, "/mutate?timeout=30s");
+    assert!(elapsed < Duration::from_secs(10), "{elapsed:?}");
+    // More consecutive timeouts than the pool's 16 connections must not exhaust it.
     for _ in 0..20 {
-        asked(&of_the_policy, "/mutate");
+        admit(&policy_limited, "/mutate");
     }
-    let of_the_api_server = start(&slow("19s"), &postgres.url());
-    let took = asked(&of_the_api_server, "/mutate?timeout=2s");
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    let api_server_limited = start(&slow("19s"), &postgres.url());
+    let elapsed = admit(&api_server_limited, "/mutate?timeout=2s");
+    assert!(elapsed < Duration::from_secs(2), "{elapsed:?}");
     assert!(
-        of_the_api_server
+        api_server_limited
             .health("/metrics")
             .1
             .contains(r#"llm_billing_lookup_duration_seconds_count{result="timeout"}"#)
@@ -336,7 +336,7 @@ fn an_answer_beats_the_deadline_of_the_policy_and_that_of_the_api_server() {
 }
 
 #[test]
-fn a_lookup_asks_the_database_once() {
+fn lookup_sends_one_request() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(
         &cluster,
@@ -345,36 +345,36 @@ fn a_lookup_asks_the_database_once() {
         ),
     );
     let relay = Relay::to(cluster.port());
-    let webhook = start(PROXY, &postgres.url_by(relay.port));
+    let webhook = start(PROXY, &postgres.url_via(relay.port));
     let pod = pod(ID, &json!([]));
-    let ask = || {
-        let before = relay.asked();
+    let requests = || {
+        let before = relay.request_count();
         assert_eq!(resolved(&webhook, &pod).0, "byok");
-        relay.asked() - before
+        relay.request_count() - before
     };
-    // The first one prepares the query.
-    ask();
-    assert_eq!([ask(), ask(), ask()], [1, 1, 1]);
+    // The first lookup prepares the query.
+    requests();
+    assert_eq!([requests(), requests(), requests()], [1, 1, 1]);
 }
 
 #[test]
-fn a_connection_that_went_stale_costs_one_silent_retry() {
+fn stale_connection_costs_one_silent_retry() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &load::schema());
-    // By a socket, what is written to a closed connection fails; by TCP, the server's last words are read first.
-    survives_stale_connections(&postgres, start(PROXY, &postgres.url()));
+    // On a closed Unix socket, writing fails; on TCP, the server's final error is read first.
+    assert_survives_stale_connections(&postgres, start(PROXY, &postgres.url()));
     let postgres = Postgres::on(&cluster, &load::schema());
-    let url = postgres.url_by(cluster.port());
-    survives_stale_connections(&postgres, start(PROXY, &url));
+    let url = postgres.url_via(cluster.port());
+    assert_survives_stale_connections(&postgres, start(PROXY, &url));
 }
 
-fn survives_stale_connections(postgres: &Postgres, webhook: Webhook) {
+fn assert_survives_stale_connections(postgres: &Postgres, webhook: Webhook) {
     let pod = pod(ID, &json!([]));
-    let is_right = || {
-        let right = ("byok".to_owned(), "override".to_owned());
-        assert_eq!(resolved(&webhook, &pod), right);
+    let assert_byok = || {
+        let expected = ("byok".to_owned(), "override".to_owned());
+        assert_eq!(resolved(&webhook, &pod), expected);
     };
-    is_right();
+    assert_byok();
     let terminate = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()";
     for fault in [
         terminate,
@@ -383,37 +383,37 @@ fn survives_stale_connections(postgres: &Postgres, webhook: Webhook) {
         terminate,
     ] {
         postgres.execute(fault);
-        is_right();
-        is_right();
+        assert_byok();
+        assert_byok();
     }
-    // One that nobody used for so long is closed by the server, which says so to nobody but the next who uses it.
+    // The server closes an idle session; the webhook learns of that only when it uses the connection again.
     postgres.execute(
         "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET idle_session_timeout = 200', current_database()); END $$",
     );
     postgres.execute(terminate);
-    is_right();
+    assert_byok();
     std::thread::sleep(Duration::from_millis(600));
-    is_right();
-    let log = webhook.log_to_its_end();
+    assert_byok();
+    let log = webhook.stop_and_read_log();
     assert!(!log.contains("lookup failed"), "{log}");
 }
 
-/// The webhook's sessions, one a line.
+/// Returns the process ids of the webhook's sessions, one per line.
 fn sessions(postgres: &Postgres) -> String {
     postgres.query(
         "SELECT pid FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database()",
     )
 }
 
-/// A policy whose query takes so many seconds.
+/// Returns a policy whose query takes this many seconds.
 fn slow_policy(seconds: &str) -> String {
     format!(
         "lookup: {{timeout: {}, query: 'SELECT llm_billing_mode FROM workspaces, pg_sleep({seconds}) WHERE id = $1'}}\n{PROXY}",
-        load::PATIENT
+        load::LONG_LOOKUP_TIMEOUT
     )
 }
 
-/// Waits until so many of the webhook's sessions execute a query.
+/// Waits until this many of the webhook's sessions execute a query.
 fn wait_for_queries(postgres: &Postgres, count: u32) {
     wait_for("queries are executed", || {
         let active = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database() AND state = 'active'";
@@ -422,7 +422,7 @@ fn wait_for_queries(postgres: &Postgres, count: u32) {
 }
 
 fn wait_for_idle_connections(webhook: &Webhook) {
-    wait_for("no connection is used", || {
+    wait_for("no connection is in use", || {
         let metrics = webhook.health("/metrics").1;
         let idle = "llm_billing_database_connections{state=\"used\"} 0\n";
         metrics.contains(idle).then_some(())
@@ -471,18 +471,18 @@ fn timeout_below_a_second_counts_as_a_second() {
 fn lookup_at_its_deadline_leaves_no_open_transaction() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &load::schema());
-    let pooler = PgBouncer::with(&cluster, "default_pool_size = 1");
+    let pooler = PgBouncer::start_with(&cluster, "default_pool_size = 1");
     let webhook = start(
         &slow_policy("2"),
-        &(postgres.url_by(pooler.port()) + "?statement-cache-capacity=0"),
+        &(postgres.url_via(pooler.port()) + "?statement-cache-capacity=0"),
     );
-    let asker = webhook.asker("platform_managed");
-    asker.is_right();
+    let load_client = webhook.load_client("platform_managed");
+    load_client.assert_correct();
     let review = create(&pod(ID, &json!([]))).to_string();
     std::thread::scope(|scope| {
-        scope.spawn(|| asker.is_right());
+        scope.spawn(|| load_client.assert_correct());
         wait_for_queries(&postgres, 1);
-        // The pooler's only connection is in use, so this lookup waits for its transaction to begin until the deadline.
+        // The pooler's only connection is in use, so this lookup waits until its deadline for a transaction to begin.
         webhook.post("/mutate?timeout=1s", "application/json", review.as_bytes());
     });
     wait_for("no transaction is open", || {
@@ -490,11 +490,11 @@ fn lookup_at_its_deadline_leaves_no_open_transaction() {
             "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND state <> 'idle'";
         (postgres.query(open) == "0").then_some(())
     });
-    asker.is_right();
+    load_client.assert_correct();
 }
 
 #[test]
-fn a_postgresql_enum_is_a_mode_column_too() {
+fn postgresql_enum_is_a_valid_mode_column() {
     let postgres = Postgres::with(&format!(
         "CREATE TYPE mode AS ENUM ('platform_managed', 'byok');
          CREATE TABLE workspaces (id uuid, llm_billing_mode mode);
@@ -513,8 +513,8 @@ fn a_postgresql_enum_is_a_mode_column_too() {
 }
 
 #[test]
-fn a_role_that_may_only_select_is_enough_and_sqlite_is_opened_read_only() {
-    // The PostgreSQL tests all use such a role; SQLite has no roles.
+fn sqlite_is_opened_read_only() {
+    // The PostgreSQL tests use a role that may only SELECT; SQLite has no roles.
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("read-only.sqlite");
     test_support::sqlite(
@@ -531,7 +531,7 @@ fn a_role_that_may_only_select_is_enough_and_sqlite_is_opened_read_only() {
 }
 
 #[test]
-fn a_rotated_password_is_taken_from_the_file_without_a_restart_or_a_wrong_answer() {
+fn rotated_password_is_read_from_the_file() {
     let postgres = Postgres::with(&format!(
         "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', 'byok');
          CREATE ROLE rotated LOGIN PASSWORD 'first'; GRANT SELECT ON workspaces TO rotated"
@@ -546,24 +546,24 @@ fn a_rotated_password_is_taken_from_the_file_without_a_restart_or_a_wrong_answer
         ..Start::default()
     }
     .start();
-    let is_right = || {
+    let assert_byok = || {
         let pod = pod(ID, &json!([]));
         assert_eq!(
             resolved(&webhook, &pod),
             ("byok".to_owned(), "override".to_owned())
         );
     };
-    is_right();
+    assert_byok();
     for password in ["second", "third", "fourth"] {
-        // The file first, as a secret store does it, then the database, which ends what is logged in.
+        // A secret store changes the file first, then the password; existing sessions are terminated.
         std::fs::write(&file, url(password)).unwrap();
         postgres.execute(&format!(
             "ALTER ROLE rotated PASSWORD '{password}';
              SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'rotated'"
         ));
-        is_right();
+        assert_byok();
     }
-    // What is no URL leaves the one in use, and is said without being quoted.
+    // An invalid URL is logged without its content, and the URL in use stays.
     std::fs::write(
         &file,
         "postgres://rotated:fifth-password@localhost:notaport/x",
@@ -571,11 +571,11 @@ fn a_rotated_password_is_taken_from_the_file_without_a_restart_or_a_wrong_answer
     .unwrap();
     let line = webhook.wait_for_log("the old one stays");
     assert!(
-        line.contains("cannot use the database URL: it has the wrong shape"),
+        line.contains("cannot use the database URL: it is malformed"),
         "{line}"
     );
-    is_right();
-    let log = webhook.log_to_its_end();
+    assert_byok();
+    let log = webhook.stop_and_read_log();
     assert!(
         !log.contains("-password") && !log.contains("lookup failed"),
         "{log}"
@@ -584,7 +584,7 @@ fn a_rotated_password_is_taken_from_the_file_without_a_restart_or_a_wrong_answer
 }
 
 #[test]
-fn a_changed_file_is_followed_even_while_the_old_database_answers() {
+fn changed_url_file_switches_the_database() {
     let database = |mode: &str| {
         Postgres::with(&format!(
             "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', '{mode}')"
@@ -604,13 +604,13 @@ fn a_changed_file_is_followed_even_while_the_old_database_answers() {
     let pod = pod(ID, &json!([]));
     assert_eq!(resolved(&webhook, &pod).0, "byok");
     std::fs::write(&file, new.url()).unwrap();
-    wait_for("the new database is asked", || {
+    wait_for("the new database is queried", || {
         (resolved(&webhook, &pod).0 == "disabled").then_some(())
     });
 }
 
 #[test]
-fn a_url_is_given_once_and_a_file_that_is_missing_is_named() {
+fn conflicting_url_flags_and_missing_file_are_errors() {
     let both = run(&[
         "check",
         "--database-url",
@@ -619,9 +619,9 @@ fn a_url_is_given_once_and_a_file_that_is_missing_is_named() {
         "/nonexistent",
     ]);
     assert_eq!(both.0, 2);
-    let sentence =
+    let error =
         "error database     --database-url and --database-url-file are both given; leave one out\n";
-    assert!(both.1.ends_with(sentence), "{}", both.1);
+    assert!(both.1.ends_with(error), "{}", both.1);
     let missing = run(&["resolve", ID, "--database-url-file", "/nonexistent"]);
     assert_eq!(
         missing.2,
@@ -630,7 +630,7 @@ fn a_url_is_given_once_and_a_file_that_is_missing_is_named() {
 }
 
 #[test]
-fn the_databases_certificate_is_checked_against_a_private_ca_and_its_host_name() {
+fn database_certificate_is_verified_by_ca_and_name() {
     let authority = Authority::generate();
     let cluster = Cluster::with_certificate(&authority.issue("localhost"));
     let postgres = Postgres::on(
@@ -643,18 +643,18 @@ fn the_databases_certificate_is_checked_against_a_private_ca_and_its_host_name()
         std::fs::write(&file, authority.pem()).unwrap();
         format!("?sslmode=verify-full&sslrootcert={}", file.display())
     };
-    let (right, wrong) = (
+    let (valid, invalid) = (
         ca("ca.crt", &authority),
         ca("other.crt", &Authority::generate()),
     );
-    let url = postgres.url_by(cluster.port());
+    let url = postgres.url_via(cluster.port());
     let by_name = url.replace("127.0.0.1", "localhost");
     let missing = "?sslmode=verify-full&sslrootcert=/nonexistent/ca.crt".to_owned();
-    for (url, code, words) in [
-        (by_name.clone() + &right, 0, "ok    database"),
-        (by_name.clone() + &wrong, 2, "invalid peer certificate: "),
+    for (url, code, expected) in [
+        (by_name.clone() + &valid, 0, "ok    database"),
+        (by_name.clone() + &invalid, 2, "invalid peer certificate: "),
         (
-            url + &right,
+            url + &valid,
             2,
             "certificate not valid for name \"127.0.0.1\"",
         ),
@@ -666,14 +666,14 @@ fn the_databases_certificate_is_checked_against_a_private_ca_and_its_host_name()
     ] {
         let report = check(PROXY, &url);
         assert!(
-            report.0 == code && report.1.contains(words),
-            "{words}: {report:?}"
+            report.0 == code && report.1.contains(expected),
+            "{expected}: {report:?}"
         );
     }
 }
 
 #[test]
-fn a_pooler_in_transaction_mode_is_asked_in_transactions() {
+fn lookups_work_through_pgbouncer_in_transaction_mode() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(
         &cluster,
@@ -683,15 +683,15 @@ fn a_pooler_in_transaction_mode_is_asked_in_transactions() {
              INSERT INTO workspaces VALUES ('{ID}', 'byok')"
         ),
     );
-    let pooler = PgBouncer::before(&cluster);
-    let url = postgres.url_by(pooler.port());
+    let pooler = PgBouncer::start(&cluster);
+    let url = postgres.url_via(pooler.port());
     let report = check(PROXY, &url);
     let remedy = "behind PgBouncer, add statement-cache-capacity=0 to the database URL";
     assert!(report.0 == 2 && report.1.contains(remedy), "{report:?}");
     let url = url + "?statement-cache-capacity=0";
     let report = check(PROXY, &url);
     assert!(report.0 == 0, "{report:?}");
-    // Two programs at once, so that connections change hands between statements of the same name.
+    // With two programs, the pooler's connections alternate between statements of the same name.
     let webhooks = [start(PROXY, &url), start(PROXY, &url)];
     let pod = pod(ID, &json!([]));
     std::thread::scope(|scope| {
@@ -699,8 +699,8 @@ fn a_pooler_in_transaction_mode_is_asked_in_transactions() {
             let (webhook, pod) = (&webhooks[client % 2], &pod);
             scope.spawn(move || {
                 for _ in 0..50 {
-                    let right = ("byok".to_owned(), "override".to_owned());
-                    assert_eq!(resolved(webhook, pod), right);
+                    let expected = ("byok".to_owned(), "override".to_owned());
+                    assert_eq!(resolved(webhook, pod), expected);
                 }
             });
         }
@@ -710,19 +710,19 @@ fn a_pooler_in_transaction_mode_is_asked_in_transactions() {
     webhooks[0].wait_for_log("relation \\\"workspaces\\\" does not exist");
     postgres.execute("ALTER TABLE gone RENAME TO workspaces");
     assert_eq!(resolved(&webhooks[0], &pod).0, "byok");
-    // Many at once, over a connection that does not know the enum yet.
+    // A batch lookup on a connection that has not loaded the enum's type yet.
     let policy = Policy::parse(PROXY).unwrap();
     let source = UrlSource::Given(url.as_str().into());
     let database = Database::connect_lazily(source, &policy.lookup).unwrap();
-    let many = [ID, "99999999-9999-4999-8999-999999999999"];
-    let many = many.map(|id| vec![ParameterValue::Uuid(id.parse().unwrap())]);
+    let keys = [ID, "99999999-9999-4999-8999-999999999999"];
+    let keys = keys.map(|id| vec![ParameterValue::Uuid(id.parse().unwrap())]);
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let stored = runtime
-        .block_on(database.lookup_batch(many.to_vec()))
+    let outcomes = runtime
+        .block_on(database.lookup_batch(keys.to_vec()))
         .unwrap();
-    let stored: Vec<LookupOutcome> = stored.into_iter().map(Result::unwrap).collect();
+    let outcomes: Vec<LookupOutcome> = outcomes.into_iter().map(Result::unwrap).collect();
     assert_eq!(
-        stored,
+        outcomes,
         [
             LookupOutcome::Row(Some("byok".to_owned())),
             LookupOutcome::NoRow
@@ -731,36 +731,36 @@ fn a_pooler_in_transaction_mode_is_asked_in_transactions() {
 }
 
 #[test]
-fn a_pooler_that_is_full_or_ends_sessions_is_no_refusal_of_the_query() {
+fn full_pooler_or_ended_session_is_transient() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &load::schema());
-    let pooler = PgBouncer::with(&cluster, "max_client_conn = 1\nclient_idle_timeout = 3");
-    let url = postgres.url_by(pooler.port()) + "?statement-cache-capacity=0";
-    let is_right = |webhook: &Webhook| {
-        let right = ("byok".to_owned(), "override".to_owned());
-        assert_eq!(resolved(webhook, &pod(ID, &json!([]))), right);
+    let pooler = PgBouncer::start_with(&cluster, "max_client_conn = 1\nclient_idle_timeout = 3");
+    let url = postgres.url_via(pooler.port()) + "?statement-cache-capacity=0";
+    let assert_byok = |webhook: &Webhook| {
+        let expected = ("byok".to_owned(), "override".to_owned());
+        assert_eq!(resolved(webhook, &pod(ID, &json!([]))), expected);
     };
     let first = start(PROXY, &url);
-    is_right(&first);
-    // It has the only place until it has been idle for long enough.
+    assert_byok(&first);
+    // The first webhook holds the only client connection until it has been idle for 3 s.
     let report = check(&format!("lookup: {{timeout: 300ms}}\n{PROXY}"), &url);
-    let words = "the database could not be asked: no more connections allowed";
-    assert!(report.0 == 2 && report.1.contains(words), "{report:?}");
-    is_right(&first);
-    let patient = format!("lookup: {{timeout: 8s}}\n{PROXY}");
-    assert_eq!(check(&patient, &url).0, 0);
-    is_right(&first);
+    let error = "cannot query the database: no more connections allowed";
+    assert!(report.0 == 2 && report.1.contains(error), "{report:?}");
+    assert_byok(&first);
+    let long_timeout = format!("lookup: {{timeout: 8s}}\n{PROXY}");
+    assert_eq!(check(&long_timeout, &url).0, 0);
+    assert_byok(&first);
     let webhook = start(PROXY, &url);
     webhook.wait_until_ready();
     drop(first);
     std::thread::sleep(Duration::from_secs(5));
-    is_right(&webhook);
-    let log = webhook.log_to_its_end();
+    assert_byok(&webhook);
+    let log = webhook.stop_and_read_log();
     assert!(!log.contains("lookup"), "{log}");
 }
 
 #[test]
-fn a_query_that_casts_text_makes_the_webhook_ready_though_no_sample_fits() {
+fn query_that_casts_text_does_not_block_readiness() {
     let postgres = Postgres::with(
         "CREATE TABLE workspaces (id bigint, llm_billing_mode text); INSERT INTO workspaces VALUES (7, 'byok')",
     );

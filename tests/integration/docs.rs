@@ -1,6 +1,5 @@
-//! The pages say what is so: every command on them is run by a test, or is at least one that can be run. Those that
-//! show what they print are run by readme.rs, audit.rs and configuration.rs; those that need a cluster by
-//! tests/e2e/operation.rs.
+//! The commands in README and docs. `readme.rs`, `audit.rs` and `configuration.rs` run those with output, and
+//! `tests/e2e/operation.rs` those for a cluster. This file checks where each kind occurs, and the syntax of the rest.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,9 +9,9 @@ use std::process::Command;
 use test_support::program::run;
 use test_support::transcript::{commands, page, transcripts};
 
-/// Pages whose commands with output a test runs.
+/// Pages whose commands with output are run by a test.
 const WITH_OUTPUT: [&str; 2] = ["README.md", "docs/audit.md"];
-/// Pages whose commands for a cluster tests/e2e/operation.rs runs.
+/// Pages whose cluster commands are run by tests/e2e/operation.rs.
 const FOR_A_CLUSTER: [&str; 3] = ["README.md", "docs/install.md", "docs/runbook.md"];
 
 fn pages() -> Vec<String> {
@@ -25,7 +24,7 @@ fn pages() -> Vec<String> {
 }
 
 #[test]
-fn commands_that_show_what_they_print_are_on_pages_whose_commands_are_run() {
+fn commands_with_output_are_on_tested_pages() {
     for name in pages() {
         let is_run = WITH_OUTPUT.contains(&name.as_str());
         assert_eq!(!transcripts(&page(&name)).is_empty(), is_run, "{name}");
@@ -33,7 +32,7 @@ fn commands_that_show_what_they_print_are_on_pages_whose_commands_are_run() {
 }
 
 #[test]
-fn commands_for_a_cluster_are_on_pages_whose_commands_are_run_on_one() {
+fn cluster_commands_are_on_pages_run_by_e2e() {
     for name in pages() {
         let commands = commands(&page(&name));
         let needs_cluster = commands
@@ -45,11 +44,11 @@ fn commands_for_a_cluster_are_on_pages_whose_commands_are_run_on_one() {
 }
 
 #[test]
-fn all_other_commands_are_ones_that_a_shell_the_repository_and_the_program_know() {
-    let mut seen = 0;
+fn other_commands_have_valid_syntax_paths_and_flags() {
+    let mut count = 0;
     for name in pages() {
         for command in commands(&page(&name)) {
-            seen += 1;
+            count += 1;
             let status = Command::new("bash").args(["-n", "-c", &command]).status();
             assert!(status.unwrap().success(), "{name}: {command}");
             for word in command.split_whitespace() {
@@ -58,17 +57,17 @@ fn all_other_commands_are_ones_that_a_shell_the_repository_and_the_program_know(
                     .iter()
                     .any(|folder| word.starts_with(folder));
                 let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(word);
-                let there = path.exists() || word.contains('*');
-                assert!(!is_own || there, "{name}: {word} is not there");
+                let exists = path.exists() || word.contains('*');
+                assert!(!is_own || exists, "{name}: {word} does not exist");
             }
-            knows_flags(&name, &command);
+            assert_flags_are_known(&name, &command);
         }
     }
-    assert!(seen > 15, "only {seen} commands were found");
+    assert!(count > 15, "only {count} commands were found");
 }
 
-/// Each flag that a command gives the program is one of its subcommand's.
-fn knows_flags(name: &str, command: &str) {
+/// Asserts that each flag in a command is a flag of its subcommand.
+fn assert_flags_are_known(name: &str, command: &str) {
     let joined = command.replace("\\\n", " ");
     for line in joined.lines() {
         let line = line.replace("cargo run --release --", "llm-billing-webhook");
@@ -88,8 +87,8 @@ fn knows_flags(name: &str, command: &str) {
             continue;
         }
         let nested = words.get(1).filter(|_| *subcommand == "workspace");
-        let asked: Vec<&str> = [*subcommand].into_iter().chain(nested.copied()).collect();
-        let (code, help, _) = run(&[&asked[..], &["--help"]].concat());
+        let path: Vec<&str> = [*subcommand].into_iter().chain(nested.copied()).collect();
+        let (code, help, _) = run(&[&path[..], &["--help"]].concat());
         assert_eq!(code, 0, "{name}: {line}");
         let known: BTreeSet<&str> = help
             .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))

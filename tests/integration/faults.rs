@@ -1,26 +1,26 @@
-//! Faults of the database, injected into a real one while pods are admitted: every answer is right or as
-//! the policy says for a failed lookup, none is wrong, none hangs, and the first one afterwards is right.
+//! Faults injected into a real database while pods are admitted. Every answer is correct or what `lookup.onError` says,
+//! none times out, and the first answer afterwards is correct.
 //!
-//! `scripts/faults` prints what each test counted: the table in docs/reliability.md.
+//! `scripts/faults` prints the counts of each test: the table in docs/reliability.md.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use test_support::PROXY;
-use test_support::load::{Asker, PATIENT, schema};
+use test_support::load::{LONG_LOOKUP_TIMEOUT, LoadClient, schema};
 use test_support::postgres::{Cluster, Postgres};
 use test_support::program::{Start, Webhook};
 use test_support::relay::Relay;
 
-/// Who ask at the same time: no more than lookups that may wait while the database is in doubt.
-const CLIENTS: usize = 16;
+/// Concurrent clients: as many as lookups that may wait during an outage.
+const CLIENT_COUNT: usize = 16;
 
 const QUERY: &str = "SELECT llm_billing_mode FROM workspaces WHERE id = $1";
 
-/// A running program, and who asks it.
+/// A running webhook and a client of it.
 struct Program {
     webhook: Webhook,
-    asker: Asker,
+    client: LoadClient,
 }
 
 impl Program {
@@ -39,25 +39,25 @@ impl Program {
                 ..Start::default()
             };
             let webhook = start.start();
-            let asker = webhook.asker(on_error);
-            Self { webhook, asker }
+            let client = webhook.load_client(on_error);
+            Self { webhook, client }
         })
     }
 
-    /// Asks during a fault that lets no lookup succeed. The log has the words, and nothing but `kind` is counted, or that
-    /// time was too short.
-    fn fail_during(&self, name: &str, kind: &str, words: &str, fault: impl FnOnce()) {
+    /// Sends admissions during a fault that fails every lookup. Asserts that the log has `error`, and that only lookups
+    /// of result `kind` or `timeout` are counted.
+    fn fail_during(&self, name: &str, kind: &str, error: &str, fault: impl FnOnce()) {
         let before = self.lookups();
-        let tally = self.asker.ask_during(name, CLIENTS, fault);
-        assert_eq!(tally.right, 0, "{name}: {tally:?}");
-        self.webhook.wait_for_log(words);
+        let tally = self.client.run_during(name, CLIENT_COUNT, fault);
+        assert_eq!(tally.correct, 0, "{name}: {tally:?}");
+        self.webhook.wait_for_log(error);
         let mut failed = self.lookups_since(&before);
         assert!(failed.remove(kind).is_some(), "{name}: {failed:?}");
         failed.remove("timeout");
         assert_eq!(failed, BTreeMap::new(), "{name}");
     }
 
-    /// How many lookups ended in each way.
+    /// Returns the number of lookups by result.
     fn lookups(&self) -> BTreeMap<String, usize> {
         let metrics = self.webhook.health("/metrics").1;
         let count = |line: &str| {
@@ -68,7 +68,7 @@ impl Program {
         metrics.lines().filter_map(count).collect()
     }
 
-    /// The same, without those before.
+    /// Returns the number of lookups by result since `before`.
     fn lookups_since(&self, before: &BTreeMap<String, usize>) -> BTreeMap<String, usize> {
         let mut lookups = self.lookups();
         for (kind, count) in before {
@@ -79,16 +79,16 @@ impl Program {
     }
 }
 
-/// Longer than a lookup's deadline.
-fn a_moment() {
+/// Sleeps longer than a lookup's deadline.
+fn pause() {
     std::thread::sleep(Duration::from_secs(3));
 }
 
 #[test]
-fn a_restart_or_a_killed_backend_costs_no_wrong_answer() {
+fn restart_or_killed_backend_causes_no_wrong_answer() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &schema());
-    let url = postgres.url_by(cluster.port());
+    let url = postgres.url_via(cluster.port());
     let faults: [(&str, &dyn Fn()); 4] = [
         ("restart, fast", &|| {
             cluster.pg_ctl(&["restart", "--mode=fast"])
@@ -102,26 +102,26 @@ fn a_restart_or_a_killed_backend_costs_no_wrong_answer() {
             )
         }),
         ("a backend killed with signal 9", &|| {
-            cluster.kill_a_backend("reader")
+            cluster.kill_backend("reader")
         }),
     ];
     for program in Program::for_each_on_error(&url) {
-        program.asker.is_right();
+        program.client.assert_correct();
         for (name, fault) in faults {
-            program.asker.ask_during(name, CLIENTS, fault);
-            program.asker.is_right();
+            program.client.run_during(name, CLIENT_COUNT, fault);
+            program.client.assert_correct();
         }
     }
 }
 
 #[test]
-fn while_the_database_is_down_every_answer_is_as_the_policy_says() {
+fn stopped_database_yields_the_policys_answer() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &schema());
-    let url = postgres.url_by(cluster.port());
+    let url = postgres.url_via(cluster.port());
     let programs = Program::for_each_on_error(&url);
     for program in &programs {
-        program.asker.is_right();
+        program.client.assert_correct();
     }
     cluster.pg_ctl(&["stop", "--mode=immediate"]);
     for program in &programs {
@@ -129,44 +129,43 @@ fn while_the_database_is_down_every_answer_is_as_the_policy_says() {
             "stopped: connections are refused",
             "unavailable",
             "Connection refused",
-            a_moment,
+            pause,
         );
     }
     cluster.pg_ctl(&["start"]);
     for program in &programs {
-        program.asker.is_right();
+        program.client.assert_correct();
     }
 }
 
 #[test]
-fn a_network_that_swallows_everything_holds_up_no_answer() {
+fn network_black_hole_delays_no_answer() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &schema());
     let relay = Relay::to(cluster.port());
-    let url = postgres.url_by(relay.port);
+    let url = postgres.url_via(relay.port);
     let programs = Program::for_each_on_error(&url);
     for program in &programs {
-        program.asker.is_right();
+        program.client.assert_correct();
     }
     for program in &programs {
-        relay.swallow(true);
+        relay.drop_traffic(true);
         program.fail_during(
-            "a black hole: accepts, and says nothing",
+            "a black hole: accepts, and never answers",
             "timeout",
             "did not answer in time",
-            a_moment,
+            pause,
         );
-        relay.swallow(false);
-        program.asker.is_right();
+        relay.drop_traffic(false);
+        program.client.assert_correct();
     }
 }
 
 #[test]
-fn while_lookups_hang_or_find_no_database_only_a_few_wait_and_the_others_are_answered_at_once() {
+fn only_a_few_lookups_wait_during_an_outage() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &schema());
-    // Longer than two deadlines. The server ends what nobody waits for any more: else there would be 16 backends more
-    // with each deadline.
+    // Longer than two deadlines. The server must cancel abandoned queries; otherwise each deadline adds 16 backends.
     let lock = "BEGIN; LOCK TABLE workspaces; SELECT pg_sleep(4.5);
         DO $$ BEGIN
             ASSERT (SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader') <= 2 * 16;
@@ -176,22 +175,22 @@ fn while_lookups_hang_or_find_no_database_only_a_few_wait_and_the_others_are_ans
         ("the table is locked: lookups hang", "timeout", &|| {
             postgres.execute(lock)
         }),
-        ("stopped, and asked by many", "unavailable", &|| {
+        ("stopped, with 64 clients", "unavailable", &|| {
             cluster.pg_ctl(&["stop", "--mode=immediate"]);
             std::thread::sleep(Duration::from_millis(4500));
             cluster.pg_ctl(&["start"]);
         }),
     ];
-    for program in Program::for_each_on_error(&postgres.url_by(cluster.port())) {
+    for program in Program::for_each_on_error(&postgres.url_via(cluster.port())) {
         for (name, kind, fault) in faults {
-            program.asker.is_right();
+            program.client.assert_correct();
             let before = program.lookups();
-            program.asker.ask_during(name, 64, fault);
-            program.asker.is_right();
+            program.client.run_during(name, 64, fault);
+            program.client.assert_correct();
             let lookups = program.lookups_since(&before);
             let count = |kind: &str| lookups.get(kind).copied().unwrap_or_default();
-            // All 64 wait in the first two seconds, 16 at a time from then on. Those that wait for one of 16 places
-            // know nothing but the time.
+            // All 64 wait in the first two seconds, then 16 at a time. Those that wait for one of the 16 connections
+            // end with `timeout`, even if the database is stopped.
             let failed = count("timeout") + count("unavailable");
             assert!((64..=64 + 3 * 16).contains(&failed), "{name}: {failed}");
             assert!(count(kind) >= 16, "{name}: {lookups:?}");
@@ -201,21 +200,16 @@ fn while_lookups_hang_or_find_no_database_only_a_few_wait_and_the_others_are_ans
 }
 
 #[test]
-fn a_slow_query_ends_at_the_deadline() {
+fn slow_query_ends_at_the_deadline() {
     let postgres = Postgres::with(&schema());
     let slow = "SELECT CASE WHEN pg_sleep(20) IS NOT NULL THEN llm_billing_mode END FROM workspaces WHERE id = $1";
     for program in Program::for_each_on_error_with("2s", slow, &postgres.url()) {
-        program.fail_during(
-            "a slow query",
-            "timeout",
-            "did not answer in time",
-            a_moment,
-        );
+        program.fail_during("a slow query", "timeout", "did not answer in time", pause);
     }
 }
 
 #[test]
-fn a_database_without_a_free_connection_is_a_failed_lookup_and_then_none() {
+fn exhausted_connections_fail_lookups_until_freed() {
     let postgres = Postgres::on(&Cluster::start(), &schema());
     for program in Program::for_each_on_error(&postgres.url()) {
         postgres.execute(
@@ -226,29 +220,29 @@ fn a_database_without_a_free_connection_is_a_failed_lookup_and_then_none() {
             "no connection is free",
             "unavailable",
             "too many connections for role",
-            a_moment,
+            pause,
         );
         postgres.execute("ALTER ROLE reader CONNECTION LIMIT -1");
-        program.asker.is_right();
+        program.client.assert_correct();
     }
 }
 
 #[test]
-fn a_standby_that_is_in_recovery_is_read_like_any_other() {
+fn standby_in_recovery_serves_lookups() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &schema());
-    let url = postgres.url_by(cluster.port());
-    cluster.become_standby();
-    for program in Program::for_each_on_error_with(PATIENT, QUERY, &url) {
+    let url = postgres.url_via(cluster.port());
+    cluster.restart_as_standby();
+    for program in Program::for_each_on_error_with(LONG_LOOKUP_TIMEOUT, QUERY, &url) {
         let tally = program
-            .asker
-            .ask_during("a standby, in recovery", CLIENTS, a_moment);
-        assert_eq!(tally.as_the_policy_says, 0);
+            .client
+            .run_during("a standby, in recovery", CLIENT_COUNT, pause);
+        assert_eq!(tally.per_policy, 0);
     }
 }
 
 #[test]
-fn a_schema_that_is_gone_is_loud_and_once_it_is_back_the_next_answer_is_right() {
+fn missing_schema_is_logged_until_restored() {
     let table = [
         (
             "SELECT is revoked",
@@ -271,14 +265,14 @@ fn a_schema_that_is_gone_is_loud_and_once_it_is_back_the_next_answer_is_right() 
     ];
     let postgres = Postgres::with(&schema());
     for program in Program::for_each_on_error(&postgres.url()) {
-        for (name, fault, words, remedy) in table {
-            program.asker.is_right();
+        for (name, fault, error, remedy) in table {
+            program.client.assert_correct();
             postgres.execute(fault);
-            program.fail_during(name, "refused", words, a_moment);
-            let line = program.webhook.wait_for_log(words);
+            program.fail_during(name, "refused", error, pause);
+            let line = program.webhook.wait_for_log(error);
             assert!(line.contains("\"ERROR\""), "{line}");
             postgres.execute(remedy);
-            program.asker.is_right();
+            program.client.assert_correct();
         }
     }
 }

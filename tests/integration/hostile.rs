@@ -1,5 +1,5 @@
-//! Clients that mean harm, or are broken: what they hold is bounded and given back, and well-behaved clients
-//! are served meanwhile. Malformed requests are http.rs's.
+//! Hostile and broken clients: the resources they hold are bounded and released, and well-behaved clients are
+//! still served. Malformed requests are in http.rs.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -11,8 +11,8 @@ use test_support::program::{Start, Webhook, read_to_end, wait_for};
 use test_support::{create, pod};
 
 const HEAD: &str = "POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
-/// The webhook's own bounds on a first request and on a body, and some leeway.
-const GIVEN_UP: Duration = Duration::from_secs(15);
+/// The webhook's timeouts for a first request and for a body, plus leeway.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(15);
 
 fn start() -> Webhook {
     Start {
@@ -22,8 +22,8 @@ fn start() -> Webhook {
     .start()
 }
 
-/// A new client is answered as ever.
-fn is_served(webhook: &Webhook) {
+/// Asserts that a new client gets an answer.
+fn assert_serves(webhook: &Webhook) {
     let url = format!(
         "https://localhost:{}/mutate?timeout=5s",
         webhook.address.port()
@@ -40,15 +40,15 @@ fn is_served(webhook: &Webhook) {
     assert!(answer.contains("missing_workspace_id"), "{answer}");
 }
 
-/// Waits until the webhook closes the connection; what it said before.
-fn until_closed(stream: impl Read, since: Instant) -> String {
-    let said = read_to_end(stream);
-    assert!(since.elapsed() < GIVEN_UP, "{:?}", since.elapsed());
-    String::from_utf8_lossy(&said).into_owned()
+/// Waits until the webhook closes the connection, and returns what it sent before.
+fn read_until_closed(stream: impl Read, since: Instant) -> String {
+    let answer = read_to_end(stream);
+    assert!(since.elapsed() < CLOSE_TIMEOUT, "{:?}", since.elapsed());
+    String::from_utf8_lossy(&answer).into_owned()
 }
 
 #[test]
-fn whoever_is_slow_with_handshake_head_or_body_is_given_up_and_others_are_served() {
+fn slow_handshake_head_or_body_is_cut_off() {
     let webhook = start();
     let since = Instant::now();
     let silent = TcpStream::connect(webhook.address).unwrap();
@@ -60,12 +60,12 @@ fn whoever_is_slow_with_handshake_head_or_body_is_given_up_and_others_are_served
     let mut slow_body = webhook.connect();
     let body = format!("{HEAD}Content-Length: 100\r\n\r\n{{");
     slow_body.write_all(body.as_bytes()).unwrap();
-    is_served(&webhook);
+    assert_serves(&webhook);
 
-    assert_eq!(until_closed(half_closed, since), "");
-    assert_eq!(until_closed(silent, since), "");
-    assert_eq!(until_closed(slow_head, since), "");
-    let answer = until_closed(slow_body, since);
+    assert_eq!(read_until_closed(half_closed, since), "");
+    assert_eq!(read_until_closed(silent, since), "");
+    assert_eq!(read_until_closed(slow_head, since), "");
+    let answer = read_until_closed(slow_body, since);
     assert!(
         answer.starts_with("HTTP/1.1 408 ")
             && answer.ends_with("the body took too long; send it again\n"),
@@ -74,7 +74,7 @@ fn whoever_is_slow_with_handshake_head_or_body_is_given_up_and_others_are_served
 }
 
 #[test]
-fn admission_does_not_wait_for_a_stuck_log_reader() {
+fn stuck_log_reader_delays_no_admission() {
     let webhook = start();
     let review = create(&pod("", &json!([])));
     let stuck = webhook.stop_reading_log();
@@ -90,9 +90,9 @@ fn admission_does_not_wait_for_a_stuck_log_reader() {
 }
 
 #[test]
-fn a_connection_that_was_used_stays_open_longer_than_the_api_server_keeps_it() {
-    // Go's HTTP client closes what it has not used for 90 s. Were the webhook first, a request could come
-    // just then, and be lost.
+fn idle_connection_outlives_the_api_servers_keep_alive() {
+    // The API server's HTTP client closes connections idle for 90 s. If the webhook closed first, a request could
+    // arrive at that moment and be lost.
     let webhook = start();
     let mut idle = webhook.connect();
     let body = create(&pod("", &json!([]))).to_string();
@@ -100,9 +100,9 @@ fn a_connection_that_was_used_stays_open_longer_than_the_api_server_keeps_it() {
     for pause in [0, 20] {
         std::thread::sleep(Duration::from_secs(pause));
         idle.write_all(request.as_bytes()).unwrap();
-        let mut start_of_answer = [0; 12];
-        idle.read_exact(&mut start_of_answer).unwrap();
-        assert_eq!(&start_of_answer, b"HTTP/1.1 200");
+        let mut status = [0; 12];
+        idle.read_exact(&mut status).unwrap();
+        assert_eq!(&status, b"HTTP/1.1 200");
         let mut rest = [0; 4096];
         let _ = idle.read(&mut rest).unwrap();
     }
@@ -115,12 +115,12 @@ fn idle_connections_take_little_memory() {
     let before = webhook.memory();
     let connect = |_| TcpStream::connect(webhook.address).unwrap();
     let idle: Vec<TcpStream> = (0..3000).map(connect).collect();
-    is_served(&webhook);
-    // 3,000 connections have 20 KiB each.
-    let grown = webhook.memory() - before;
-    assert!(grown < 60 * 1024, "{grown} KiB");
+    assert_serves(&webhook);
+    // 20 KiB for each of the 3,000 connections.
+    let growth = webhook.memory() - before;
+    assert!(growth < 60 * 1024, "{growth} KiB");
     drop(idle);
-    is_served(&webhook);
+    assert_serves(&webhook);
 }
 
 /// Reports whether a health connection answers a request; `false` means that the server has closed it.
@@ -135,49 +135,54 @@ fn answers(connection: &mut TcpStream) -> bool {
 }
 
 #[test]
-fn connection_over_the_limit_is_closed_and_others_are_served() {
+fn connection_over_the_limit_is_closed() {
     rlimit::increase_nofile_limit(u64::MAX).unwrap();
     let webhook = start();
-    // A connection that was used stays open for two minutes, so the limit is reached on a slow machine too.
-    let mut used = Vec::new();
+    // A used connection stays open for two minutes, so even a slow machine reaches the limit.
+    let mut open = Vec::new();
     loop {
         let mut connection = TcpStream::connect(webhook.health).unwrap();
-        connection.set_read_timeout(Some(2 * GIVEN_UP)).unwrap();
+        connection
+            .set_read_timeout(Some(2 * CLOSE_TIMEOUT))
+            .unwrap();
         if !answers(&mut connection) {
             break;
         }
-        used.push(connection);
-        assert!(used.len() <= 4096, "there is no limit");
+        open.push(connection);
+        assert!(open.len() <= 4096, "there is no limit");
     }
-    assert!(used.len() > 4000, "{} connections", used.len());
-    assert!(answers(&mut used[0]));
-    drop(used);
-    wait_for("there is room again", || {
+    assert!(open.len() > 4000, "{} connections", open.len());
+    assert!(answers(&mut open[0]));
+    drop(open);
+    wait_for("a new connection is served", || {
         answers(&mut TcpStream::connect(webhook.health).unwrap()).then_some(())
     });
 }
 
 #[test]
-fn large_bodies_share_a_bounded_memory_and_small_ones_need_none_of_it() {
+fn large_bodies_share_bounded_memory() {
     let webhook = start();
     let megabytes_8 = 8 * 1024 * 1024;
     let head = format!("{HEAD}Content-Length: {megabytes_8}\r\n\r\n");
     let large = vec![b' '; megabytes_8 - 1];
     let since = Instant::now();
-    // 64 clients send all but the last byte: of 512 MiB, the webhook takes 8.
+    // 64 clients send 512 MiB in all, each without its last byte; the webhook buffers only 8 MiB.
     std::thread::scope(|scope| {
         for _ in 0..64 {
             scope.spawn(|| {
                 let mut client = webhook.connect();
-                client.sock.set_write_timeout(Some(2 * GIVEN_UP)).unwrap();
+                client
+                    .sock
+                    .set_write_timeout(Some(2 * CLOSE_TIMEOUT))
+                    .unwrap();
                 client.write_all(head.as_bytes()).unwrap();
-                // The webhook may give up before it has read everything.
+                // The webhook may close the connection before it has read everything.
                 let _ = client.write_all(&large);
                 read_to_end(&mut client);
             });
         }
         while since.elapsed() < Duration::from_secs(8) {
-            is_served(&webhook);
+            assert_serves(&webhook);
             let memory = webhook.memory();
             assert!(memory < 64 * 1024, "{memory} KiB");
         }
@@ -188,11 +193,11 @@ fn large_bodies_share_a_bounded_memory_and_small_ones_need_none_of_it() {
     ] {
         webhook.wait_for_log(sentence);
     }
-    is_served(&webhook);
+    assert_serves(&webhook);
 }
 
 #[test]
-fn nesting_without_end_is_refused_and_a_compressed_bomb_is_not_unpacked() {
+fn deep_nesting_and_compressed_bodies_are_rejected() {
     let webhook = start();
     let depth = 200_000;
     let lists = "[".repeat(depth) + &"]".repeat(depth);
@@ -210,7 +215,7 @@ fn nesting_without_end_is_refused_and_a_compressed_bomb_is_not_unpacked() {
             statuses.push(response.status().as_u16());
         }
     }
-    // No pod is a list; nesting where nothing is read is skipped over without recursion.
+    // Nesting inside an unread field is skipped without recursion.
     assert_eq!(statuses, [422, 200, 422, 200]);
     let mut bomb = webhook.connect();
     let head = format!("{HEAD}Content-Encoding: gzip\r\nContent-Length: 4\r\n\r\n\x1f");
@@ -218,5 +223,5 @@ fn nesting_without_end_is_refused_and_a_compressed_bomb_is_not_unpacked() {
     let mut status = [0; 12];
     bomb.read_exact(&mut status).unwrap();
     assert_eq!(&status, b"HTTP/1.1 415");
-    is_served(&webhook);
+    assert_serves(&webhook);
 }

@@ -1,5 +1,5 @@
-//! Input that is no proper admission review: the right status and one plain sentence, never a panic or a
-//! hang. And what the endpoints beside the webhook's own say.
+//! Malformed requests: the right status and a one-sentence body, never a panic or a hang. Also the health and
+//! metrics endpoints and the admission log line. Hostile clients are in hostile.rs.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -11,7 +11,7 @@ use test_support::program::{Start, Webhook, read_to_end};
 use test_support::{PROXY, create, pod};
 
 const ID: &str = "88888888-8888-8888-8888-888888888888";
-/// The beginning of a request's head; its length and its end are still to come.
+/// The start of a request's head, without Content-Length and the final blank line.
 const HEAD: &str = "POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n";
 
 fn start(arguments: &[&str]) -> (Webhook, tempfile::TempDir) {
@@ -34,7 +34,7 @@ fn start(arguments: &[&str]) -> (Webhook, tempfile::TempDir) {
     )
 }
 
-/// Sends bytes as they are; status and last line of what comes back.
+/// Sends raw bytes, and returns the status and the last line of the answer.
 fn send(webhook: &Webhook, request: &[u8]) -> (String, String) {
     let mut stream = webhook.connect();
     // The server may answer and close before it has read everything.
@@ -60,7 +60,7 @@ fn posted(webhook: &Webhook, path: &str, content_type: &str, body: &[u8]) -> (u1
     )
 }
 
-/// That a well-behaved client still gets an answer.
+/// Asserts that a well-formed request still gets an answer.
 fn assert_serves(webhook: &Webhook) {
     let small = create(&json!({"metadata": {}})).to_string();
     assert_eq!(
@@ -70,7 +70,7 @@ fn assert_serves(webhook: &Webhook) {
 }
 
 #[test]
-fn a_body_that_is_no_admission_review_gets_a_status_and_a_sentence() {
+fn malformed_body_gets_a_status_and_a_sentence() {
     let (webhook, _folder) = start(&["--max-body-bytes", "100000"]);
     let review = |api_version: &str, kind: &str| {
         json!({"apiVersion": api_version, "kind": kind, "request": {"uid": "u"}}).to_string()
@@ -79,8 +79,7 @@ fn a_body_that_is_no_admission_review_gets_a_status_and_a_sentence() {
         |at: &str| format!("the body is not JSON ({at}); send an AdmissionReview as JSON\n");
     let not_a_review = "the body is not an AdmissionReview; send kind AdmissionReview of apiVersion admission.k8s.io/v1\n";
     let version = "this version of AdmissionReview is not supported; set admissionReviewVersions: [v1] in the webhook configuration\n";
-    let no_uid =
-        "the AdmissionReview has no request with a uid; send one that the API server made\n";
+    let no_uid = "the AdmissionReview has no request.uid; set it to a non-empty string\n";
     let deep = "[".repeat(50_000);
     let table: [(Vec<u8>, u16, String); 10] = [
         (Vec::new(), 400, not_json("line 1, column 0")),
@@ -125,7 +124,7 @@ fn a_body_that_is_no_admission_review_gets_a_status_and_a_sentence() {
 }
 
 #[test]
-fn a_wrong_method_path_or_content_type_gets_a_status_and_a_sentence() {
+fn wrong_method_path_or_content_type_is_rejected() {
     let (webhook, _folder) = start(&[]);
     let url = |path: &str| format!("https://localhost:{}{path}", webhook.address.port());
     let text = |mut response: ureq::http::Response<ureq::Body>| {
@@ -164,11 +163,11 @@ fn a_wrong_method_path_or_content_type_gets_a_status_and_a_sentence() {
         text(get),
         (405, "GET is not supported here; use POST\n".to_owned())
     );
-    let nothing = "there is nothing here; use POST /mutate or POST /validate\n".to_owned();
+    let not_found = "not found; use POST /mutate or POST /validate\n".to_owned();
     for path in ["/", "/metrics", "/readyz", "/mutate/", "/mutate/x"] {
         assert_eq!(
             posted(&webhook, path, "application/json", &body),
-            (404, nothing.clone()),
+            (404, not_found.clone()),
             "{path}"
         );
     }
@@ -176,7 +175,7 @@ fn a_wrong_method_path_or_content_type_gets_a_status_and_a_sentence() {
 }
 
 #[test]
-fn a_request_that_has_a_uid_gets_an_admission_response() {
+fn unusable_request_with_uid_gets_an_admission_response() {
     let (webhook, _folder) = start(&[]);
     let refused = |request: Value, message: &str| {
         let answer = webhook.mutate(&json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request}));
@@ -200,35 +199,35 @@ fn a_request_that_has_a_uid_gets_an_admission_response() {
 }
 
 #[test]
-fn bytes_that_are_no_request_get_an_answer_or_a_closed_connection() {
+fn invalid_http_gets_answer_or_closed_connection() {
     let (webhook, _folder) = start(&["--max-body-bytes", "1000"]);
-    // Announced as larger than it may be: refused before it is sent.
-    let announced = send(
+    // A Content-Length over the limit is rejected before the body is sent.
+    let too_long = send(
         &webhook,
         format!("{HEAD}Content-Length: 99999999999\r\n\r\n").as_bytes(),
     );
     assert_eq!(
-        announced,
+        too_long,
         (
             "413".to_owned(),
             "the body is larger than 1000 bytes; see --max-body-bytes".to_owned()
         )
     );
-    // In pieces without an announcement: refused once it is too large.
-    let piece = format!("400\r\n{}\r\n", " ".repeat(0x400));
-    let pieces = send(
+    // A chunked body is rejected once it exceeds the limit.
+    let chunk = format!("400\r\n{}\r\n", " ".repeat(0x400));
+    let chunked = send(
         &webhook,
-        format!("{HEAD}Transfer-Encoding: chunked\r\n\r\n{piece}{piece}").as_bytes(),
+        format!("{HEAD}Transfer-Encoding: chunked\r\n\r\n{chunk}{chunk}").as_bytes(),
     );
     assert_eq!(
-        pieces,
+        chunked,
         (
             "413".to_owned(),
             "the body is larger than 1000 bytes; see --max-body-bytes".to_owned()
         )
     );
     assert_eq!(send(&webhook, b"garbage\r\n\r\n").0, "400");
-    // The rest of a head that is too large is not read, so a client that still sends it may miss the answer.
+    // The server stops reading an oversized head, so a client that is still sending may miss the answer.
     let head = format!("{HEAD}X: {}\r\n\r\n", "x".repeat(1_000_000));
     let status = send(&webhook, head.as_bytes()).0;
     assert!(["431", ""].contains(&status.as_str()), "{status}");
@@ -240,7 +239,7 @@ fn bytes_that_are_no_request_get_an_answer_or_a_closed_connection() {
         .unwrap();
     let answer = read_to_end(&plain);
     assert!(!answer.starts_with(b"HTTP"));
-    // Half a request, then nothing more to come.
+    // A client that closes its side mid-request.
     let mut half = webhook.connect();
     half.write_all(format!("{HEAD}Content-Length: 100\r\n\r\n{{").as_bytes())
         .unwrap();
@@ -253,7 +252,7 @@ fn bytes_that_are_no_request_get_an_answer_or_a_closed_connection() {
 }
 
 #[test]
-fn a_client_that_still_sends_gets_its_answer_and_is_cut_off_soon_after() {
+fn client_still_sending_gets_its_answer_first() {
     let (webhook, _folder) = start(&["--max-body-bytes", "1000"]);
     let sentence = "the body is larger than 1000 bytes; see --max-body-bytes\n".to_owned();
     for _ in 0..20 {
@@ -262,27 +261,27 @@ fn a_client_that_still_sends_gets_its_answer_and_is_cut_off_soon_after() {
             (413, sentence.clone())
         );
     }
-    // One that never stops sending is closed on nevertheless.
+    // A client that never stops sending is disconnected.
     let mut endless = webhook.connect();
     endless
         .write_all(format!("{HEAD}Content-Length: 99999999\r\n\r\n").as_bytes())
         .unwrap();
     read_to_end(&mut endless);
-    let begun = Instant::now();
+    let started = Instant::now();
     while endless.sock.write_all(b"more").is_ok() {
-        assert!(begun.elapsed() < Duration::from_secs(30));
+        assert!(started.elapsed() < Duration::from_secs(30));
         std::thread::sleep(Duration::from_millis(10));
     }
     assert_serves(&webhook);
 }
 
 #[test]
-fn unusual_pods_are_answered_and_what_the_plan_does_not_own_stays() {
+fn unusual_pods_keep_everything_outside_the_plan() {
     let (webhook, _folder) = start(&[]);
-    let hundreds: Vec<Value> = (0..300)
+    let many_containers: Vec<Value> = (0..300)
         .map(|index| json!({"name": format!("c{index}"), "env": [{"name": "A"}]}))
         .collect();
-    let many: Vec<Value> = (0..500)
+    let many_entries: Vec<Value> = (0..500)
         .map(|index| json!({"name": format!("V{index}"), "value": "v", "future": {"a": [1]}}))
         .collect();
     let labels = json!({"molecule.ai/workspace-id": ID});
@@ -292,8 +291,8 @@ fn unusual_pods_are_answered_and_what_the_plan_does_not_own_stays() {
         json!({"containers": null}),
         json!({"containers": []}),
         json!({"containers": [{}]}),
-        json!({"containers": hundreds}),
-        json!({"containers": [{"name": "c", "env": many}], "future": {"a": {"b": null}}}),
+        json!({"containers": many_containers}),
+        json!({"containers": [{"name": "c", "env": many_entries}], "future": {"a": {"b": null}}}),
         json!({"containers": [{"name": "c", "env": [{"name": "A"}, {"name": "A"}, {"name": ""}, {}]}]}),
     ];
     for spec in specs {
@@ -302,7 +301,7 @@ fn unusual_pods_are_answered_and_what_the_plan_does_not_own_stays() {
         assert_eq!(answer["response"]["allowed"], true);
         let after = test_support::patched(&review, &answer)["request"]["object"].clone();
         assert_eq!(after["metadata"]["labels"], labels);
-        let own = |entry: &&Value| {
+        let is_unmanaged = |entry: &&Value| {
             !entry["name"]
                 .as_str()
                 .is_some_and(|name| name.starts_with("MOLECULE_") || name.starts_with("OPENAI_"))
@@ -313,15 +312,15 @@ fn unusual_pods_are_answered_and_what_the_plan_does_not_own_stays() {
             .flatten()
             .enumerate()
         {
-            let kept: Vec<Value> = after["spec"]["containers"][index]["env"]
+            let unmanaged: Vec<Value> = after["spec"]["containers"][index]["env"]
                 .as_array()
                 .unwrap()
                 .iter()
-                .filter(own)
+                .filter(is_unmanaged)
                 .cloned()
                 .collect();
             assert_eq!(
-                json!(kept),
+                json!(unmanaged),
                 container.get("env").cloned().unwrap_or(json!([]))
             );
         }
@@ -329,7 +328,7 @@ fn unusual_pods_are_answered_and_what_the_plan_does_not_own_stays() {
 }
 
 #[test]
-fn health_and_metrics_say_what_is() {
+fn health_and_metrics_report_each_admission() {
     let (webhook, _folder) = start(&[]);
     webhook.wait_until_ready();
     assert_eq!(webhook.health("/livez"), (200, "ok\n".to_owned()));
@@ -363,7 +362,7 @@ fn health_and_metrics_say_what_is() {
 }
 
 #[test]
-fn each_admission_is_one_line_of_the_log_that_tells_what_changed_or_why_it_was_refused() {
+fn each_admission_logs_one_line() {
     let webhook = Start {
         policy: PROXY,
         database_url: "sqlite://nowhere.sqlite",

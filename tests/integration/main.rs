@@ -1,10 +1,7 @@
-//! One test binary. `core_*` ask the library in process, so that mutants are tried in seconds; all others
-//! ask the real program. Each file's head says what belongs in it.
+//! One test binary. `core_*` tests call the library in process, which keeps mutation testing fast; all others run the
+//! real program. Each file's head says what belongs in it.
 
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot go on has failed, and says so"
-)]
+#![expect(clippy::unwrap_used, reason = "a failed expectation fails the test")]
 
 mod audit;
 mod boundary;

@@ -1,4 +1,4 @@
-//! What docs/metrics.md says of the metrics is what a run shows, and a real Prometheus reads them.
+//! The metrics at `/metrics` match docs/metrics.md, and a real Prometheus can scrape them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -15,10 +15,10 @@ use test_support::program::{Start, Webhook, wait_for};
 use test_support::transcript::page;
 use test_support::{PROXY, create, pod};
 
-/// A series by its type and the names of its labels.
+/// Each series' type and label names, by its name.
 type Series = BTreeMap<String, (String, BTreeSet<String>)>;
 
-/// A run in which everything that is counted has happened once.
+/// A running webhook in which every counted event has happened at least once.
 struct Run {
     webhook: Webhook,
     _postgres: Postgres,
@@ -55,7 +55,7 @@ fn run() -> Run {
     }
 }
 
-/// Those on the page.
+/// Returns the series documented on the page.
 fn documented() -> Series {
     let page = page("docs/metrics.md");
     let rows = page
@@ -75,7 +75,7 @@ fn documented() -> Series {
     rows.map(row).collect()
 }
 
-/// Those of a run, as the text format has them.
+/// Returns the series in a scrape's text.
 fn exposed(text: &str) -> Series {
     let mut series = Series::new();
     for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
@@ -105,7 +105,7 @@ fn exposed(text: &str) -> Series {
 }
 
 #[test]
-fn each_series_on_the_page_is_in_a_run_and_each_in_a_run_is_on_the_page() {
+fn exposed_series_match_the_documentation() {
     let run = run();
     let text = run.webhook.health("/metrics").1;
     assert_eq!(exposed(&text), documented());
@@ -121,7 +121,7 @@ fn each_series_on_the_page_is_in_a_run_and_each_in_a_run_is_on_the_page() {
 }
 
 #[test]
-fn a_real_prometheus_scrapes_every_series_on_the_page() {
+fn prometheus_scrapes_every_documented_series() {
     let run = run();
     let folder = tempfile::tempdir().unwrap();
     let port = free_port();
@@ -144,21 +144,21 @@ fn a_real_prometheus_scrapes_every_series_on_the_page() {
         .stderr(Stdio::null())
         .spawn()
         .expect("Prometheus is not installed; scripts/check installs it");
-    let ask = |path: &str| -> Option<Value> {
+    let query = |path: &str| -> Option<Value> {
         let url = format!("http://127.0.0.1:{port}/api/v1/{path}");
         let mut answer = run.webhook.client.get(url).call().ok()?;
         serde_json::from_str(&answer.body_mut().read_to_string().ok()?).ok()
     };
     let scraped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        // `up` is written when a scrape has ended; before that, only some of its names are known.
+        // Prometheus writes `up` at the end of a scrape; before that, some series are still missing.
         wait_for("Prometheus has scraped", || {
-            ask("query?query=up%3D%3D1")?["data"]["result"]
+            query("query?query=up%3D%3D1")?["data"]["result"]
                 .get(0)
                 .cloned()
         });
-        ask("label/__name__/values").unwrap()["data"].take()
+        query("label/__name__/values").unwrap()["data"].take()
     }));
-    // Both fail only if it has ended already.
+    // Both fail only if the process has already ended.
     let _ = child.kill();
     let _ = child.wait();
     let scraped: BTreeSet<String> = serde_json::from_value(scraped.unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! The README says what is so: its transcripts are run, and its first command does what it promises.
+//! The README's transcripts and its quick start match what the program does. Other pages are in docs.rs.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -6,20 +6,20 @@ use std::process::{Command, Stdio};
 use serde_json::{Value, json};
 
 use test_support::program::program;
-use test_support::transcript::{page, printed, transcripts};
+use test_support::transcript::{page, run_in_shell, transcripts};
 use test_support::{env_map, patched};
 
 #[test]
-fn each_transcript_in_the_readme_is_what_the_program_prints() {
+fn readme_transcripts_match_the_program() {
     let transcripts = transcripts(&page("README.md"));
     assert_eq!(transcripts.len(), 5);
     for (command, expected) in transcripts {
-        assert_eq!(printed(&command, &[]), expected, "{command}");
+        assert_eq!(run_in_shell(&command, &[]), expected, "{command}");
     }
 }
 
 #[test]
-fn the_first_command_brings_up_a_server_whose_curl_line_gets_a_patch_that_is_right() {
+fn dev_servers_curl_line_gets_its_patch() {
     assert!(page("README.md").contains("cargo run --release -- serve --dev"));
     let folder = tempfile::tempdir().unwrap();
     let ports = [
@@ -79,6 +79,6 @@ fn the_first_command_brings_up_a_server_whose_curl_line_gets_a_patch_that_is_rig
         )),
         expected
     );
-    // A file that is there is used as it is, so what was edited stays.
+    // The file stays, so that the next start keeps edits to it.
     assert!(folder.path().join("llm-billing-dev.sqlite").exists());
 }

@@ -1,4 +1,4 @@
-//! The recorded admission reviews through the real HTTPS endpoint: the same answers as in process.
+//! The recorded admission reviews, sent to the real HTTPS endpoint, get the same answers as in process.
 
 use llm_billing_webhook::core::policy::Policy;
 use serde_json::json;
@@ -8,7 +8,7 @@ use test_support::postgres::Postgres;
 use test_support::program::{Start, Webhook};
 use test_support::{PROXY, WORKSPACE_LABEL, defaulted, patch_of, patched, recorded_reviews};
 
-/// Every workspace of the recorded reviews, with one mode.
+/// Returns SQL that stores this mode for every workspace of the recorded reviews.
 fn rows(mode: &str) -> String {
     let reviews = recorded_reviews();
     let labels = |review: &serde_json::Value| {
@@ -26,7 +26,7 @@ fn rows(mode: &str) -> String {
         .collect()
 }
 
-fn every_review_is_answered_as_in_process(webhook: &Webhook, mode: &str) {
+fn assert_same_answers_as_in_process(webhook: &Webhook, mode: &str) {
     let policy = Policy::parse(PROXY).unwrap();
     for (name, review) in &recorded_reviews() {
         let first = webhook.mutate(review);
@@ -44,7 +44,7 @@ fn every_review_is_answered_as_in_process(webhook: &Webhook, mode: &str) {
 const SCHEMA: &str = "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);";
 
 #[test]
-fn the_program_answers_each_recorded_review_on_sqlite() {
+fn recorded_reviews_get_their_answers_on_sqlite() {
     for mode in ["platform_managed", "byok", "disabled"] {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("recorded.sqlite");
@@ -56,12 +56,12 @@ fn the_program_answers_each_recorded_review_on_sqlite() {
             ..Start::default()
         }
         .start();
-        every_review_is_answered_as_in_process(&webhook, mode);
+        assert_same_answers_as_in_process(&webhook, mode);
     }
 }
 
 #[test]
-fn the_program_answers_each_recorded_review_on_postgresql() {
+fn recorded_reviews_get_their_answers_on_postgresql() {
     for mode in ["platform_managed", "byok", "disabled"] {
         let postgres = Postgres::with(&(SCHEMA.to_owned() + &rows(mode)));
         let webhook = Start {
@@ -70,6 +70,6 @@ fn the_program_answers_each_recorded_review_on_postgresql() {
             ..Start::default()
         }
         .start();
-        every_review_is_answered_as_in_process(&webhook, mode);
+        assert_same_answers_as_in_process(&webhook, mode);
     }
 }

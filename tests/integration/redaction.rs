@@ -1,5 +1,5 @@
-//! No value of an env entry, no token and no password is ever shown: a run with known values at the most
-//! verbose level, and every error that could quote one.
+//! Secrets never appear in output: no env value, token or password in a run at the most verbose log level, nor in
+//! any error that could quote one.
 
 use std::fs;
 
@@ -21,37 +21,37 @@ fn policy() -> String {
     format!("proxy: {{baseUrl: https://proxy.example.test, usageToken: {{value: {TOKEN}}}}}")
 }
 
-fn assert_silent(what: &str, text: &str) {
+fn assert_no_secret(what: &str, text: &str) {
     for secret in KEYS.iter().chain([&TOKEN, &PASSWORD]) {
         assert!(!text.contains(secret), "{secret} is in {what}:\n{text}");
     }
 }
 
 #[test]
-fn a_run_at_the_most_verbose_level_shows_no_secret() {
+fn run_at_trace_level_shows_no_secret() {
     let schema = format!(
         "CREATE TABLE workspaces (id uuid, llm_billing_mode text); INSERT INTO workspaces VALUES ('{ID}', 'platform_managed')"
     );
     let postgres = Postgres::with(&schema);
     let policy = &policy();
-    let [key, other, kept] = KEYS;
+    let [key, other, unmanaged] = KEYS;
     let env = json!([
         {"name": "OPENAI_API_KEY", "value": key},
         {"name": "HF_TOKEN", "value": other},
-        {"name": "KEEP", "value": kept},
-        {"name": "USES", "value": format!("$(HF_TOKEN) {kept}")},
-        {"name": "ANTHROPIC_BASE_URL", "value": kept},
+        {"name": "KEEP", "value": unmanaged},
+        {"name": "USES", "value": format!("$(HF_TOKEN) {unmanaged}")},
+        {"name": "ANTHROPIC_BASE_URL", "value": unmanaged},
     ]);
     let review = create(&pod(ID, &env));
     let mut broken = review.clone();
     broken["request"]["object"]["spec"]["containers"][0]["env"][0]["value"] = json!([key]);
     let not_json = review.to_string().replace("\"KEEP\"", "KEEP");
-    let table = [
+    let database_urls = [
         postgres.url(),
         postgres.url_with("another-password-0123456789"),
         format!("postgres://reader@localhost/x?host=/nonexistent&passwd={PASSWORD}"),
     ];
-    for (index, database_url) in table.iter().enumerate() {
+    for (index, database_url) in database_urls.iter().enumerate() {
         let webhook = Start {
             policy,
             database_url,
@@ -65,7 +65,7 @@ fn a_run_at_the_most_verbose_level_shows_no_secret() {
             .as_object_mut()
             .unwrap()
             .remove("patch");
-        assert_silent("the answer", &without_patch.to_string());
+        assert_no_secret("the answer", &without_patch.to_string());
         assert_eq!(
             without_patch["response"]["warnings"]
                 .as_array()
@@ -73,38 +73,38 @@ fn a_run_at_the_most_verbose_level_shows_no_secret() {
                 .len(),
             if index == 0 { 2 } else { 3 }
         );
-        // The patch sets the token, and repeats nothing that was there.
+        // The patch sets the token, and repeats no value from the pod.
         let patch = patch_of(&answer).to_string();
         assert!(patch.contains(TOKEN));
-        assert_silent("the patch", &patch.replace(TOKEN, ""));
+        assert_no_secret("the patch", &patch.replace(TOKEN, ""));
         let refused = webhook.validate(&review);
         assert_eq!(refused["response"]["allowed"], false);
-        assert_silent("the refusal", &refused.to_string());
-        assert_silent(
+        assert_no_secret("the refusal", &refused.to_string());
+        assert_no_secret(
             "the refusal of a wrong type",
             &webhook.mutate(&broken).to_string(),
         );
         let mut bad = webhook.post("/mutate", "application/json", not_json.as_bytes());
-        assert_silent(
+        assert_no_secret(
             "the answer to a bad request",
             &bad.body_mut().read_to_string().unwrap(),
         );
         let metrics = webhook.health("/metrics").1;
-        assert_silent("the metrics", &metrics);
-        // Its checksum would tell whether the token was guessed.
+        assert_no_secret("the metrics", &metrics);
+        // The policy's checksum would confirm a guessed token.
         assert!(!metrics.contains("llm_billing_policy_info"), "{metrics}");
         webhook.signal("TERM");
         let mut webhook = webhook;
         webhook.wait();
         let log = webhook.log();
         assert!(log.contains("\"admission\""), "{log}");
-        assert_silent("the log", &log);
+        assert_no_secret("the log", &log);
         assert!(!log.contains("another-password-0123456789"));
     }
 }
 
 #[test]
-fn no_error_quotes_what_it_could_not_use() {
+fn errors_quote_no_secret() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {
         let path = folder.path().join(name).to_str().unwrap().to_owned();
@@ -112,7 +112,7 @@ fn no_error_quotes_what_it_could_not_use() {
         path
     };
     let [key, other, _] = KEYS;
-    let errors = [
+    let commands = [
         vec![
             "check".to_owned(),
             "--database-url".to_owned(),
@@ -200,10 +200,10 @@ fn no_error_quotes_what_it_could_not_use() {
             ),
         ],
     ];
-    for arguments in errors {
+    for arguments in commands {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let (code, stdout, stderr) = run(&arguments);
         assert_eq!(code, 2, "{arguments:?}");
-        assert_silent("the output", &format!("{stdout}{stderr}"));
+        assert_no_secret("the output", &format!("{stdout}{stderr}"));
     }
 }

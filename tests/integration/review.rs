@@ -1,5 +1,4 @@
-//! `review`: every workload as users write it, in each output, with its exit code; and the inputs that it
-//! cannot use.
+//! The `review` command: every fixture workload in each output format, exit codes, and errors for unusable input.
 
 use std::fs;
 use std::io::Write;
@@ -7,10 +6,10 @@ use std::process::Stdio;
 
 use serde_json::{Value, json};
 
-use test_support::program::{program, run, shown};
+use test_support::program::{decode_output, program, run};
 use test_support::{PROXY, fixtures, recorded_reviews};
 
-/// A folder with the policy and this file; the file's path.
+/// Creates a folder with the policy and this file, and returns the folder and the file's path.
 fn files(name: &str, text: &str) -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join("policy.yaml"), PROXY).unwrap();
@@ -20,7 +19,7 @@ fn files(name: &str, text: &str) -> (tempfile::TempDir, String) {
     (folder, path)
 }
 
-/// Reviews a text as a file, with the proxy's policy.
+/// Runs `review` on a file with this text, under a policy with a proxy.
 fn review(text: &str, arguments: &[&str]) -> (i32, String, String) {
     let (folder, path) = files("manifest.yaml", text);
     let policy = folder.path().join("policy.yaml");
@@ -44,44 +43,44 @@ fn workloads() -> Vec<(String, String)> {
 }
 
 #[test]
-fn every_workload_gets_the_diff_and_the_patch_of_its_snapshot() {
+fn workload_diffs_and_patches_match_their_snapshots() {
     let workloads = workloads();
     assert_eq!(workloads.len(), 9);
     insta::with_settings!({snapshot_path => fixtures("snapshots"), prepend_module_to_snapshot => false, omit_expression => true}, {
         for (name, text) in &workloads {
             for mode in ["platform_managed", "byok", "disabled"] {
-                let mut whole = String::new();
+                let mut transcript = String::new();
                 for output in ["diff", "patch"] {
                     let (code, stdout, stderr) = review(text, &["--mode", mode, "-o", output]);
-                    whole.push_str(&format!("$ review -o {output} --mode {mode}\n{stdout}--- stderr\n{stderr}--- exit code {code}\n"));
+                    transcript.push_str(&format!("$ review -o {output} --mode {mode}\n{stdout}--- stderr\n{stderr}--- exit code {code}\n"));
                 }
-                insta::assert_snapshot!(format!("review-{name}.{mode}"), whole);
+                insta::assert_snapshot!(format!("review-{name}.{mode}"), transcript);
             }
         }
     });
 }
 
 #[test]
-fn the_outputs_agree_and_a_second_review_has_nothing_to_change() {
+fn outputs_agree_and_a_second_review_changes_nothing() {
     for (name, text) in workloads() {
         let output =
             |output: &str, text: &str| review(text, &["--mode", "platform_managed", "-o", output]);
         let (_, yaml, _) = output("yaml", &text);
         let (_, json, _) = output("json", &text);
-        let of_yaml: Value = serde_saphyr::from_str(&yaml).unwrap();
-        let of_json: Value = serde_json::from_str(&json).unwrap();
-        assert_eq!(of_yaml, of_json, "{name}");
+        let from_yaml: Value = serde_saphyr::from_str(&yaml).unwrap();
+        let from_json: Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(from_yaml, from_json, "{name}");
         let mut patched: Value = serde_saphyr::from_str(&text).unwrap();
         let patch: json_patch::Patch = serde_json::from_str(&output("patch", &text).1).unwrap();
         json_patch::patch(&mut patched, &patch).unwrap();
-        assert_eq!(patched, of_json, "{name}");
+        assert_eq!(patched, from_json, "{name}");
         let (code, diff, _) = output("diff", &yaml);
         assert_eq!((code, diff.as_str()), (0, ""), "{name}");
     }
 }
 
 #[test]
-fn every_warning_is_shown_however_many_there_are_and_however_long() {
+fn warnings_are_neither_dropped_nor_truncated() {
     let alias = |index: usize| json!({"name": format!("A{index}"), "valueFrom": {"secretKeyRef": {"name": "s", "key": "HF_TOKEN"}}});
     let name = "x".repeat(300);
     let env: Vec<Value> = (0..20).map(alias).collect();
@@ -89,13 +88,13 @@ fn every_warning_is_shown_however_many_there_are_and_however_long() {
     let (_, _, stderr) = review(&pod.to_string(), &[]);
     let warnings = stderr.lines().filter(|line| {
         line.starts_with("warning: ")
-            && line.ends_with(" brings vendor key HF_TOKEN under another name, and stays")
+            && line.ends_with(" exposes vendor key HF_TOKEN under another name; not removed")
     });
     assert_eq!(warnings.count(), 20, "{stderr}");
 }
 
 #[test]
-fn a_recorded_review_gets_the_patch_that_the_webhook_gives() {
+fn recorded_review_gets_the_webhooks_patch() {
     for (name, recorded) in recorded_reviews() {
         let (code, patch, _) = review(&recorded.to_string(), &["--mode", "byok", "-o", "patch"]);
         let policy = llm_billing_webhook::core::policy::Policy::parse(PROXY).unwrap();
@@ -113,7 +112,7 @@ fn a_recorded_review_gets_the_patch_that_the_webhook_gives() {
 }
 
 #[test]
-fn several_documents_and_lists_are_reviewed_one_by_one() {
+fn documents_and_list_items_are_reviewed_separately() {
     let text = "
 apiVersion: v1
 kind: Service
@@ -152,7 +151,7 @@ items:
 }
 
 #[test]
-fn the_mode_comes_from_the_database_unless_it_is_given() {
+fn mode_flag_overrides_the_database() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("review.sqlite");
     let id = "88888888-8888-8888-8888-888888888888";
@@ -164,28 +163,28 @@ fn the_mode_comes_from_the_database_unless_it_is_given() {
     );
     let url = format!("sqlite://{}", file.display());
     let text = fs::read_to_string(fixtures("workloads/01-claude-code-pod.yaml")).unwrap();
-    let said = |arguments: &[&str]| review(&text, arguments).2;
+    let stderr = |arguments: &[&str]| review(&text, arguments).2;
     assert_eq!(
-        said(&["--database-url", &url]),
+        stderr(&["--database-url", &url]),
         "Pod ws-acme/ws-claude: byok (workspace_override, override)\n"
     );
     assert_eq!(
-        said(&["--database-url", &url, "--mode", "disabled"]),
+        stderr(&["--database-url", &url, "--mode", "disabled"]),
         "Pod ws-acme/ws-claude: disabled (workspace_override, override)\n"
     );
     let (code, stdout, stderr) = review(&text, &[]);
-    let remedy = "error: Pod ws-acme/ws-claude: no database is given; set --database-url, or --mode to do without\n";
-    assert_eq!((code, stdout.as_str(), stderr.as_str()), (2, "", remedy));
+    let expected = "error: Pod ws-acme/ws-claude: no database is given; set --database-url, or --mode to skip the lookup\n";
+    assert_eq!((code, stdout.as_str(), stderr.as_str()), (2, "", expected));
     let (code, _, stderr) = review(&text, &["--database-url", "sqlite:///nonexistent/file"]);
     assert_eq!(code, 2);
     assert!(
-        stderr.starts_with("error: Pod ws-acme/ws-claude: the database could not be asked: "),
+        stderr.starts_with("error: Pod ws-acme/ws-claude: cannot query the database: "),
         "{stderr}"
     );
 }
 
 #[test]
-fn standard_input_is_read_and_colour_is_used_when_asked_for() {
+fn review_reads_stdin_and_colours_on_request() {
     let text = "{apiVersion: v1, kind: Pod, metadata: {name: p, labels: {molecule.ai/workspace-id: ''}}, spec: {containers: [{name: c}]}}";
     let (folder, _) = files("unused", "");
     let policy = folder.path().join("policy.yaml");
@@ -209,7 +208,7 @@ fn standard_input_is_read_and_colour_is_used_when_asked_for() {
         .unwrap()
         .write_all(text.as_bytes())
         .unwrap();
-    let (code, stdout, _) = shown(&child.wait_with_output().unwrap());
+    let (code, stdout, _) = decode_output(&child.wait_with_output().unwrap());
     assert_eq!(code, 1);
     assert!(
         stdout.contains("\u{1b}[32m+    - name: MOLECULE_LLM_BILLING_MODE\u{1b}[0m\n"),
@@ -219,7 +218,7 @@ fn standard_input_is_read_and_colour_is_used_when_asked_for() {
 }
 
 #[test]
-fn text_that_only_looks_like_a_number_or_a_truth_stays_text() {
+fn strings_that_look_like_other_types_stay_strings() {
     let texts = [
         "0123",
         "1e3",
@@ -258,7 +257,7 @@ fn text_that_only_looks_like_a_number_or_a_truth_stays_text() {
 }
 
 #[test]
-fn numbers_and_truths_are_read_as_kubectl_reads_them() {
+fn numbers_and_booleans_are_parsed_as_in_kubectl() {
     let pod = r#"
 apiVersion: v1
 kind: Pod
@@ -277,7 +276,7 @@ spec:
 }
 
 #[test]
-fn what_cannot_be_reviewed_is_named_with_its_place_and_nothing_else_is_lost() {
+fn unusable_input_is_reported_with_its_location() {
     let table = [
         (
             "a: [",
@@ -322,7 +321,7 @@ fn what_cannot_be_reviewed_is_named_with_its_place_and_nothing_else_is_lost() {
         missing.2,
         "error: cannot read /nonexistent.yaml: No such file or directory (os error 2)\n"
     );
-    // One that is refused does not hide the others.
+    // An unusable object does not keep the others from being reviewed.
     let pod = |name: &str, value: &str| {
         format!(
             "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, labels: {{molecule.ai/workspace-id: ''}}}}, spec: {{containers: [{{env: [{{name: A, value: {value}}}]}}]}}}}"
@@ -342,7 +341,7 @@ fn what_cannot_be_reviewed_is_named_with_its_place_and_nothing_else_is_lost() {
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_does_not_change_the_verdict() {
+fn closed_stdout_does_not_change_the_exit_code() {
     let pod = "tests/fixtures/workloads/01-claude-code-pod.yaml";
     for (arguments, code) in [
         (&["review", "-f", pod, "--mode", "byok"][..], 1),

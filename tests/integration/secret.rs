@@ -1,5 +1,5 @@
-//! The certificate that replicas make, share, publish and renew themselves, with the identity and the permissions
-//! that the chart gives them, while an API server asks them about pods by the `caBundle` that it has.
+//! Self-managed certificates: replicas create, share, publish and renew them under the chart's service account and
+//! RBAC, while an API server calls the webhook and trusts its current `caBundle`. Certificate files are in tls.rs.
 
 use std::io::{Read, Write};
 use std::process::Stdio;
@@ -15,7 +15,7 @@ use test_support::api_server::ApiServer;
 use test_support::chart::{RELEASE, of_kind, render, render_with_hooks};
 use test_support::pod;
 use test_support::postgres::free_port;
-use test_support::program::{Start, Webhook, program, shown, wait_for};
+use test_support::program::{Start, Webhook, decode_output, program, wait_for};
 
 const DATABASE: &str = "database.existingSecret=db";
 const SECRET: &str =
@@ -26,17 +26,17 @@ const GUARD: &str =
     "/apis/admissionregistration.k8s.io/v1/validatingwebhookconfigurations/llm-billing-webhook";
 const PODS: &str = "/api/v1/namespaces/default/pods";
 
-/// A cluster with what the chart installs, but for the pods: the tests run the program themselves.
+/// A cluster with the chart's objects except its pods: the tests run the program themselves.
 struct Cluster {
     api: ApiServer,
     folder: tempfile::TempDir,
     objects: Vec<Value>,
-    /// Where the webhook configurations send admissions.
+    /// The port of loopback that the webhook configurations point to.
     port: u16,
 }
 
 impl Cluster {
-    /// Installs the chart, with the guard.
+    /// Installs the chart with `guard.enabled=true`.
     fn install() -> Self {
         let objects = render(&[DATABASE, "guard.enabled=true"]);
         let cluster = Self {
@@ -64,7 +64,7 @@ impl Cluster {
         cluster
     }
 
-    /// Creates the webhook configurations, which lead to this port of loopback in place of the Service.
+    /// Creates the webhook configurations, with a URL on loopback in place of the Service.
     fn configure(&self) {
         for kind in [
             "MutatingWebhookConfiguration",
@@ -86,7 +86,7 @@ impl Cluster {
         file.to_str().unwrap().to_owned()
     }
 
-    /// Starts a replica with the Deployment's own arguments for its certificate, but for names and life times.
+    /// Starts a replica with the Deployment's `--tls-` arguments, except for these lifetimes.
     fn start(&self, address: &str, lifetime: &str, ca_lifetime: &str) -> Webhook {
         let kubeconfig = self.kubeconfig();
         let arguments = self.arguments(address, lifetime, ca_lifetime);
@@ -96,7 +96,7 @@ impl Cluster {
             database_url: "sqlite://nowhere.sqlite",
             arguments: &arguments,
             environment: &[("KUBECONFIG", &kubeconfig)],
-            keeps_certificate: true,
+            manages_certificate: true,
             ..Start::default()
         };
         start.start()
@@ -123,7 +123,7 @@ impl Cluster {
         of_chart.map(str::to_owned).chain(own).collect()
     }
 
-    fn at_the_port(&self) -> String {
+    fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
     }
 
@@ -137,7 +137,7 @@ impl Cluster {
         Some(String::from_utf8(STANDARD.decode(bundle.as_str()?).unwrap()).unwrap())
     }
 
-    /// Creates a pod by dry-run, as the API server does: by its `caBundle`.
+    /// Creates a pod by dry run, so that the API server calls the webhook and verifies it against `caBundle`.
     fn create_a_pod(&self) -> Result<(), Value> {
         let path = format!("{PODS}?dryRun=All");
         let (status, created) = self.api.request("POST", &path, Some(&pod("", &json!([]))));
@@ -150,33 +150,33 @@ impl Cluster {
         }
     }
 
-    /// Creates pods without a break while something goes on; how many, and each that failed.
-    fn create_during(&self, goes_on: impl FnOnce()) -> usize {
-        let over = AtomicBool::new(false);
+    /// Creates pods continuously while the closure runs, and returns how many. Panics if one fails.
+    fn create_during(&self, disruption: impl FnOnce()) -> usize {
+        let is_over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let creator = scope.spawn(|| {
                 let mut created = 0;
-                while !over.load(Ordering::Relaxed) {
+                while !is_over.load(Ordering::Relaxed) {
                     self.create_a_pod().unwrap();
                     created += 1;
                 }
                 created
             });
-            let end = std::panic::catch_unwind(std::panic::AssertUnwindSafe(goes_on));
-            over.store(true, Ordering::Relaxed);
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(disruption));
+            is_over.store(true, Ordering::Relaxed);
             let created = creator.join().unwrap();
-            end.unwrap();
+            result.unwrap();
             created
         })
     }
 }
 
-fn count(authorities: &str) -> usize {
+fn count_certificates(authorities: &str) -> usize {
     authorities.matches("BEGIN CERTIFICATE").count()
 }
 
 #[test]
-fn three_replicas_that_start_at_once_with_nothing_there_end_with_one_authority() {
+fn replicas_starting_at_once_agree_on_one_authority() {
     let cluster = Cluster::install();
     let replicas: Vec<Webhook> = std::thread::scope(|scope| {
         let start = || cluster.start("127.0.0.1:0", "90d", "365d");
@@ -187,7 +187,7 @@ fn three_replicas_that_start_at_once_with_nothing_there_end_with_one_authority()
             .collect()
     });
     let authorities = cluster.secret("ca.crt").unwrap();
-    assert_eq!(count(&authorities), 1);
+    assert_eq!(count_certificates(&authorities), 1);
     for configuration in [CONFIGURATION, GUARD] {
         assert_eq!(
             cluster.ca_bundle(configuration).as_ref(),
@@ -205,14 +205,14 @@ fn three_replicas_that_start_at_once_with_nothing_there_end_with_one_authority()
 }
 
 #[test]
-fn through_whole_rotations_every_pod_is_created() {
+fn pods_are_created_throughout_ca_rotations() {
     let cluster = Cluster::install();
-    let first = cluster.start(&cluster.at_the_port(), "12s", "24s");
+    let first = cluster.start(&cluster.address(), "12s", "24s");
     let second = cluster.start("127.0.0.1:0", "12s", "24s");
     let started = Instant::now();
     let (mut authorities, mut certificates) = (Vec::new(), Vec::new());
     let created = cluster.create_during(|| {
-        // Three authorities one after the other, each of which has signed.
+        // Three successive authorities, each of which has signed a certificate.
         while authorities.len() < 3 || certificates.len() < 4 {
             assert!(
                 started.elapsed() < Duration::from_secs(120),
@@ -243,49 +243,51 @@ fn through_whole_rotations_every_pod_is_created() {
 }
 
 #[test]
-fn what_is_deleted_or_damaged_heals_by_itself_and_pods_are_created_meanwhile() {
+fn deleted_or_damaged_objects_are_restored_without_downtime() {
     let cluster = Cluster::install();
     let _replicas = [
-        cluster.start(&cluster.at_the_port(), "10s", "1h"),
+        cluster.start(&cluster.address(), "10s", "1h"),
         cluster.start("127.0.0.1:0", "10s", "1h"),
     ];
     let authorities = cluster.secret("ca.crt").unwrap();
-    let heals = |what: &str, is_healed: &dyn Fn(&str) -> bool| {
+    let wait_until_restored = |what: &str, is_restored: &dyn Fn(&str) -> bool| {
         wait_for(what, || {
             let bundle = cluster.secret("ca.crt")?;
             let published = cluster.ca_bundle(CONFIGURATION)? == bundle;
-            (published && is_healed(&bundle)).then_some(())
+            (published && is_restored(&bundle)).then_some(())
         });
     };
     let created = cluster.create_during(|| {
         cluster.api.delete(SECRET);
-        heals("the Secret is back", &|bundle| bundle == authorities);
+        wait_until_restored("the Secret is back", &|bundle| bundle == authorities);
         cluster
             .api
             .change(SECRET, |secret| secret["data"] = json!({"ours": "eA=="}));
-        heals("its content is back", &|bundle| {
+        wait_until_restored("its content is back", &|bundle| {
             bundle.contains(authorities.trim())
         });
         cluster.api.change(SECRET, |secret| {
             secret["data"]["tls.crt"] = "bm9uZQ==".into()
         });
-        heals("the certificate is back", &|_| {
+        wait_until_restored("the certificate is back", &|_| {
             cluster
                 .secret("tls.crt")
                 .unwrap()
                 .contains("BEGIN CERTIFICATE")
         });
-        // What somebody else put there is nobody's business.
+        // Keys that the webhook does not manage are kept.
         assert_eq!(cluster.secret("ours").as_deref(), Some("x"));
-        // How one asks for a new authority.
-        let before = count(&cluster.secret("ca.crt").unwrap());
+        // Removing ca.key requests a new authority.
+        let before = count_certificates(&cluster.secret("ca.crt").unwrap());
         cluster.api.change(SECRET, |secret| {
             secret["data"].as_object_mut().unwrap().remove("ca.key");
         });
-        heals("there is a new authority", &|bundle| count(bundle) > before);
+        wait_until_restored("there is a new authority", &|bundle| {
+            count_certificates(bundle) > before
+        });
     });
     assert!(created > 0);
-    // No pod is created without it, and none without the configuration is asked about.
+    // Without caBundle pods are rejected; without the configuration the webhook is not called.
     for configuration in [CONFIGURATION, GUARD] {
         cluster.api.change(configuration, |configuration| {
             let client = &mut configuration["webhooks"][0]["clientConfig"];
@@ -297,7 +299,7 @@ fn what_is_deleted_or_damaged_heals_by_itself_and_pods_are_created_meanwhile() {
         cluster.api.delete(configuration);
     }
     cluster.configure();
-    wait_for("the caBundle is there again", || {
+    wait_for("the caBundle is published", || {
         (cluster.ca_bundle(GUARD).is_some() && cluster.ca_bundle(CONFIGURATION).is_some())
             .then_some(())
     });
@@ -305,16 +307,16 @@ fn what_is_deleted_or_damaged_heals_by_itself_and_pods_are_created_meanwhile() {
 }
 
 #[test]
-fn a_replica_that_starts_after_the_secret_was_deleted_cuts_off_none_that_runs() {
+fn replica_starting_after_secret_deletion_disrupts_none() {
     let cluster = Cluster::install();
-    // It looks every ten seconds, and has not noticed yet.
-    let old = cluster.start(&cluster.at_the_port(), "90d", "365d");
+    // It polls every ten seconds, so it has not noticed the deletion yet.
+    let old = cluster.start(&cluster.address(), "90d", "365d");
     let authority = cluster.secret("ca.crt").unwrap();
     let created = cluster.create_during(|| {
         cluster.api.delete(SECRET);
         let new = cluster.start("127.0.0.1:0", "90d", "365d");
         let authorities = cluster.secret("ca.crt").unwrap();
-        assert_eq!(count(&authorities), 2);
+        assert_eq!(count_certificates(&authorities), 2);
         assert!(authorities.ends_with(&authority));
         wait_for("the old one serves the new certificate", || {
             let newest = authorities.strip_suffix(&authority)?;
@@ -325,9 +327,9 @@ fn a_replica_that_starts_after_the_secret_was_deleted_cuts_off_none_that_runs() 
 }
 
 #[test]
-fn a_certificate_that_others_made_stays_trusted_when_the_replicas_take_over() {
+fn provided_certificate_stays_trusted_after_the_takeover() {
     let cluster = Cluster::install();
-    let address = cluster.at_the_port();
+    let address = cluster.address();
     let provided = Start {
         policy: test_support::PROXY,
         database_url: "sqlite://nowhere.sqlite",
@@ -342,7 +344,7 @@ fn a_certificate_that_others_made_stays_trusted_when_the_replicas_take_over() {
                 STANDARD.encode(&foreign).into();
         });
     }
-    wait_for("the API server knows it", || cluster.create_a_pod().ok());
+    wait_for("the API server trusts it", || cluster.create_a_pod().ok());
     let created = cluster.create_during(|| {
         let replica = cluster.start("127.0.0.1:0", "90d", "365d");
         let bundle = cluster.ca_bundle(CONFIGURATION).unwrap();
@@ -354,9 +356,9 @@ fn a_certificate_that_others_made_stays_trusted_when_the_replicas_take_over() {
 }
 
 #[test]
-fn a_configuration_that_cannot_be_written_stops_neither_renewal_nor_serving() {
+fn unwritable_configuration_stops_neither_renewal_nor_serving() {
     let cluster = Cluster::install();
-    let replica = cluster.start(&cluster.at_the_port(), "9s", "1h");
+    let replica = cluster.start(&cluster.address(), "9s", "1h");
     let role = "/apis/rbac.authorization.k8s.io/v1/clusterroles/llm-billing-webhook";
     let authority = cluster.secret("ca.crt").unwrap();
     let created = cluster.create_during(|| {
@@ -366,14 +368,14 @@ fn a_configuration_that_cannot_be_written_stops_neither_renewal_nor_serving() {
                 .unwrap()
                 .retain(|rule| rule["resources"][0] != "validatingwebhookconfigurations");
         });
-        wait_for("it tells", || {
+        wait_for("the failure is logged", || {
             replica.log().contains("cannot publish").then_some(())
         });
-        // Another replica, which can write it, renews the certificate.
+        // A replica that can write the configuration renews the certificate.
         let key = KeyPair::from_pem(&cluster.secret("ca.key").unwrap()).unwrap();
         let issuer = Issuer::from_ca_cert_pem(&authority, key).unwrap();
         let key = KeyPair::generate().unwrap();
-        let names = of_chart_and_localhost(&cluster);
+        let names = dns_names(&cluster);
         let certificate = CertificateParams::new(names).unwrap();
         let certificate = certificate.signed_by(&key, &issuer).unwrap().pem();
         cluster.api.change(SECRET, |secret| {
@@ -387,12 +389,12 @@ fn a_configuration_that_cannot_be_written_stops_neither_renewal_nor_serving() {
     let failed = "llm_billing_certificate_reloads_total{result=\"failed\"} ";
     let failed = metrics.lines().find_map(|line| line.strip_prefix(failed));
     let failed: u32 = failed.unwrap().parse().unwrap();
-    assert!(failed > 1, "each look is counted: {failed}");
+    assert!(failed > 1, "each poll is counted: {failed}");
     assert!(replica.is_trusted_by(&authority));
 }
 
-/// The names that a replica's certificate has here.
-fn of_chart_and_localhost(cluster: &Cluster) -> Vec<String> {
+/// Returns the DNS names in a replica's certificate: the chart's and localhost.
+fn dns_names(cluster: &Cluster) -> Vec<String> {
     let arguments = cluster.arguments("127.0.0.1:0", "9s", "1h");
     let names = arguments
         .iter()
@@ -401,10 +403,10 @@ fn of_chart_and_localhost(cluster: &Cluster) -> Vec<String> {
 }
 
 #[test]
-fn an_answer_that_cannot_be_read_is_not_quoted_for_it_may_hold_keys() {
+fn unreadable_answer_is_not_quoted() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    // Threads end with the process.
+    // The thread ends with the process.
     std::thread::spawn(move || {
         for (number, mut client) in listener.incoming().map_while(Result::ok).enumerate() {
             let mut request = [0; 4096];
@@ -454,7 +456,7 @@ fn an_answer_that_cannot_be_read_is_not_quoted_for_it_may_hold_keys() {
 }
 
 #[test]
-fn each_permission_that_the_chart_gives_is_needed() {
+fn each_permission_of_the_chart_is_needed() {
     let roles = [
         (
             "Role",
@@ -466,13 +468,13 @@ fn each_permission_that_the_chart_gives_is_needed() {
         ),
     ];
     let cluster = Cluster::install();
-    let mut tried = 0;
+    let mut permission_count = 0;
     for (kind, path) in roles {
         let rules = of_kind(&cluster.objects, kind)["rules"].as_array().unwrap();
         for (index, rule) in rules.iter().enumerate() {
             assert_eq!(rule["resourceNames"].as_array().unwrap().len(), 1, "{rule}");
             for verb in rule["verbs"].as_array().unwrap() {
-                // From nothing there to a certificate that is due at once.
+                // No Secret and no configuration, then a certificate that is due for renewal at once.
                 if cluster.api.get(SECRET).is_some() {
                     cluster.api.delete(SECRET);
                 }
@@ -484,31 +486,31 @@ fn each_permission_that_the_chart_gives_is_needed() {
                     let verbs = role["rules"][index]["verbs"].as_array_mut().unwrap();
                     verbs.retain(|one| one != verb);
                 });
-                let lacking = cluster.run_until_refused(verb.as_str().unwrap());
+                let error = cluster.run_until_forbidden(verb.as_str().unwrap());
                 let verb = verb.as_str().unwrap();
                 assert!(
-                    lacking.contains("is forbidden"),
-                    "{rule} without {verb}: {lacking}"
+                    error.contains("is forbidden"),
+                    "{rule} without {verb}: {error}"
                 );
                 assert!(
-                    lacking.contains(rule["resources"][0].as_str().unwrap()),
-                    "{lacking}"
+                    error.contains(rule["resources"][0].as_str().unwrap()),
+                    "{error}"
                 );
                 cluster
                     .api
                     .change(path, |role| role["rules"] = rules.clone().into());
-                tried += 1;
+                permission_count += 1;
             }
         }
     }
-    assert_eq!(tried, 8);
+    assert_eq!(permission_count, 8);
 }
 
 impl Cluster {
-    /// What the program says of a permission that it lacks: at its start, or when it renews.
-    fn run_until_refused(&self, verb: &str) -> String {
+    /// Runs the program without one permission, and returns the error that ends it.
+    fn run_until_forbidden(&self, verb: &str) -> String {
         if verb == "update" && self.api.get(SECRET).is_none() {
-            // A Secret that is there, but holds nothing, is written by an update.
+            // An existing, empty Secret is written by an update.
             let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "llm-billing-webhook-certificate", "namespace": RELEASE}});
             self.api.create_all([&secret]);
         }
@@ -519,11 +521,11 @@ impl Cluster {
             database_url: "sqlite://nowhere.sqlite",
             arguments: &arguments,
             environment: &[("KUBECONFIG", &kubeconfig)],
-            keeps_certificate: true,
+            manages_certificate: true,
             ..Start::default()
         };
         let mut command = start.command(self.folder.path());
-        let (code, stdout, stderr) = shown(&command.stdin(Stdio::null()).output().unwrap());
+        let (code, stdout, stderr) = decode_output(&command.stdin(Stdio::null()).output().unwrap());
         assert_eq!((code, stdout.as_str()), (2, ""), "{stderr}");
         let last = stderr.lines().last().unwrap().to_owned();
         assert!(last.starts_with("error: cannot "), "{last}");
@@ -532,10 +534,10 @@ impl Cluster {
 }
 
 #[test]
-fn the_charts_own_test_sees_whether_the_webhook_acts_with_the_identity_that_the_chart_gives_it() {
+fn helm_test_reports_whether_the_webhook_acts() {
     let cluster = Cluster::install();
     let hooks = render_with_hooks(&[DATABASE]);
-    let of_hook = |object: &&Value| {
+    let is_rbac = |object: &&Value| {
         object["metadata"]["name"] == "llm-billing-webhook-test" && object["kind"] != "Pod"
     };
     let container = &of_kind(&hooks, "Pod")["spec"]["containers"][0];
@@ -544,40 +546,40 @@ fn the_charts_own_test_sees_whether_the_webhook_acts_with_the_identity_that_the_
         let user = format!("system:serviceaccount:{RELEASE}:{RELEASE}-test");
         let kubeconfig = cluster.api.kubeconfig(cluster.folder.path(), Some(&user));
         let mut command = program(&[]);
-        let mounted = |argument: &&String| !argument.starts_with("--policy=");
+        let is_not_mounted = |argument: &&String| !argument.starts_with("--policy=");
         command
-            .args(arguments.iter().filter(mounted))
+            .args(arguments.iter().filter(is_not_mounted))
             .env("KUBECONFIG", kubeconfig);
-        let (code, stdout, stderr) = shown(&command.output().unwrap());
+        let (code, stdout, stderr) = decode_output(&command.output().unwrap());
         assert_eq!(stderr, "");
         (code, stdout.lines().last().unwrap().to_owned())
     };
-    let (code, said) = check();
+    let (code, message) = check();
     assert_eq!(code, 2);
     assert!(
-        said.starts_with("error cluster      the API server refuses: pods")
-            && said.contains("is forbidden"),
-        "{said}"
+        message.starts_with("error cluster      the API server refused the request: pods")
+            && message.contains("is forbidden"),
+        "{message}"
     );
-    cluster.api.create_all(hooks.iter().filter(of_hook));
-    let (code, said) = check();
+    cluster.api.create_all(hooks.iter().filter(is_rbac));
+    let (code, message) = check();
     assert_eq!(code, 2);
-    assert!(said.contains("failed calling webhook"), "{said}");
-    let replica = cluster.start(&cluster.at_the_port(), "90d", "365d");
+    assert!(message.contains("failed calling webhook"), "{message}");
+    let replica = cluster.start(&cluster.address(), "90d", "365d");
     let expected =
         "ok    cluster      a new pod in default has MOLECULE_LLM_BILLING_MODE=platform_managed";
     assert_eq!(check(), (0, expected.to_owned()));
     drop(replica);
     cluster.api.delete(CONFIGURATION);
     cluster.api.delete(GUARD);
-    let (code, said) = check();
+    let (code, message) = check();
     assert_eq!(code, 2);
     let expected = "error cluster      a new pod in default has no MOLECULE_LLM_BILLING_MODE; see the webhook configuration";
-    assert!(said.starts_with(expected), "{said}");
+    assert!(message.starts_with(expected), "{message}");
 }
 
 #[test]
-fn no_key_is_logged_at_the_most_verbose_level() {
+fn no_key_is_logged_at_trace_level() {
     let cluster = Cluster::install();
     let kubeconfig = cluster.kubeconfig();
     let arguments = cluster.arguments("127.0.0.1:0", "10s", "20s");
@@ -586,7 +588,7 @@ fn no_key_is_logged_at_the_most_verbose_level() {
         database_url: "sqlite://nowhere.sqlite",
         arguments: &arguments,
         environment: &[("KUBECONFIG", &kubeconfig)],
-        keeps_certificate: true,
+        manages_certificate: true,
         log: "trace",
         ..Start::default()
     };
@@ -595,7 +597,7 @@ fn no_key_is_logged_at_the_most_verbose_level() {
     for field in ["ca.key", "tls.key"] {
         let pem = cluster.secret(field).unwrap();
         keys.push(pem.lines().nth(1).unwrap().to_owned());
-        // As the API server sends it.
+        // The encoding in the API server's answer.
         keys.push(STANDARD.encode(&pem)[40..80].to_owned());
     }
     webhook.wait_for_log("\"certificate reloaded\"");
@@ -606,7 +608,7 @@ fn no_key_is_logged_at_the_most_verbose_level() {
 }
 
 #[test]
-fn flags_that_contradict_each_other_or_a_cluster_that_is_not_there_are_named() {
+fn contradictory_flags_and_missing_cluster_are_reported() {
     let run = |arguments: &[&str]| {
         let mut command = program(&[]);
         command
@@ -620,7 +622,7 @@ fn flags_that_contradict_each_other_or_a_cluster_that_is_not_there_are_named() {
             .args(["--database-url", "sqlite://nowhere.sqlite"])
             .args(arguments)
             .env("KUBECONFIG", "/nonexistent");
-        shown(&command.output().unwrap())
+        decode_output(&command.output().unwrap())
     };
     let shared = &["--tls-secret", "s", "--tls-dns-name", "w.ns.svc"];
     let table: [(&[&str], &str); 4] = [
@@ -638,11 +640,11 @@ fn flags_that_contradict_each_other_or_a_cluster_that_is_not_there_are_named() {
         ),
         (
             &[shared, &["--tls-cert", "c", "--tls-key", "k"][..]].concat(),
-            "error: --tls-secret takes the place of --tls-cert",
+            "error: --tls-secret replaces --tls-cert and --tls-key",
         ),
         (
             shared,
-            "error: no cluster is known here; mount a service account's token, or set KUBECONFIG",
+            "error: no cluster configured: set KUBECONFIG, or run in a pod with a service account token",
         ),
     ];
     for (arguments, expected) in table {

@@ -1,26 +1,26 @@
-//! All at once and for longer: two instances behind a real proxy, asked without a break, while at random
-//! times certificates are replaced, the database restarts and instances are rolled over.
+//! Soak test: two instances behind a real proxy under constant load, while certificates are replaced, the database
+//! restarts and instances are rolled over at random times.
 //!
-//! A few seconds in each run of the tests; `scripts/soak` makes it as long as one likes.
+//! It takes ten seconds by default; `scripts/soak` sets another duration.
 
 use std::fs;
 use std::time::{Duration, Instant};
 
 use test_support::PROXY;
 use test_support::haproxy::{Haproxy, Slot};
-use test_support::load::{Asker, Tally, schema};
+use test_support::load::{LoadClient, Tally, schema};
 use test_support::postgres::{Cluster, Postgres};
 use test_support::program::{Authority, Webhook, wait_for};
 
-/// Says how long, in seconds.
+/// Environment variable with the duration in seconds.
 const SECONDS: &str = "SOAK_SECONDS";
-/// Memory that the instance which is never rolled over may gain from the first fifth of the time on, in KiB.
-const MAX_GAINED: u64 = 8 * 1024;
+/// Limit in KiB on memory growth, after the first fifth of the time, of the instance that is never rolled over.
+const MAX_MEMORY_GROWTH: u64 = 8 * 1024;
 
-/// Numbers that look random, the same in each run: a linear congruential generator.
-struct Numbers(u64);
+/// A linear congruential generator, so that each run has the same sequence.
+struct Generator(u64);
 
-impl Numbers {
+impl Generator {
     fn below(&mut self, limit: u64) -> u64 {
         self.0 = self
             .0
@@ -31,38 +31,38 @@ impl Numbers {
 }
 
 #[test]
-fn through_swaps_restarts_and_drains_at_random_times_no_answer_is_wrong_or_missing() {
+fn random_faults_leave_no_answer_wrong_or_missing() {
     let seconds = std::env::var(SECONDS).map_or(10, |seconds| seconds.parse().unwrap());
     let end = Instant::now() + Duration::from_secs(seconds);
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &schema());
-    let url = postgres.url_by(cluster.port());
+    let url = postgres.url_via(cluster.port());
     let authority = Authority::generate();
     let slots = [Slot::free(), Slot::free()];
     let start = |slot: Slot| slot.start(&authority, PROXY, &url);
     let mut instances = slots.map(start);
-    let proxy = Haproxy::before(&slots);
-    let asker = |client| Asker {
+    let proxy = Haproxy::start(&slots);
+    let load_client = |client| LoadClient {
         client,
         port: proxy.port,
         on_error: "platform_managed",
     };
-    let gets_traffic = |instance: &Webhook| {
-        wait_for("the proxy has seen that it is ready", || {
-            asker(authority.client()).ask(&mut Tally::default());
+    let wait_for_traffic = |instance: &Webhook| {
+        wait_for("the proxy sends it requests", || {
+            load_client(authority.client()).admit(&mut Tally::default());
             instance.log().contains("\"admission\"").then_some(())
         });
     };
-    instances.iter().for_each(gets_traffic);
+    instances.iter().for_each(wait_for_traffic);
 
-    let mut numbers = Numbers(2026);
+    let mut generator = Generator(2026);
     let mut warmed_up = None;
     let [steady, rolled] = &mut instances;
     let mut counts = [0; 3];
-    asker(authority.client()).ask_during(&format!("soak of {seconds} s"), 4, || {
+    load_client(authority.client()).run_during(&format!("soak of {seconds} s"), 4, || {
         while Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(500 + numbers.below(2000)));
-            let event = numbers.below(3);
+            std::thread::sleep(Duration::from_millis(500 + generator.below(2000)));
+            let event = generator.below(3);
             match event {
                 0 => {
                     let (certificate, key) = authority.issue("localhost");
@@ -74,14 +74,14 @@ fn through_swaps_restarts_and_drains_at_random_times_no_answer_is_wrong_or_missi
                 }
                 1 => {
                     let mode =
-                        ["--mode=fast", "--mode=immediate"][usize::from(numbers.below(2) == 1)];
+                        ["--mode=fast", "--mode=immediate"][usize::from(generator.below(2) == 1)];
                     cluster.pg_ctl(&["restart", mode]);
                 }
                 _ => {
                     rolled.signal("TERM");
                     assert_eq!(rolled.wait().code(), Some(0));
                     *rolled = start(slots[1]);
-                    gets_traffic(rolled);
+                    wait_for_traffic(rolled);
                 }
             }
             counts[usize::try_from(event).unwrap()] += 1;
@@ -97,5 +97,5 @@ fn through_swaps_restarts_and_drains_at_random_times_no_answer_is_wrong_or_missi
     println!(
         "{swaps} certificate swaps, {restarts} database restarts, {drains} drains; memory {before} KiB after a fifth of the time, {after} KiB at the end"
     );
-    assert!(after < before + MAX_GAINED, "{before} {after}");
+    assert!(after < before + MAX_MEMORY_GROWTH, "{before} {after}");
 }

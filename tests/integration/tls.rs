@@ -1,5 +1,5 @@
-//! The serving certificate over real TLS: reloaded when its files change, kept when they cannot be served,
-//! and mutual where a client CA is given.
+//! Certificate files over real TLS: reload on change, fallback to the old pair when the new one is unusable, and
+//! mutual TLS with a client CA. Self-managed certificates are in secret.rs.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -9,13 +9,13 @@ use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use serde_json::json;
 
-use test_support::load::{Asker, PATIENT, schema};
+use test_support::load::{LONG_LOOKUP_TIMEOUT, LoadClient, schema};
 use test_support::postgres::Postgres;
 use test_support::program::{Authority, Start, Webhook, run, wait_for};
 use test_support::{PROXY, create, pod};
 
-/// Asks over a new connection; whether the certificate is from this authority.
-fn trusted(webhook: &Webhook, authority: &Authority) -> bool {
+/// Reports whether a new connection gets a certificate from this authority.
+fn is_trusted(webhook: &Webhook, authority: &Authority) -> bool {
     let url = format!("https://localhost:{}/mutate", webhook.address.port());
     authority.client().get(url).call().is_ok()
 }
@@ -32,11 +32,11 @@ fn start(arguments: &[&str]) -> Webhook {
 #[test]
 fn changed_files_are_served_without_a_restart() {
     let webhook = start(&[]);
-    assert!(trusted(&webhook, &webhook.authority));
+    assert!(is_trusted(&webhook, &webhook.authority));
     let next = Authority::generate();
     let (certificate, key) = next.issue("localhost");
 
-    // As a kubelet updates a mounted Secret: a folder beside it, then a symbolic link in its place.
+    // As a kubelet updates a mounted Secret: it writes a new folder, then replaces a symbolic link.
     let folder = webhook.folder.path();
     let replace = |name: &str, content: &str| {
         fs::create_dir_all(folder.join("next")).unwrap();
@@ -48,9 +48,9 @@ fn changed_files_are_served_without_a_restart() {
     replace("tls.key", &key);
     replace("tls.crt", &certificate);
     wait_for("the new certificate is served", || {
-        trusted(&webhook, &next).then_some(())
+        is_trusted(&webhook, &next).then_some(())
     });
-    assert!(!trusted(&webhook, &webhook.authority));
+    assert!(!is_trusted(&webhook, &webhook.authority));
     webhook.wait_for_log("certificate reloaded");
     assert!(
         webhook
@@ -64,24 +64,24 @@ fn changed_files_are_served_without_a_restart() {
 fn certificates_replaced_under_load_fail_no_handshake() {
     let postgres = Postgres::with(&schema());
     let start = Start {
-        policy: &format!("lookup: {{timeout: {PATIENT}}}\n{PROXY}"),
+        policy: &format!("lookup: {{timeout: {LONG_LOOKUP_TIMEOUT}}}\n{PROXY}"),
         database_url: &postgres.url(),
         ..Start::default()
     };
     let webhook = start.start();
     let folder = webhook.folder.path();
-    let served = || {
+    let served_certificate = || {
         let mut connection = webhook.connect();
         connection.conn.complete_io(&mut connection.sock).unwrap();
         connection.conn.peer_certificates().unwrap()[0].clone()
     };
-    let is_served = |certificate: &str| {
+    let wait_until_served = |certificate: &str| {
         let expected = CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap();
         wait_for("the new certificate is served", || {
-            (served() == expected).then_some(())
+            (served_certificate() == expected).then_some(())
         });
     };
-    // A kubelet writes a folder and makes a link to it the one that the files' links go through.
+    // A kubelet writes a new folder, then points `..data` to it; the files are links through `..data`.
     let mount = |name: &str, (certificate, key): &(String, String)| {
         let next = folder.join(name);
         fs::create_dir(&next).unwrap();
@@ -91,16 +91,16 @@ fn certificates_replaced_under_load_fail_no_handshake() {
         fs::rename(folder.join("..data_tmp"), folder.join("..data")).unwrap();
     };
     let next = || webhook.authority.issue("localhost");
-    let asker = Asker {
+    let load_client = LoadClient {
         client: webhook.authority.client_without_keep_alive(),
-        ..webhook.asker("platform_managed")
+        ..webhook.load_client("platform_managed")
     };
-    let tally = asker.ask_during("certificates replaced, in place and by link", 4, || {
-        // In place, one file after the other: for a moment they do not fit each other.
+    let tally = load_client.run_during("certificates replaced, in place and by link", 4, || {
+        // In place, one file after the other: for a moment key and certificate do not match.
         let (certificate, key) = next();
         fs::write(folder.join("tls.key"), key).unwrap();
         fs::write(folder.join("tls.crt"), &certificate).unwrap();
-        is_served(&certificate);
+        wait_until_served(&certificate);
 
         mount("first", &next());
         for name in ["tls.crt", "tls.key"] {
@@ -110,14 +110,14 @@ fn certificates_replaced_under_load_fail_no_handshake() {
         for name in ["second", "third"] {
             let pair = next();
             mount(name, &pair);
-            is_served(&pair.0);
+            wait_until_served(&pair.0);
         }
     });
-    assert_eq!(tally.as_the_policy_says, 0);
+    assert_eq!(tally.per_policy, 0);
 }
 
 #[test]
-fn a_pair_that_cannot_be_served_leaves_the_old_one_in_place() {
+fn unusable_pair_keeps_the_old_one_served() {
     let webhook = start(&[]);
     let (certificate, _) = Authority::generate().issue("localhost");
     fs::write(webhook.folder.path().join("tls.crt"), certificate).unwrap();
@@ -126,11 +126,11 @@ fn a_pair_that_cannot_be_served_leaves_the_old_one_in_place() {
         line.contains("certificate and key cannot be used together"),
         "{line}"
     );
-    assert!(trusted(&webhook, &webhook.authority));
+    assert!(is_trusted(&webhook, &webhook.authority));
     fs::remove_file(webhook.folder.path().join("tls.crt")).unwrap();
     let line = webhook.wait_for_log("cannot read ");
     assert!(line.contains("tls.crt: No such file"), "{line}");
-    assert!(trusted(&webhook, &webhook.authority));
+    assert!(is_trusted(&webhook, &webhook.authority));
     assert!(
         webhook
             .health("/metrics")
@@ -140,19 +140,18 @@ fn a_pair_that_cannot_be_served_leaves_the_old_one_in_place() {
 }
 
 #[test]
-fn with_a_client_ca_only_its_clients_get_an_answer() {
+fn client_ca_admits_only_its_own_clients() {
     let clients = Authority::generate();
     let folder = tempfile::tempdir().unwrap();
     let ca = folder.path().join("clients.crt");
     fs::write(&ca, clients.pem()).unwrap();
     let mut webhook = start(&["--client-ca", ca.to_str().unwrap()]);
     let url = format!("https://localhost:{}/mutate", webhook.address.port());
-    let answer =
-        |own: Option<&(String, String)>| webhook.authority.client_with(own).get(&url).call();
-    assert!(answer(None).is_err());
-    assert!(answer(Some(&Authority::generate().issue("api-server"))).is_err());
+    let call = |own: Option<&(String, String)>| webhook.authority.client_with(own).get(&url).call();
+    assert!(call(None).is_err());
+    assert!(call(Some(&Authority::generate().issue("api-server"))).is_err());
     assert_eq!(
-        answer(Some(&clients.issue("api-server"))).unwrap().status(),
+        call(Some(&clients.issue("api-server"))).unwrap().status(),
         405
     );
 
@@ -166,7 +165,7 @@ fn with_a_client_ca_only_its_clients_get_an_answer() {
 }
 
 #[test]
-fn a_certificate_that_cannot_be_served_ends_the_start() {
+fn serve_exits_when_the_certificate_is_unusable() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (certificate, key) = Authority::generate().issue("localhost");
@@ -223,14 +222,14 @@ fn a_certificate_that_cannot_be_served_ends_the_start() {
             "{stderr}"
         );
     }
-    let alone = run(&[&serve[..], &["--tls-cert", &path("crt")]].concat()).2;
+    let without_key = run(&[&serve[..], &["--tls-cert", &path("crt")]].concat()).2;
     assert_eq!(
-        alone,
+        without_key,
         "error: --tls-cert and --tls-key belong together; set both\n"
     );
-    let none = run(&serve).2;
+    let without_certificate = run(&serve).2;
     assert_eq!(
-        none,
+        without_certificate,
         "error: no certificate is given; set --tls-cert and --tls-key, or --tls-secret\n"
     );
 }

@@ -1,4 +1,4 @@
-//! Traces, as a collector gets them: the real program sends its spans over OTLP to a stand-in that keeps them.
+//! Traces: the real program exports its spans over OTLP to a stand-in collector.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -16,29 +16,29 @@ use serde_json::{Value, json};
 
 use test_support::load::{BYOK, schema};
 use test_support::postgres::{Postgres, free_port};
-use test_support::program::{Start, Webhook, program, shown, wait_for};
+use test_support::program::{Start, Webhook, decode_output, program, wait_for};
 use test_support::{PROXY, create, pod};
 
 const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
 const PARENT: &str = "b7ad6b7169203331";
 const KEY: &str = "sk-own-vendor-key-0123456789";
 
-/// Keeps what is exported, by the path it is sent to.
+/// An OTLP collector that stores each export's body.
 #[derive(Clone, Default)]
 struct Collector(Arc<Mutex<Vec<Bytes>>>);
 
 impl Collector {
-    /// Serves on a thread of its own, which ends with the process; returns the endpoint too.
+    /// Starts a collector on its own thread, which ends with the process, and returns its endpoint too.
     fn start() -> (Self, String) {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
         let collector = Self::default();
-        let keep = async |State(Self(kept)): State<Self>, body: Bytes| {
-            kept.lock().unwrap().push(body);
+        let store = async |State(Self(exports)): State<Self>, body: Bytes| {
+            exports.lock().unwrap().push(body);
         };
         let routes = Router::new()
-            .route("/v1/traces", post(keep))
+            .route("/v1/traces", post(store))
             .with_state(collector.clone());
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
@@ -52,10 +52,10 @@ impl Collector {
         (collector, endpoint)
     }
 
-    /// The spans so far, each with its resource's attributes.
+    /// Returns the spans exported so far, each with its resource's attributes.
     fn spans(&self) -> Vec<(BTreeMap<String, String>, Span)> {
-        let kept = self.0.lock().unwrap();
-        let exports = kept
+        let bodies = self.0.lock().unwrap();
+        let exports = bodies
             .iter()
             .map(|body| ExportTraceServiceRequest::decode(body.clone()).unwrap());
         exports
@@ -69,9 +69,10 @@ impl Collector {
             .collect()
     }
 
-    fn is_silent_about(&self, secret: &str) -> bool {
-        let kept = self.0.lock().unwrap();
-        let mut windows = kept.iter().flat_map(|body| body.windows(secret.len()));
+    /// Reports whether no export has this secret.
+    fn is_free_of(&self, secret: &str) -> bool {
+        let bodies = self.0.lock().unwrap();
+        let mut windows = bodies.iter().flat_map(|body| body.windows(secret.len()));
         !windows.any(|window| window == secret.as_bytes())
     }
 }
@@ -108,8 +109,8 @@ fn review() -> Value {
     ))
 }
 
-/// Asks as an API server that takes part in a trace, and samples it or not.
-fn ask(webhook: &Webhook, trace: &str, sampled: &str) {
+/// Sends a review with a `traceparent` header, as a tracing API server does.
+fn send(webhook: &Webhook, trace: &str, sampled: &str) {
     let url = format!(
         "https://localhost:{}/mutate?timeout=10s",
         webhook.address.port()
@@ -125,7 +126,7 @@ fn ask(webhook: &Webhook, trace: &str, sampled: &str) {
 }
 
 #[test]
-fn an_admission_is_a_span_of_the_api_servers_trace_with_its_steps_below_it() {
+fn admission_span_joins_the_api_servers_trace() {
     let postgres = Postgres::with(&schema());
     let (collector, endpoint) = Collector::start();
     let environment = [
@@ -133,9 +134,9 @@ fn an_admission_is_a_span_of_the_api_servers_trace_with_its_steps_below_it() {
         ("OTEL_BSP_SCHEDULE_DELAY", "100"),
     ];
     let webhook = start(&postgres.url(), &environment);
-    // What the API server does not sample is not sent.
-    ask(&webhook, &TRACE.replace('0', "1"), "00");
-    ask(&webhook, TRACE, "01");
+    // Unsampled traces are not exported.
+    send(&webhook, &TRACE.replace('0', "1"), "00");
+    send(&webhook, TRACE, "01");
     let spans = wait_for("the collector has the admission", || {
         let spans = collector.spans();
         let mut names = spans.iter().map(|(_, span)| span.name.as_str());
@@ -155,13 +156,13 @@ fn an_admission_is_a_span_of_the_api_servers_trace_with_its_steps_below_it() {
         tree.push((&span.name, parent));
     }
     tree.sort();
-    let below = |name| (name, "admission".to_owned());
+    let child = |name| (name, "admission".to_owned());
     let expected = [
         ("admission", PARENT.to_owned()),
-        below("decode"),
-        below("encode"),
-        below("lookup"),
-        below("plan"),
+        child("decode"),
+        child("encode"),
+        child("lookup"),
+        child("plan"),
     ];
     assert_eq!(tree, expected);
 
@@ -179,33 +180,32 @@ fn an_admission_is_a_span_of_the_api_servers_trace_with_its_steps_below_it() {
         ("workspace", BYOK),
     ];
     let expected = expected.map(|(key, value)| (key.to_owned(), value.to_owned()));
-    let mut told = attributes(&admission.attributes);
-    told.retain(|key, _| !key.starts_with("otel.") && !key.starts_with("code."));
-    assert_eq!(told, BTreeMap::from(expected));
-    assert!(collector.is_silent_about(KEY));
+    let mut exported = attributes(&admission.attributes);
+    exported.retain(|key, _| !key.starts_with("otel.") && !key.starts_with("code."));
+    assert_eq!(exported, BTreeMap::from(expected));
+    assert!(collector.is_free_of(KEY));
 
-    // The log's line tells the trace.
     let line = webhook.wait_for_log(&format!("\"trace_id\":\"{TRACE}\""));
     assert!(line.contains("\"message\":\"admission\""), "{line}");
 }
 
 #[test]
-fn without_an_endpoint_there_are_no_traces() {
+fn traces_are_off_without_an_endpoint() {
     let postgres = Postgres::with(&schema());
     let webhook = start(&postgres.url(), &[]);
-    ask(&webhook, TRACE, "01");
+    send(&webhook, TRACE, "01");
     let line = webhook.wait_for_log("\"message\":\"admission\"");
     assert!(!line.contains("trace_id"), "{line}");
 }
 
 #[test]
-fn a_collector_that_is_gone_keeps_no_admission_and_no_end_waiting() {
+fn unreachable_collector_delays_neither_admission_nor_exit() {
     let postgres = Postgres::with(&schema());
     let endpoint = format!("http://127.0.0.1:{}", free_port());
     let environment = [("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str())];
     let mut webhook = start(&postgres.url(), &environment);
     for _ in 0..20 {
-        ask(&webhook, TRACE, "01");
+        send(&webhook, TRACE, "01");
     }
     webhook.signal("TERM");
     assert!(webhook.wait().success());
@@ -213,7 +213,7 @@ fn a_collector_that_is_gone_keeps_no_admission_and_no_end_waiting() {
 }
 
 #[test]
-fn the_environment_says_what_the_program_is_called() {
+fn environment_overrides_the_service_name() {
     let postgres = Postgres::with(&schema());
     for (names, expected) in [
         (vec![("OTEL_SERVICE_NAME", "own")], "own"),
@@ -229,18 +229,18 @@ fn the_environment_says_what_the_program_is_called() {
         environment.push(("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()));
         environment.push(("OTEL_BSP_SCHEDULE_DELAY", "100"));
         let webhook = start(&postgres.url(), &environment);
-        ask(&webhook, TRACE, "01");
+        send(&webhook, TRACE, "01");
         let (resource, _) = wait_for("the collector has a span", || collector.spans().pop());
         assert_eq!(resource["service.name"], expected);
     }
 }
 
 #[test]
-fn an_endpoint_that_is_none_ends_the_start_with_what_to_correct() {
+fn serve_exits_when_the_endpoint_is_invalid() {
     for endpoint in ["not a url", "http://user:sk-secret@collector:4318\n"] {
         let mut command = program(&["serve", "--dev"]);
         command.env("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint);
-        let (code, _, stderr) = shown(&command.output().unwrap());
+        let (code, _, stderr) = decode_output(&command.output().unwrap());
         let expected =
             "error: traces cannot be sent; correct or unset the OTEL_EXPORTER_OTLP_ variables\n";
         assert_eq!((code, stderr.as_str()), (2, expected));

@@ -1,4 +1,4 @@
-//! The guard: `/validate` refuses what `/mutate` would still change, on both operations.
+//! The guard: `/validate` rejects pods that `/mutate` would still change, on CREATE and on ephemeral containers.
 
 use serde_json::json;
 
@@ -29,7 +29,7 @@ fn start() -> (Webhook, tempfile::TempDir) {
 }
 
 #[test]
-fn a_vendor_key_that_was_put_back_is_refused_by_container_and_name() {
+fn restored_vendor_key_is_refused_by_name() {
     let (webhook, _folder) = start();
     let review = create(&pod(ID, &json!([{"name": "KEEP", "value": "1"}])));
     let mut settled = patched(&review, &webhook.mutate(&review));
@@ -44,15 +44,15 @@ fn a_vendor_key_that_was_put_back_is_refused_by_container_and_name() {
         .unwrap();
     env.push(json!({"name": "XAI_API_KEY", "value": "sk-put-back"}));
     let answer = webhook.validate(&settled);
-    let message = "ENV_NOT_SETTLED: container \"agent\" has not settled XAI_API_KEY; remove what adds or changes these variables \
-                   after the llm-billing-webhook (another mutating webhook, perhaps), then create the pod again";
+    let message = "ENV_NOT_SETTLED: env of container \"agent\" is out of sync: XAI_API_KEY; another mutating webhook probably \
+                   changes these variables after the llm-billing-webhook; stop it from doing so, then create the pod again";
     let status = json!({"code": 403, "reason": "Forbidden", "message": message});
     let response = json!({"uid": review["request"]["uid"], "allowed": false, "status": status, "auditAnnotations": annotations});
     assert_eq!(answer["response"], response);
 }
 
 #[test]
-fn while_the_database_fails_a_pod_that_may_be_right_is_to_be_sent_again() {
+fn failed_lookup_refuses_a_possibly_correct_pod() {
     let postgres = Postgres::with(&load::schema());
     let webhook = Start {
         policy: PROXY,
@@ -68,12 +68,12 @@ fn while_the_database_fails_a_pod_that_may_be_right_is_to_be_sent_again() {
     postgres.execute("ALTER TABLE workspaces RENAME TO gone");
     let answer = webhook.validate(&settled);
     let annotations = json!({"mode": "platform_managed", "source": "constant_fallback", "reason": "lookup_error", "workspace": load::BYOK});
-    let message = "LOOKUP_FAILED: the workspace's billing mode could not be looked up; try again, and if it stays, \
-                   ask the platform's operators";
+    let message = "LOOKUP_FAILED: the workspace's billing mode could not be looked up; try again; if it keeps failing, \
+                   contact the platform's operators";
     let status = json!({"code": 503, "reason": "ServiceUnavailable", "message": message});
     let response = json!({"uid": review["request"]["uid"], "allowed": false, "status": status, "auditAnnotations": annotations});
     assert_eq!(answer["response"], response);
-    // One that a fallback made is what the policy asks for.
+    // A pod mutated during the failure matches the fallback, so it is allowed.
     let fallen_back = patched(&review, &webhook.mutate(&review));
     assert_eq!(webhook.validate(&fallen_back)["response"]["allowed"], true);
     postgres.execute("ALTER TABLE gone RENAME TO workspaces");
@@ -81,7 +81,7 @@ fn while_the_database_fails_a_pod_that_may_be_right_is_to_be_sent_again() {
 }
 
 #[test]
-fn absent_annotations_are_no_reason_to_refuse() {
+fn missing_annotations_are_allowed() {
     let (webhook, _folder) = start();
     let review = create(&pod(ID, &json!([])));
     let mut settled = patched(&review, &webhook.mutate(&review));
@@ -93,7 +93,7 @@ fn absent_annotations_are_no_reason_to_refuse() {
 }
 
 #[test]
-fn a_debug_container_is_guarded_and_other_requests_are_let_through() {
+fn guard_checks_debug_containers_and_ignores_other_requests() {
     let (webhook, _folder) = start();
     let reviews = recorded_reviews();
     let debug = &reviews["ephemeral-container"];

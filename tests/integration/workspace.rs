@@ -1,4 +1,4 @@
-//! `workspace` and `resolve`, and the commands that only print.
+//! The commands `workspace`, `resolve`, `policy` and `completions`.
 
 use llm_billing_webhook::core::policy_file::PolicyFile;
 
@@ -8,14 +8,12 @@ use test_support::program::run;
 const ID: &str = "88888888-8888-8888-8888-888888888888";
 
 #[test]
-fn a_mode_that_is_set_is_listed_and_resolved_until_it_is_cleared() {
+fn workspace_mode_is_listed_and_resolved_until_cleared() {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("sqlite://{}", folder.path().join("new.sqlite").display());
     let call = |arguments: &[&str]| run(&[arguments, &["--database-url", &url]].concat());
-    let said = |what: &str| {
-        format!(
-            "workspace {ID} is set to {what}; it applies to the pods that are created from now on\n"
-        )
+    let confirmation = |mode: &str| {
+        format!("workspace {ID} is set to {mode}; it applies to pods created from now on\n")
     };
     assert_eq!(
         call(&["workspace", "list"]),
@@ -24,7 +22,7 @@ fn a_mode_that_is_set_is_listed_and_resolved_until_it_is_cleared() {
     for mode in ["byok", "disabled", "platform_managed"] {
         assert_eq!(
             call(&["workspace", "set", ID, mode]),
-            (0, String::new(), said(mode))
+            (0, String::new(), confirmation(mode))
         );
         assert_eq!(call(&["workspace", "list"]).1, format!("{ID}  {mode}\n"));
         let answer = format!("mode:   {mode}\nsource: workspace_override\nreason: override\n");
@@ -32,7 +30,7 @@ fn a_mode_that_is_set_is_listed_and_resolved_until_it_is_cleared() {
     }
     assert_eq!(
         call(&["workspace", "clear", ID]),
-        (0, String::new(), said("the platform's default"))
+        (0, String::new(), confirmation("the platform's default"))
     );
     assert_eq!(call(&["workspace", "list"]).1, format!("{ID}  -\n"));
     let answer = |reason: &str| {
@@ -51,7 +49,7 @@ fn a_mode_that_is_set_is_listed_and_resolved_until_it_is_cleared() {
 }
 
 #[test]
-fn what_cannot_be_set_or_resolved_is_said_with_its_remedy() {
+fn invalid_arguments_are_reported_with_the_remedy() {
     let folder = tempfile::tempdir().unwrap();
     let url = format!("sqlite://{}", folder.path().join("new.sqlite").display());
     let error = |arguments: &[&str]| {
@@ -90,7 +88,7 @@ fn what_cannot_be_set_or_resolved_is_said_with_its_remedy() {
 }
 
 #[test]
-fn the_platforms_own_database_is_never_written() {
+fn workspace_command_refuses_the_platforms_database() {
     let postgres = Postgres::with("CREATE TABLE workspaces (id uuid, llm_billing_mode text)");
     for command in [&["set", ID, "byok"][..], &["clear", ID], &["list"]] {
         let (code, _, stderr) = run(&[
@@ -99,13 +97,13 @@ fn the_platforms_own_database_is_never_written() {
             &["--database-url", &postgres.url()],
         ]
         .concat());
-        let sentence = "error: the database is not SQLite; the platform's own database is never written, change modes there by its own means\n";
-        assert_eq!((code, stderr.as_str()), (2, sentence));
+        let expected = "error: the database is not SQLite; the platform's own database is never written, so change modes through the platform\n";
+        assert_eq!((code, stderr.as_str()), (2, expected));
     }
 }
 
 #[test]
-fn resolve_asks_postgresql_with_all_that_the_query_needs() {
+fn resolve_binds_all_query_parameters_on_postgresql() {
     let postgres = Postgres::with(&format!(
         "CREATE TABLE t (space text, tenant text, id uuid, mode text); INSERT INTO t VALUES ('ns', 'acme', '{ID}', 'byok')"
     ));
@@ -137,7 +135,7 @@ fn resolve_asks_postgresql_with_all_that_the_query_needs() {
 }
 
 #[test]
-fn the_default_policy_and_the_schema_are_printed() {
+fn default_policy_and_schema_are_printed() {
     let (code, default, _) = run(&["policy", "default"]);
     assert_eq!(code, 0);
     assert!(PolicyFile::parse(&default).unwrap() == PolicyFile::default());
@@ -149,7 +147,7 @@ fn the_default_policy_and_the_schema_are_printed() {
 }
 
 #[test]
-fn completions_are_printed_for_each_shell_and_an_early_end_of_reading_is_no_error() {
+fn completions_are_printed_for_each_shell() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let (code, script, stderr) = run(&["completions", shell]);
         assert_eq!((code, stderr.as_str()), (0, ""));

@@ -1,10 +1,10 @@
-{{/* Names and labels, and what more than one template needs. Rules about values are in _validate.tpl. */}}
+{{/* Names, labels and helpers that several templates share. Validation of values is in _validate.tpl. */}}
 
 {{- define "llm-billing-webhook.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* Every object's name, or how it begins. The Service's name may have 63 characters. */}}
+{{/* The name of every object, or its prefix. A Service's name may have 63 characters. */}}
 {{- define "llm-billing-webhook.fullname" -}}
 {{- if .Values.fullnameOverride }}
 {{- .Values.fullnameOverride | trunc 63 | trimSuffix "-" }}
@@ -14,15 +14,15 @@
 {{- end }}
 {{- end }}
 
-{{/* The component keeps the pod of `helm test` out of the Service. These never change: a Deployment's selector
-cannot. */}}
+{{/* The component label keeps the pod of `helm test` out of the Service. Never change these: a Deployment's selector is
+immutable. */}}
 {{- define "llm-billing-webhook.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "llm-billing-webhook.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 app.kubernetes.io/component: webhook
 {{- end }}
 
-{{/* Every object's labels. commonLabels add to the chart's own, and never replace them. */}}
+{{/* The labels of every object. commonLabels are added, and never override the chart's own. */}}
 {{- define "llm-billing-webhook.labels" -}}
 {{- $labels := include "llm-billing-webhook.selectorLabels" . | fromYaml }}
 {{- $_ := set $labels "app.kubernetes.io/version" .Chart.AppVersion }}
@@ -58,8 +58,8 @@ app.kubernetes.io/component: webhook
 {{- end }}
 {{- end }}
 
-{{/* The policy file. What stands in the values wins; where the webhook is asked about all pods of a namespace, those
-without the label are platform_managed unless it says otherwise. */}}
+{{/* The policy file. With scope: namespace, pods without the label are platform_managed unless the values set
+policy.unlabelled. */}}
 {{- define "llm-billing-webhook.policy" -}}
 {{- $policy := deepCopy .Values.policy }}
 {{- if and (eq .Values.scope "namespace") (not (hasKey $policy "unlabelled")) }}
@@ -68,13 +68,13 @@ without the label are platform_managed unless it says otherwise. */}}
 {{- toYaml $policy }}
 {{- end }}
 
-{{/* A time such as 90d, in seconds. */}}
+{{/* Converts a duration such as 90d to seconds. */}}
 {{- define "llm-billing-webhook.seconds" -}}
 {{- $units := dict "s" 1 "m" 60 "h" 3600 "d" 86400 "w" 604800 }}
 {{- mul (regexFind "^[0-9]+" . | int64) (get $units (regexFind "[a-z]$" .)) }}
 {{- end }}
 
-{{/* The namespaces in which the webhook is asked, as a label selector; for audits where pods without the label count. */}}
+{{/* The namespaces in scope, as a label selector for audits with scope: namespace. */}}
 {{- define "llm-billing-webhook.namespaceSelector" -}}
 {{- $exempt := concat (list "kube-system" .Release.Namespace) .Values.exemptNamespaces | uniq }}
 {{- $parts := list (printf "kubernetes.io/metadata.name notin (%s)" (join "," $exempt)) }}
@@ -93,13 +93,13 @@ without the label are platform_managed unless it says otherwise. */}}
 {{- join "," $parts }}
 {{- end }}
 
-{{/* More than one replica, now or by autoscaling. */}}
+{{/* "true" if there is always more than one replica, else empty. */}}
 {{- define "llm-billing-webhook.isReplicated" -}}
 {{- if gt (int (ternary .Values.autoscaling.minReplicas .Values.replicas .Values.autoscaling.enabled)) 1 }}true{{ end }}
 {{- end }}
 
-{{/* Which requests both webhooks are asked about. Nobody is asked about the webhook's own pods: with none running,
-none could start. */}}
+{{/* The requests that both webhooks cover. The release's namespace is exempt: otherwise, with no replica running, none
+could start. */}}
 {{- define "llm-billing-webhook.admissionMatch" -}}
 admissionReviewVersions: [v1]
 sideEffects: None
@@ -139,8 +139,8 @@ objectSelector:
 {{- end }}
 {{- end }}
 
-{{/* Where the API server finds the webhook. Self-managed and by cert-manager, the CA is written by them. A field that
-the chart does not have is left alone by whoever applies the chart again. */}}
+{{/* The Service that the API server calls. Unless the values provide caBundle, the chart omits it: the replicas or
+cert-manager write it, and an upgrade keeps it. */}}
 {{- define "llm-billing-webhook.clientConfig" -}}
 service:
   namespace: {{ .context.Release.Namespace }}

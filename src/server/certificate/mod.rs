@@ -1,4 +1,4 @@
-//! The serving certificate: read from files or from the Secret that the replicas share, renewed, and reloaded.
+//! The serving certificate: loaded from files or from the replicas' shared Secret, renewed and reloaded.
 
 pub mod rotation;
 pub mod secret;

@@ -1,8 +1,8 @@
-//! The authority and the certificate that all replicas share: kept in one Secret, published as `caBundle` in the
-//! webhook configurations, served. What must be made or renewed is rotation.rs's business.
+//! The replicas' shared CA and certificate: stores them in one Secret, publishes the CA as `caBundle` in the webhook
+//! configurations and serves the certificate. The decision what to generate or renew lives in rotation.rs.
 //!
-//! No replica leads. Each looks at regular intervals and does what must be done; of two that do it at the same
-//! time, the API server refuses one, which then takes what the other has made.
+//! There is no leader: each replica reconciles periodically. If two write at once, the API server rejects one with a
+//! conflict, and that replica reads the other's result.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -28,70 +28,70 @@ use super::tls::{self, Certificate, CertificatePem, LiveCertificate, TlsError};
 use crate::cluster::ClusterError;
 use crate::telemetry;
 
-/// Longest wait for the first certificate, after which the process ends and says why.
+/// Limit on the time to obtain the first certificate. After it the process exits with the last error.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
-/// Between two tries until then.
-const START_PAUSE: Duration = Duration::from_secs(1);
-/// Looks in whose time all that is asked of the API server at one look must be answered: less than the time in which
-/// an authority settles, so that no slow replica writes an older list over a newer one.
+/// Pause between attempts to obtain the first certificate.
+const START_RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// Time-out of one reconciliation, in intervals. It is shorter than the propagation time, so that a slow replica never
+/// overwrites a newer list of CAs with an older one.
 const MAX_RECONCILE_INTERVALS: u32 = 2;
-/// Looks after which an authority that was there each time is known to all API servers: they follow webhook
-/// configurations within a second or so, and looks are ten seconds apart.
-const SETTLING_INTERVALS: u32 = 3;
-/// Replicas that start together meet again and again, but each time one of them is done.
+/// Intervals after which all API servers trust a CA that was published all the time. They apply changes of webhook
+/// configurations within about a second; an interval is ten seconds.
+const PROPAGATION_INTERVALS: u32 = 3;
+/// Limit on retries after write conflicts. Replicas that start together conflict repeatedly; each time, one succeeds.
 const MAX_CONFLICTS: usize = 16;
 
-/// Where the certificate is kept and published.
+/// Configuration of the shared Secret and of the publication of its CA.
 #[derive(Clone, Debug)]
 pub struct SharedSecretConfig {
     /// The namespace of the Secret.
     pub namespace: String,
-    /// The Secret; made if it is not there.
+    /// The name of the Secret, which is created if missing.
     pub secret: String,
-    /// MutatingWebhookConfigurations whose `caBundle` is kept right.
+    /// Names of the MutatingWebhookConfigurations to set the `caBundle` of.
     pub mutating: Vec<String>,
-    /// The same for ValidatingWebhookConfigurations.
+    /// Names of the ValidatingWebhookConfigurations to set the `caBundle` of.
     pub validating: Vec<String>,
-    /// A file with authorities: only their clients may connect; read again when it changes.
+    /// PEM file with the CA certificates for client authentication, reloaded when it changes.
     pub client_ca: Option<PathBuf>,
 }
 
-/// The shared certificate, as one replica sees it. No `Debug`: keys are in it.
+/// One replica's view of the shared certificate. No `Debug`: it holds the private keys.
 pub struct SharedSecret {
     secrets: Api<Secret>,
     config: SharedSecretConfig,
     configurations: Vec<Configuration>,
     spec: CertificateSpec,
-    /// Tells this replica's creation of the Secret from another's.
+    /// The field manager, unique to this replica, so that concurrent creations of the Secret conflict.
     manager: String,
     bundle: CertificateBundle,
     served: Option<CertificatePem>,
-    /// Since when each look has found these authorities in all configurations.
+    /// The CA certificates found in all configurations by each reconciliation since this instant.
     published: Option<(String, Instant)>,
 }
 
-/// Why there is no certificate to serve, or why it is not kept.
+/// Why the certificate cannot be obtained, stored or published.
 #[derive(Debug, Error)]
 pub enum SecretError {
     /// The Secret cannot be read or written.
-    #[error("cannot keep the certificate in Secret {0}")]
+    #[error("cannot sync the certificate with Secret {0}")]
     Secret(String, #[source] ClusterError),
-    /// A webhook configuration cannot be read or patched.
-    #[error("cannot publish the certificate's authority in webhook configuration {0}")]
+    /// A webhook configuration cannot be read or written.
+    #[error("cannot publish the CA certificate in webhook configuration {0}")]
     Publish(String, #[source] ClusterError),
-    /// No key or certificate can be made.
-    #[error("cannot make a certificate")]
+    /// A key or certificate cannot be generated.
+    #[error("cannot generate a certificate")]
     Make(#[from] rcgen::Error),
-    /// What was made cannot be served.
+    /// The certificate cannot be served.
     #[error("cannot serve the certificate")]
     Serve(#[from] TlsError),
-    /// The API server takes too long.
+    /// The API server did not answer in time.
     #[error("the API server did not answer in time")]
     Timeout,
 }
 
 impl SecretError {
-    /// Whether it will not pass by itself: a role lacks a permission, say.
+    /// Reports whether retrying is useless, for example because a role lacks a permission.
     const fn is_final(&self) -> bool {
         match self {
             Self::Secret(_, error) | Self::Publish(_, error) => {
@@ -104,16 +104,16 @@ impl SecretError {
 }
 
 impl SharedSecret {
-    /// Nothing is asked of the API server yet.
+    /// Prepares the shared certificate, without a request to the API server.
     #[must_use]
     pub fn new(client: &Client, config: SharedSecretConfig, spec: CertificateSpec) -> Self {
         let configurations = |kind: ApiResource, names: &[String]| -> Vec<Configuration> {
-            let one = |name: &String| Configuration {
+            let configuration = |name: &String| Configuration {
                 api: Api::all_with(client.clone(), &kind),
                 name: name.clone(),
                 is_missing: false,
             };
-            names.iter().map(one).collect()
+            names.iter().map(configuration).collect()
         };
         let mutating = kind_of::<MutatingWebhookConfiguration>();
         let validating = kind_of::<ValidatingWebhookConfiguration>();
@@ -133,10 +133,10 @@ impl SharedSecret {
         }
     }
 
-    /// The first certificate, made if no replica has made one.
+    /// Returns the first certificate, and generates it if no replica has.
     ///
     /// # Errors
-    /// [`SecretError`], the last of many tries'.
+    /// [`SecretError`] of the last attempt.
     pub async fn obtain(&mut self) -> Result<Certificate, SecretError> {
         let started = Instant::now();
         loop {
@@ -155,16 +155,16 @@ impl SharedSecret {
                 }
                 Err(error) => warn!(error = telemetry::chain(&error), "no certificate yet"),
             }
-            sleep(START_PAUSE).await;
+            sleep(START_RETRY_INTERVAL).await;
         }
     }
 
-    /// Looks after it, for ever.
+    /// Reconciles periodically and serves each changed certificate. Never returns.
     pub(in crate::server) async fn run(mut self, live: LiveCertificate<'_>) {
-        let mut failing = false;
+        let mut is_failing = false;
         loop {
             sleep(self.spec.interval()).await;
-            let failed = match self.reconcile().await {
+            let failure = match self.reconcile().await {
                 Ok((pem, published)) => {
                     if self.served.as_ref() != Some(&pem) {
                         live.replace(Certificate::from_pem(&pem));
@@ -174,31 +174,31 @@ impl SharedSecret {
                 }
                 Err(error) => Some(error),
             };
-            if let Some(error) = &failed {
+            if let Some(error) = &failure {
                 live.metrics.certificate_reload("failed");
-                // Said once, not every ten seconds.
-                if !failing {
+                // Logged once, not every ten seconds.
+                if !is_failing {
                     error!(
                         error = telemetry::chain(error),
-                        "the certificate cannot be kept; what is served stays"
+                        "cannot reconcile the certificate; the current one stays in use"
                     );
                 }
             }
-            failing = failed.is_some();
+            is_failing = failure.is_some();
         }
     }
 
-    /// Does what must be done, and tells what is to be served: also if it cannot be published just now, for nothing
-    /// is signed by an authority that was not published before.
+    /// Syncs the Secret, publishes the CA, and returns the certificate to serve. A failure to publish does not prevent
+    /// serving: a CA signs nothing before it was published.
     async fn reconcile(
         &mut self,
     ) -> Result<(CertificatePem, Result<(), SecretError>), SecretError> {
-        let longest = self.spec.interval() * MAX_RECONCILE_INTERVALS;
-        let done = async {
+        let time_limit = self.spec.interval() * MAX_RECONCILE_INTERVALS;
+        let work = async {
             self.sync_secret().await?;
             Ok(self.publish().await)
         };
-        let published = timeout(longest.max(Duration::from_secs(1)), done)
+        let published = timeout(time_limit.max(Duration::from_secs(1)), work)
             .await
             .unwrap_or(Err(SecretError::Timeout))?;
         let client_ca = self
@@ -215,9 +215,9 @@ impl SharedSecret {
         Ok((pem, published))
     }
 
-    /// Brings what is bundle and what is in the Secret to the same.
+    /// Brings this replica's bundle and the Secret in sync.
     async fn sync_secret(&mut self) -> Result<(), SecretError> {
-        let failed = |error| {
+        let secret_error = |error| {
             let SharedSecretConfig {
                 namespace, secret, ..
             } = &self.config;
@@ -225,51 +225,52 @@ impl SharedSecret {
         };
         let mut conflicts = 0;
         loop {
-            let kept = self.secrets.get_opt(&self.config.secret).await;
-            let kept = kept.map_err(|error| failed(error.into()))?;
-            let kept_held = kept.as_ref().map(bundle);
+            let stored = self.secrets.get_opt(&self.config.secret).await;
+            let stored = stored.map_err(|error| secret_error(error.into()))?;
+            let stored_bundle = stored.as_ref().map(parse_bundle);
             let now = OffsetDateTime::now_utc().unix_timestamp();
-            let mut restored = CertificateBundle::restored(kept_held.clone(), &self.bundle, now);
+            let mut restored =
+                CertificateBundle::restored(stored_bundle.clone(), &self.bundle, now);
             if !restored.is_accepted(now) {
-                // There may be replicas, or a certificate of somebody else's, that are trusted by what is published.
-                restored.authorities += &self.published_authorities().await?;
+                // Certificates in use elsewhere may be signed by a published CA: keep it trusted.
+                restored.ca_certificates += &self.published_ca_certificates().await?;
             }
-            let is_settled = self.is_settled(&restored.authorities);
-            let next = self.spec.next(&restored, now, is_settled)?;
+            let is_propagated = self.is_propagated(&restored.ca_certificates);
+            let next = self.spec.next(&restored, now, is_propagated)?;
             let next = next.unwrap_or(restored);
-            if kept_held.as_ref() == Some(&next) {
+            if stored_bundle.as_ref() == Some(&next) {
                 self.bundle = next;
                 return Ok(());
             }
-            match self.write(kept, &next).await {
+            match self.write(stored, &next).await {
                 Ok(()) => {
-                    info!(secret = self.config.secret, "certificate kept");
+                    info!(secret = self.config.secret, "certificate stored");
                     self.bundle = next;
                     return Ok(());
                 }
                 Err(ClusterError::Conflict(_)) if conflicts < MAX_CONFLICTS => conflicts += 1,
-                Err(error) => return Err(failed(error)),
+                Err(error) => return Err(secret_error(error)),
             }
         }
     }
 
     async fn write(
         &self,
-        kept: Option<Secret>,
+        stored: Option<Secret>,
         bundle: &CertificateBundle,
     ) -> Result<(), ClusterError> {
         let name = &self.config.secret;
         let data = fields(bundle)
             .map(|(field, text)| (field.to_owned(), ByteString(text.clone().into_bytes())));
-        match kept {
-            // Replaces what was read, and nothing newer: the API server compares its version.
+        match stored {
+            // The API server rejects this if the Secret has changed since it was read.
             Some(mut secret) => {
                 secret.data.get_or_insert_default().extend(data);
                 let params = PostParams::default();
                 self.secrets.replace(name, &params, &secret).await?;
             }
-            // Applied rather than posted: a role can be limited to this one name. Unforced, and by a manager of
-            // its own, it conflicts with what another replica has applied meanwhile.
+            // Applied, not created: RBAC can limit a patch to one name, but not a create. Unforced and with a field
+            // manager per replica, it conflicts if another replica applied first.
             None => {
                 let secret = Secret {
                     metadata: ObjectMeta {
@@ -287,24 +288,24 @@ impl SharedSecret {
         Ok(())
     }
 
-    /// The authorities that clients trust now.
-    async fn published_authorities(&self) -> Result<String, SecretError> {
-        let mut all = String::new();
+    /// Returns the CA certificates published in the webhook configurations.
+    async fn published_ca_certificates(&self) -> Result<String, SecretError> {
+        let mut published = String::new();
         for Configuration { api, name, .. } in &self.configurations {
             let found = api.get_opt(name).await;
             let found = found.map_err(|error| SecretError::Publish(name.clone(), error.into()))?;
-            all.extend(found.iter().flat_map(ca_bundles));
+            published.extend(found.iter().flat_map(ca_bundles));
         }
-        Ok(all)
+        Ok(published)
     }
 
-    /// Puts the authorities into every configuration that lacks them.
+    /// Writes the CA certificates into every configuration that lacks them.
     async fn publish(&mut self) -> Result<(), SecretError> {
-        let authorities = &self.bundle.authorities;
+        let ca_certificates = &self.bundle.ca_certificates;
         for configuration in &mut self.configurations {
-            match configuration.publish(authorities).await {
+            match configuration.publish(ca_certificates).await {
                 Ok(false) => {}
-                // Whatever was there, from now on it is known.
+                // The propagation time starts again.
                 Ok(true) => self.published = None,
                 Err(error) => {
                     self.published = None;
@@ -312,16 +313,20 @@ impl SharedSecret {
                 }
             }
         }
-        let is_known = matches!(&self.published, Some((known, _)) if known == authorities);
-        if !is_known {
-            self.published = Some((authorities.clone(), Instant::now()));
+        let is_recorded =
+            matches!(&self.published, Some((published, _)) if published == ca_certificates);
+        if !is_recorded {
+            self.published = Some((ca_certificates.clone(), Instant::now()));
         }
         Ok(())
     }
 
-    fn is_settled(&self, authorities: &str) -> bool {
-        let time = self.spec.interval() * SETTLING_INTERVALS;
-        matches!(&self.published, Some((known, since)) if known == authorities && since.elapsed() >= time)
+    fn is_propagated(&self, ca_certificates: &str) -> bool {
+        let time = self.spec.interval() * PROPAGATION_INTERVALS;
+        matches!(
+            &self.published,
+            Some((published, since)) if published == ca_certificates && since.elapsed() >= time
+        )
     }
 }
 
@@ -329,17 +334,17 @@ fn kind_of<K: Resource<DynamicType = ()>>() -> ApiResource {
     ApiResource::erase::<K>(&())
 }
 
-/// The Secret's fields, by the names that certificates have in Secrets.
+/// Returns the Secret's fields, under the standard names of TLS Secrets.
 fn fields(bundle: &CertificateBundle) -> [(&'static str, &String); 4] {
     [
-        ("ca.crt", &bundle.authorities),
-        ("ca.key", &bundle.authority_key),
+        ("ca.crt", &bundle.ca_certificates),
+        ("ca.key", &bundle.ca_key),
         ("tls.crt", &bundle.certificate),
         ("tls.key", &bundle.key),
     ]
 }
 
-fn bundle(secret: &Secret) -> CertificateBundle {
+fn parse_bundle(secret: &Secret) -> CertificateBundle {
     let text = |field: &str| {
         let bytes = secret.data.as_ref().and_then(|data| data.get(field));
         bytes.map_or(String::new(), |bytes| {
@@ -347,14 +352,14 @@ fn bundle(secret: &Secret) -> CertificateBundle {
         })
     };
     CertificateBundle {
-        authorities: text("ca.crt"),
-        authority_key: text("ca.key"),
+        ca_certificates: text("ca.crt"),
+        ca_key: text("ca.key"),
         certificate: text("tls.crt"),
         key: text("tls.key"),
     }
 }
 
-/// A webhook configuration, all of whose webhooks are this program's.
+/// A webhook configuration. All its webhooks must be this program's.
 #[derive(Clone)]
 struct Configuration {
     api: Api<DynamicObject>,
@@ -363,23 +368,23 @@ struct Configuration {
 }
 
 impl Configuration {
-    /// Whether the configuration lacked them.
-    async fn publish(&mut self, authorities: &str) -> Result<bool, ClusterError> {
+    /// Writes the CA certificates into the configuration. Returns whether it had to be changed.
+    async fn publish(&mut self, ca_certificates: &str) -> Result<bool, ClusterError> {
         let mut conflicts = 0;
         loop {
             let Some(mut found) = self.api.get_opt(&self.name).await? else {
-                // Nobody calls a webhook that is not configured.
+                // No API server calls a webhook without its configuration.
                 if !self.is_missing {
                     warn!(
                         name = self.name,
-                        "the webhook configuration is not there; it gets its caBundle once it is"
+                        "webhook configuration not found; its caBundle is set once it exists"
                     );
                 }
                 self.is_missing = true;
                 return Ok(false);
             };
             self.is_missing = false;
-            if !set_ca_bundle(&mut found, authorities) {
+            if !set_ca_bundle(&mut found, ca_certificates) {
                 return Ok(false);
             }
             let params = PostParams::default();
@@ -396,7 +401,7 @@ impl Configuration {
     }
 }
 
-/// What the webhooks of a configuration are trusted by; what is no text is passed over.
+/// Returns the decoded `caBundle` of each webhook in a configuration. Ignores invalid ones.
 fn ca_bundles(found: &DynamicObject) -> Vec<String> {
     let webhooks = found.data.get("webhooks").and_then(Value::as_array);
     let bundles = webhooks.into_iter().flatten().filter_map(|webhook| {
@@ -406,11 +411,11 @@ fn ca_bundles(found: &DynamicObject) -> Vec<String> {
     bundles.collect()
 }
 
-/// Gives each webhook of a configuration the authorities; whether one lacked them.
-fn set_ca_bundle(found: &mut DynamicObject, authorities: &str) -> bool {
-    let ca_bundle = Value::String(STANDARD.encode_to_string(authorities));
+/// Sets the `caBundle` of each webhook in a configuration. Reports whether one has changed.
+fn set_ca_bundle(found: &mut DynamicObject, ca_certificates: &str) -> bool {
+    let ca_bundle = Value::String(STANDARD.encode_to_string(ca_certificates));
     let webhooks = found.data.get_mut("webhooks").and_then(Value::as_array_mut);
-    let mut was_lacking = false;
+    let mut is_changed = false;
     for webhook in webhooks.into_iter().flatten() {
         let Some(client) = webhook
             .get_mut("clientConfig")
@@ -418,8 +423,8 @@ fn set_ca_bundle(found: &mut DynamicObject, authorities: &str) -> bool {
         else {
             continue;
         };
-        was_lacking |= client.get("caBundle") != Some(&ca_bundle);
+        is_changed |= client.get("caBundle") != Some(&ca_bundle);
         client.insert("caBundle".to_owned(), ca_bundle.clone());
     }
-    was_lacking
+    is_changed
 }

@@ -1,5 +1,5 @@
-//! The serving certificate: loading, checking, and reloading when the files' contents change. Contents are
-//! compared, not watched: a mounted Secret is replaced by a symbolic link, which file events miss.
+//! The serving certificate: loads and validates it, and reloads it when the files' contents change. The contents are
+//! compared, not watched: a kubelet updates a mounted Secret by replacing a symbolic link, which file events miss.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,33 +18,33 @@ use crate::metrics::Metrics;
 use crate::server::readiness::Readiness;
 use crate::telemetry;
 
-/// How often the files of certificate and database URL are read: well within the minute that a kubelet takes
-/// to update a mounted Secret.
+/// Pause between reads of the files of certificate and database URL: well below the minute that a kubelet takes to
+/// update a mounted Secret.
 pub(in crate::server) const RELOAD_INTERVAL: Duration = Duration::from_secs(2);
 
-/// Where the certificate is.
+/// Paths of the certificate's files.
 #[derive(Clone, Debug)]
 pub struct CertificateFiles {
-    /// PEM, the server's own certificate first.
+    /// PEM file with the server's own certificate first.
     pub certificate: PathBuf,
-    /// PEM.
+    /// PEM file with the private key.
     pub key: PathBuf,
-    /// PEM of the authorities whose clients may connect; absent, any client may.
+    /// PEM file with the CA certificates for client authentication; without it, any client may connect.
     pub client_ca: Option<PathBuf>,
 }
 
-/// PEM texts of a certificate, not yet checked. No `Debug`: the key is in it.
+/// A certificate's PEM texts, not yet validated. No `Debug`: it holds the private key.
 #[derive(Clone, PartialEq, Eq)]
 pub struct CertificatePem {
     /// The server's own certificate first.
     pub certificate: Vec<u8>,
     /// The private key.
     pub key: Vec<u8>,
-    /// Client authorities.
+    /// The CA certificates for client authentication.
     pub client_ca: Option<Vec<u8>>,
 }
 
-/// A certificate that can be served.
+/// A valid certificate with its TLS configuration.
 #[derive(Clone, Debug)]
 pub struct Certificate {
     config: Arc<ServerConfig>,
@@ -52,7 +52,7 @@ pub struct Certificate {
     pub not_after: i64,
 }
 
-/// Why a certificate cannot be served.
+/// Why a certificate cannot be loaded.
 #[derive(Debug, Error)]
 pub enum TlsError {
     /// A file cannot be read.
@@ -60,19 +60,19 @@ pub enum TlsError {
     Read {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: std::io::Error,
     },
-    /// The certificate file has no certificate, or one that cannot be parsed.
+    /// The certificate file has no certificate, or an invalid one.
     #[error("the certificate file holds no readable PEM certificate")]
     Certificate,
     /// The key file has no key.
     #[error("the key file holds no readable PEM private key")]
     Key,
-    /// The client authorities cannot be used.
+    /// The client CA certificates cannot be used.
     #[error("the client CA file holds no readable PEM certificate")]
     ClientCa,
-    /// Certificate and key do not fit each other, or TLS cannot use them.
+    /// Certificate and key do not match, or TLS does not support them.
     #[error("certificate and key cannot be used together")]
     Pair(#[source] rustls::Error),
 }
@@ -92,10 +92,10 @@ impl CertificateFiles {
 }
 
 impl Certificate {
-    /// Checks a certificate and its key.
+    /// Validates a certificate and its key. An expired certificate is accepted.
     ///
     /// # Errors
-    /// [`TlsError`]; that it has expired is none.
+    /// [`TlsError`]
     pub fn from_pem(pem: &CertificatePem) -> Result<Self, TlsError> {
         let certificates = |pem| CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
         let chain = certificates(&pem.certificate).map_err(|_| TlsError::Certificate)?;
@@ -127,7 +127,7 @@ impl Certificate {
         let mut config = builder
             .with_single_cert(chain, key)
             .map_err(TlsError::Pair)?;
-        // What the API server speaks to webhooks.
+        // The API server calls webhooks over HTTP/1.1.
         config.alpn_protocols = vec![b"http/1.1".to_vec()];
         Ok(Self {
             config: Arc::new(config),
@@ -149,7 +149,7 @@ pub(in crate::server) fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     })
 }
 
-/// The certificate that is being served, and where its expiry is recorded.
+/// The certificate being served, and where its expiry is recorded.
 #[derive(Clone, Copy)]
 pub(in crate::server) struct LiveCertificate<'a> {
     pub(in crate::server) config: &'a RustlsConfig,
@@ -158,7 +158,7 @@ pub(in crate::server) struct LiveCertificate<'a> {
 }
 
 impl LiveCertificate<'_> {
-    /// Serves a changed certificate. If it cannot be served, the old one stays.
+    /// Serves a changed certificate. If it failed to load, the old one stays.
     pub(in crate::server) fn replace(self, loaded: Result<Certificate, TlsError>) {
         match loaded {
             Ok(certificate) => {
@@ -178,34 +178,34 @@ impl LiveCertificate<'_> {
         }
     }
 
-    /// Records the expiry for readiness and metrics.
+    /// Records the certificate's expiry for readiness and metrics.
     pub(in crate::server) fn record(self, certificate: &Certificate) {
         self.readiness.set_certificate_expiry(certificate.not_after);
         self.metrics.certificate_expiry(certificate.not_after);
     }
 }
 
-/// Reads the files again and again, for ever, and serves what changed. A pair that cannot be served is tried
-/// again when it changes once more.
+/// Periodically reads the files and serves a changed certificate. An invalid one is tried again only after the next
+/// change. Never returns.
 pub(in crate::server) async fn reload(
     files: &CertificateFiles,
-    mut seen: CertificatePem,
+    mut loaded_pem: CertificatePem,
     live: LiveCertificate<'_>,
 ) {
-    let mut unreadable = false;
+    let mut is_unreadable = false;
     loop {
         tokio::time::sleep(RELOAD_INTERVAL).await;
         let loaded = match files.read() {
-            Ok(pem) if pem == seen => continue,
+            Ok(pem) if pem == loaded_pem => continue,
             Ok(pem) => {
-                seen = pem;
-                Certificate::from_pem(&seen)
+                loaded_pem = pem;
+                Certificate::from_pem(&loaded_pem)
             }
-            // Said once, not every two seconds.
-            Err(_) if unreadable => continue,
+            // Logged once, not every two seconds.
+            Err(_) if is_unreadable => continue,
             Err(error) => Err(error),
         };
-        unreadable = matches!(loaded, Err(TlsError::Read { .. }));
+        is_unreadable = matches!(loaded, Err(TlsError::Read { .. }));
         live.replace(loaded);
     }
 }

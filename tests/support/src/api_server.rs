@@ -1,5 +1,5 @@
-//! A Kubernetes API server for the tests, as its administrator sees it: where `KUBEBUILDER_ASSETS` names a folder with
-//! `etcd` and `kube-apiserver`, the real one; else a stand-in.
+//! A Kubernetes API server for the tests, with its administrator's client. It is the real one if `KUBEBUILDER_ASSETS`
+//! names a folder with `etcd` and `kube-apiserver`; otherwise a stand-in.
 
 use std::fs;
 use std::io::Write;
@@ -13,22 +13,22 @@ use ureq::Agent;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use super::control_plane::ControlPlane;
-use super::program::PATIENCE;
+use super::program::TIMEOUT;
 use super::stand_in;
 
-/// A running API server, and its administrator.
+/// A running API server and its administrator's client.
 pub struct ApiServer {
     url: String,
     client: Agent,
-    /// The real one, with what it takes to reach it.
+    /// `None` for the stand-in.
     pub control_plane: Option<ControlPlane>,
 }
 
-/// The administrator's token at the real one.
+/// The administrator's token on the real API server.
 pub const TOKEN: &str = "administrator";
 
 impl ApiServer {
-    /// Starts one.
+    /// Starts the real API server if it is installed, otherwise the stand-in.
     pub fn start() -> Self {
         Self::of_assets().unwrap_or_else(Self::stand_in)
     }
@@ -42,16 +42,16 @@ impl ApiServer {
         }
     }
 
-    /// Starts the real one, or says aloud that what needs it is skipped.
+    /// Starts the real API server. If it is not installed, reports that `what` is skipped.
     pub fn real(what: &str) -> Option<Self> {
         let real = Self::of_assets();
         if real.is_none() {
-            say_skipped(what);
+            report_skipped(what);
         }
         real
     }
 
-    /// Whether it is the real one.
+    /// Reports whether this is the real API server.
     pub fn is_real(&self) -> bool {
         self.control_plane.is_some()
     }
@@ -66,26 +66,26 @@ impl ApiServer {
         })
     }
 
-    /// A kubeconfig for `user`, whom the administrator impersonates, or for the administrator.
+    /// Writes a kubeconfig for the administrator, who impersonates `user` if given. Returns its path.
     pub fn kubeconfig(&self, folder: &Path, user: Option<&str>) -> PathBuf {
-        let mut who = json!({ "token": TOKEN });
+        let mut credentials = json!({ "token": TOKEN });
         if let Some(user) = user {
-            who["as"] = user.into();
+            credentials["as"] = user.into();
         }
         let name = user.unwrap_or("administrator").replace(':', "-");
         let file = folder.join(format!("kubeconfig-{name}"));
-        self.write_kubeconfig(&file, &who);
+        self.write_kubeconfig(&file, &credentials);
         file
     }
 
-    /// A kubeconfig for whoever has this token.
+    /// Writes a kubeconfig that authenticates with this token. Returns its path.
     pub fn kubeconfig_with_token(&self, folder: &Path, token: &str) -> PathBuf {
         let file = folder.join("kubeconfig-with-token");
         self.write_kubeconfig(&file, &json!({ "token": token }));
         file
     }
 
-    fn write_kubeconfig(&self, file: &Path, who: &Value) {
+    fn write_kubeconfig(&self, file: &Path, credentials: &Value) {
         let mut cluster = json!({ "server": self.url });
         if let Some(control_plane) = &self.control_plane {
             cluster["certificate-authority-data"] =
@@ -96,13 +96,13 @@ impl ApiServer {
             "kind": "Config",
             "current-context": "test",
             "clusters": [{"name": "test", "cluster": cluster}],
-            "users": [{"name": "test", "user": who}],
+            "users": [{"name": "test", "user": credentials}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": "default"}}],
         });
         fs::write(file, config.to_string()).unwrap();
     }
 
-    /// Sends a request as the administrator: status and body.
+    /// Sends a request as the administrator, and returns status and body.
     pub fn request(&self, method: &str, path: &str, body: Option<&Value>) -> (u16, Value) {
         let request = ureq::http::Request::builder()
             .method(method)
@@ -118,7 +118,7 @@ impl ApiServer {
         )
     }
 
-    /// An object by its path; `None` if it is not there.
+    /// Returns an object by its path, or `None` if it does not exist.
     pub fn get(&self, path: &str) -> Option<Value> {
         match self.request("GET", path, None) {
             (200, object) => Some(object),
@@ -134,7 +134,7 @@ impl ApiServer {
         created
     }
 
-    /// Changes what is there.
+    /// Updates an object, and retries after a conflict.
     pub fn change(&self, path: &str, change: impl Fn(&mut Value)) {
         loop {
             let mut object = self.get(path).unwrap();
@@ -161,16 +161,16 @@ impl ApiServer {
     }
 }
 
-/// Says aloud that something needs the real API server, which is not there.
-pub fn say_skipped(what: &str) {
-    // Not by a macro, whose output the test harness keeps for itself.
+/// Prints that `what` is skipped because it needs the real API server.
+pub fn report_skipped(what: &str) {
+    // The test harness captures what the print macros write.
     let line = format!(
         "skipped: {what}: KUBEBUILDER_ASSETS names no folder with etcd and kube-apiserver\n"
     );
     std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
 
-/// Where an object's kind is kept, by the rules of Kubernetes' paths.
+/// Returns the path of an object's collection, by Kubernetes' rules for paths.
 pub fn collection_of(object: &Value) -> String {
     let api = match object["apiVersion"].as_str().unwrap() {
         "v1" => "/api/v1".to_owned(),
@@ -186,7 +186,7 @@ pub fn collection_of(object: &Value) -> String {
     }
 }
 
-/// A client that trusts these authorities, if any.
+/// Returns a client that trusts these authorities, if any.
 pub fn agent(authorities: Option<&str>) -> Agent {
     let roots = authorities.map(|pem| {
         let blocks = pem.split_inclusive("-----END CERTIFICATE-----");
@@ -203,7 +203,7 @@ pub fn agent(authorities: Option<&str>) -> Agent {
         .http_status_as_error(false)
         .max_idle_connections(0)
         .allow_non_standard_methods(true)
-        .timeout_global(Some(PATIENCE))
+        .timeout_global(Some(TIMEOUT))
         .build()
         .into()
 }

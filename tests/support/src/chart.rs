@@ -21,7 +21,7 @@ pub fn helm(arguments: &[&str]) -> Output {
         .expect("Helm is not installed; scripts/check installs it")
 }
 
-/// Lets a command find Helm and kubectl where scripts/check puts them, and before all else what is in `folder`.
+/// Puts `folder` first on a command's PATH, and last the folder where scripts/check installs Helm and kubectl.
 pub fn with_tools<'c>(command: &'c mut Command, folder: &Path) -> &'c mut Command {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or(std::env::home_dir().map(|home| home.join(".cache")));
@@ -33,43 +33,43 @@ pub fn with_tools<'c>(command: &'c mut Command, folder: &Path) -> &'c mut Comman
     command.env("PATH", std::env::join_paths(folders).unwrap())
 }
 
-/// The arguments that render the chart with these settings, such as `guard.enabled=true`.
+/// Returns the arguments that render the chart with these settings, such as `guard.enabled=true`.
 fn template<'a>(chart: &'a str, settings: &[&'a str]) -> Vec<&'a str> {
     let mut arguments = vec!["template", RELEASE, chart, "--namespace", RELEASE];
     arguments.extend(settings.iter().flat_map(|setting| ["--set", setting]));
     arguments
 }
 
-/// What the chart makes of these settings, without hooks.
+/// Returns the objects that the chart renders from these settings, without hooks.
 pub fn render(settings: &[&str]) -> Vec<Value> {
     let mut objects = render_with_hooks(settings);
     objects.retain(|object| object["metadata"]["annotations"]["helm.sh/hook"].is_null());
     objects
 }
 
-/// The same with the hooks of `helm test`.
+/// Returns the same objects and the hooks of `helm test`.
 pub fn render_with_hooks(settings: &[&str]) -> Vec<Value> {
     let chart = chart();
-    let done = helm(&template(chart.to_str().unwrap(), settings));
+    let output = helm(&template(chart.to_str().unwrap(), settings));
     assert!(
-        done.status.success(),
+        output.status.success(),
         "{}",
-        String::from_utf8_lossy(&done.stderr)
+        String::from_utf8_lossy(&output.stderr)
     );
-    objects(&String::from_utf8(done.stdout).unwrap())
+    objects(&String::from_utf8(output.stdout).unwrap())
 }
 
-/// What Helm says of settings that it refuses.
-pub fn refusal(settings: &[&str]) -> String {
+/// Returns Helm's error for settings that the chart refuses.
+pub fn render_error(settings: &[&str]) -> String {
     let chart = chart();
-    let done = helm(&template(chart.to_str().unwrap(), settings));
-    assert!(!done.status.success(), "{settings:?} is accepted");
-    String::from_utf8(done.stderr).unwrap()
+    let output = helm(&template(chart.to_str().unwrap(), settings));
+    assert!(!output.status.success(), "{settings:?} is accepted");
+    String::from_utf8(output.stderr).unwrap()
 }
 
-/// The documents of a manifest.
+/// Parses a manifest into its objects.
 pub fn objects(manifest: &str) -> Vec<Value> {
-    // As Kubernetes reads it: 0440 is an octal number.
+    // Kubernetes reads 0440 as an octal number.
     let options = serde_saphyr::options! { legacy_octal_numbers: true };
     let documents: Vec<Value> =
         serde_saphyr::from_multiple_with_options(manifest, options).unwrap();
@@ -79,10 +79,10 @@ pub fn objects(manifest: &str) -> Vec<Value> {
         .collect()
 }
 
-/// The one object of a kind.
+/// Returns the only object of a kind. Panics if there is none or more than one.
 pub fn of_kind<'o>(objects: &'o [Value], kind: &str) -> &'o Value {
     let mut found = objects.iter().filter(|object| object["kind"] == kind);
-    let one = found.next();
-    assert!(found.next().is_none(), "{kind} is there twice");
-    one.unwrap_or_else(|| panic!("{kind} is not there"))
+    let object = found.next();
+    assert!(found.next().is_none(), "more than one {kind}");
+    object.unwrap_or_else(|| panic!("no {kind}"))
 }

@@ -1,5 +1,5 @@
-//! The real control plane on loopback, from the folder that `KUBEBUILDER_ASSETS` names: etcd, the API server, and the
-//! controllers if they are asked for. Each is ended by its id.
+//! The real control plane on loopback: etcd, the API server and, on request, the controllers. The programs come from
+//! the folder that `KUBEBUILDER_ASSETS` names, and are killed when the test ends.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use super::api_server::{TOKEN, agent};
 use super::postgres::free_port;
 use super::program::wait_for;
 
-/// What the API server writes into its audit log: pods, as they were asked for.
+/// The API server's audit policy: it logs pods as they were requested.
 const AUDIT_POLICY: &str = "
 apiVersion: audit.k8s.io/v1
 kind: Policy
@@ -23,9 +23,9 @@ rules:
 - {level: None}
 ";
 
-/// Running programs, ended by their ids.
+/// A running control plane.
 pub struct ControlPlane {
-    /// Where the API server is.
+    /// The API server's URL.
     pub url: String,
     assets: PathBuf,
     folder: TempDir,
@@ -83,12 +83,12 @@ impl ControlPlane {
                 ("authorization-mode", "RBAC"),
                 ("audit-policy-file", &path("audit.yaml")),
                 ("audit-log-path", &path("audit.log")),
-                // Nobody makes the accounts that it would ask for.
+                // No controller creates the service accounts that this plugin requires.
                 ("disable-admission-plugins", "ServiceAccount"),
             ],
         );
         wait_for("the API server is ready", || {
-            let client = agent(Some(&plane.authority_if_made()?));
+            let client = agent(Some(&plane.read_certificate()?));
             let ready = client
                 .get(format!("{}/readyz", plane.url))
                 .header("authorization", format!("Bearer {TOKEN}"))
@@ -98,7 +98,7 @@ impl ControlPlane {
         plane
     }
 
-    /// Starts the controllers, which make pods of workloads; whether they are there.
+    /// Starts the controllers, which create the pods of workloads. Returns `false` if they are not installed.
     pub fn start_controllers(&mut self, kubeconfig: &Path) -> bool {
         const PROGRAM: &str = "kube-controller-manager";
         if !self.assets.join(PROGRAM).is_file() {
@@ -141,30 +141,30 @@ impl ControlPlane {
         self.folder.path().join(name).to_str().unwrap().to_owned()
     }
 
-    /// The events of the audit log so far.
+    /// Returns the events of the audit log so far.
     pub fn audit_log(&self) -> Vec<Value> {
         let log = fs::read_to_string(self.path("audit.log")).unwrap_or_default();
-        // The last line may be only half there.
+        // The last line may be incomplete.
         let events = log
             .lines()
             .filter_map(|line| serde_json::from_str(line).ok());
         events.collect()
     }
 
-    fn authority_if_made(&self) -> Option<String> {
+    fn read_certificate(&self) -> Option<String> {
         fs::read_to_string(self.path("certificates/apiserver.crt")).ok()
     }
 
-    /// What signed its certificate, in PEM.
+    /// Returns the certificates in PEM by which a client trusts the API server.
     pub fn authority(&self) -> String {
-        self.authority_if_made().unwrap()
+        self.read_certificate().unwrap()
     }
 }
 
 impl Drop for ControlPlane {
     fn drop(&mut self) {
         for child in self.children.iter_mut().rev() {
-            // Both fail only if it has ended already.
+            // Both fail only if the process has ended already.
             let _ = child.kill();
             let _ = child.wait();
         }

@@ -1,4 +1,4 @@
-//! The fuzz targets' bodies. They stand here so that they are compiled and run with the tests.
+//! The bodies of the fuzz targets, here so that the tests compile and run them.
 
 use std::sync::LazyLock;
 
@@ -13,21 +13,21 @@ use crate::{PROXY, patch_of, patched};
 const REVIEW: &[u8] =
     include_bytes!("../../fixtures/admission-reviews/claude-code-pod-dry-run.json");
 
-/// Takes any bytes as the body of a request: it is refused, or answered with a patch that applies to it and leaves
-/// nothing to patch. A space in front changes no answer.
+/// Checks any bytes as a request's body: it is refused, or its patch applies and leaves nothing to patch. A leading
+/// space changes no answer.
 pub fn review(body: &[u8]) {
     static POLICY: LazyLock<Policy> = LazyLock::new(|| Policy::parse(PROXY).unwrap());
     for lookup in [LookupOutcome::NoRow, stored("byok")] {
         let Ok(response) = answer_to(&POLICY, &lookup, body) else {
             return;
         };
-        // serde_json reads what starts with a space.
-        let behind_space = answer_to(&POLICY, &lookup, &[b" ", body].concat());
-        assert_eq!(behind_space.as_ref(), Ok(&response));
+        // A body that starts with a space is read by serde_json.
+        let with_space = answer_to(&POLICY, &lookup, &[b" ", body].concat());
+        assert_eq!(with_space.as_ref(), Ok(&response));
         if response["response"]["allowed"] == false {
             continue;
         }
-        // Nesting that the webhook skips can be too deep for serde_json's own value.
+        // The webhook skips nesting that is too deep for serde_json::Value.
         let Ok(review) = serde_json::from_slice::<Value>(body) else {
             return;
         };
@@ -36,13 +36,13 @@ pub fn review(body: &[u8]) {
     }
 }
 
-/// Takes any text as a policy file: it is refused with a sentence, or it decides about a recorded review.
+/// Checks any text as a policy file: it is refused with a message, or it decides about a recorded review.
 pub fn policy(text: &str) {
     match PolicyFile::parse(text) {
         Ok(file) => {
             let _ = file.warnings();
-            let answered = answer_to(&Policy::from(file), &stored("other"), REVIEW);
-            assert!(answered.is_ok());
+            let result = answer_to(&Policy::from(file), &stored("other"), REVIEW);
+            assert!(result.is_ok());
         }
         Err(error) => assert!(!error.to_string().is_empty()),
     }

@@ -1,5 +1,4 @@
-//! Two or more programs behind one address, as a Service puts them: a real HAProxy that passes connections on
-//! to those that are ready.
+//! A real HAProxy in front of several webhooks: like a Service, it forwards connections to those that are ready.
 
 use std::fs;
 use std::net::TcpStream;
@@ -10,25 +9,25 @@ use tempfile::TempDir;
 use super::postgres::free_port;
 use super::program::{Authority, Start, Webhook, wait_for};
 
-/// The proxy.
+/// A running HAProxy.
 pub struct Haproxy {
     child: Child,
-    /// Where it listens on loopback.
+    /// The port on loopback.
     pub port: u16,
     _folder: TempDir,
 }
 
-/// The ports of one program behind it: the webhook's, and that of its health.
+/// The webhook port and the health port of one server behind HAProxy.
 #[derive(Clone, Copy)]
 pub struct Slot(u16, u16);
 
 impl Slot {
-    /// Two free ports.
+    /// Returns two free ports.
     pub fn free() -> Self {
         Self(free_port(), free_port())
     }
 
-    /// Starts the program there.
+    /// Starts a webhook on these ports.
     pub fn start(self, authority: &Authority, policy: &str, database_url: &str) -> Webhook {
         let Self(webhook, health) = self;
         let (webhook, health) = (
@@ -38,7 +37,7 @@ impl Slot {
         let start = Start {
             policy,
             database_url,
-            // Longer than the proxy takes to see that it is not ready.
+            // Longer than HAProxy takes to detect that readiness is off.
             arguments: &[
                 "--listen",
                 &webhook,
@@ -55,8 +54,8 @@ impl Slot {
 }
 
 impl Haproxy {
-    /// Starts it before these slots.
-    pub fn before(slots: &[Slot]) -> Self {
+    /// Starts HAProxy in front of these slots.
+    pub fn start(slots: &[Slot]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let port = free_port();
         let mut settings = format!(
@@ -96,7 +95,7 @@ listen webhook
 
 impl Drop for Haproxy {
     fn drop(&mut self) {
-        // Both fail only if it has ended already.
+        // Both fail only if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

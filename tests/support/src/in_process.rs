@@ -1,4 +1,4 @@
-//! The core in process, with the lookup's outcome given.
+//! The core in process, with a given lookup outcome.
 
 use llm_billing_webhook::core::admission::{BodyError, decode};
 use llm_billing_webhook::core::decision::{Webhook, begin};
@@ -14,12 +14,16 @@ pub fn answer(policy: &Policy, lookup: &LookupOutcome, review: &Value) -> Value 
 
 /// Returns the answer to a body.
 pub fn answer_to(policy: &Policy, lookup: &LookupOutcome, body: &[u8]) -> Result<Value, BodyError> {
-    let answer = written(policy, lookup, body)?;
+    let answer = answer_json(policy, lookup, body)?;
     Ok(serde_json::from_str(&answer).unwrap())
 }
 
-/// Returns the answer to a body, as it is sent.
-pub fn written(policy: &Policy, lookup: &LookupOutcome, body: &[u8]) -> Result<String, BodyError> {
+/// Returns the answer to a body as the JSON text that is sent.
+pub fn answer_json(
+    policy: &Policy,
+    lookup: &LookupOutcome,
+    body: &[u8],
+) -> Result<String, BodyError> {
     let review = decode(body)?;
     let decision = begin(policy, Webhook::Mutate, &review).finish(lookup);
     Ok(Response::new(review.uid(), &decision).json)

@@ -1,11 +1,11 @@
-//! What several test files share: fixtures, pods and reviews, and the real parts to ask.
+//! Support that the test files share: fixtures, pods, reviews, and the real programs and servers.
 
 #![expect(
     clippy::expect_used,
     clippy::print_stderr,
     clippy::unwrap_used,
     missing_docs,
-    reason = "a test that cannot go on has failed, and says so"
+    reason = "a failed expectation fails the test"
 )]
 
 pub mod api_server;
@@ -35,10 +35,10 @@ pub const WORKSPACE_LABEL: &str = "molecule.ai/workspace-id";
 /// The default policy's runtime label.
 pub const RUNTIME_LABEL: &str = "molecule.ai/runtime";
 
-/// A proxy with everything, its token in a Secret.
+/// A policy whose proxy sets every field, with the token in a Secret.
 pub const PROXY: &str = include_str!("../../fixtures/policy.yaml");
 
-/// The repository's root.
+/// Returns the repository's root.
 #[must_use]
 pub fn repository() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
@@ -48,7 +48,7 @@ pub fn fixtures(folder: &str) -> PathBuf {
     repository().join("tests/fixtures").join(folder)
 }
 
-/// The recorded reviews, by file name without ending.
+/// Returns the recorded reviews by file name without the extension.
 pub fn recorded_reviews() -> BTreeMap<String, Value> {
     let entries = fs::read_dir(fixtures("admission-reviews")).unwrap();
     let review = |path: PathBuf| {
@@ -59,18 +59,18 @@ pub fn recorded_reviews() -> BTreeMap<String, Value> {
     entries.map(|entry| review(entry.unwrap().path())).collect()
 }
 
-/// One of them.
+/// Returns one recorded review.
 pub fn recorded(name: &str) -> Value {
     let path = fixtures("admission-reviews").join(format!("{name}.json"));
     serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
 }
 
-/// The contract's vectors.
+/// Returns the contract's vectors.
 pub fn vectors() -> Vec<Value> {
     serde_json::from_slice(&fs::read(fixtures("contract/vectors.json")).unwrap()).unwrap()
 }
 
-/// A review of the creation of a pod.
+/// Returns a review of a pod's creation.
 pub fn create(pod: &Value) -> Value {
     json!({
         "apiVersion": "admission.k8s.io/v1",
@@ -85,7 +85,7 @@ pub fn create(pod: &Value) -> Value {
     })
 }
 
-/// A pod of one container.
+/// Returns a pod with one container.
 pub fn pod(workspace: &str, env: &Value) -> Value {
     json!({
         "apiVersion": "v1",
@@ -95,7 +95,7 @@ pub fn pod(workspace: &str, env: &Value) -> Value {
     })
 }
 
-/// The patch in an answer; `[]` where there is none.
+/// Returns the patch in an answer, or `[]` if there is none.
 pub fn patch_of(answer: &Value) -> Value {
     let response = &answer["response"];
     assert_eq!(
@@ -112,7 +112,7 @@ pub fn patch_of(answer: &Value) -> Value {
     patch
 }
 
-/// A review whose object is what the answer's patch makes of it.
+/// Returns the review with the answer's patch applied to its object.
 pub fn patched(review: &Value, answer: &Value) -> Value {
     let patch: json_patch::Patch = serde_json::from_value(patch_of(answer)).unwrap();
     let mut review = review.clone();
@@ -120,8 +120,7 @@ pub fn patched(review: &Value, answer: &Value) -> Value {
     review
 }
 
-/// What the API server makes of an object before it calls a webhook again: the real decoder of Kubernetes'
-/// types drops empty values and unset fields, and defaults are filled in.
+/// Returns a review as the API server sends it again. Kubernetes' decoder drops empty values and fills in defaults.
 pub fn defaulted(review: &Value) -> Value {
     let mut review = review.clone();
     let lists = ["initContainers", "containers", "ephemeralContainers"];
@@ -145,7 +144,7 @@ pub fn defaulted(review: &Value) -> Value {
             }
         }
     }
-    // Reading a missing list above has put null there.
+    // Indexing a missing list above inserted null.
     for list in lists {
         let spec = review["request"]["object"]["spec"].as_object_mut().unwrap();
         if spec[list].is_null() {
@@ -155,7 +154,7 @@ pub fn defaulted(review: &Value) -> Value {
     review
 }
 
-/// The env of a container as the contract sees it, which must have no name twice.
+/// Returns a container's env as the contract's vectors write it. Panics if a name occurs twice.
 pub fn env_map(container: &Value) -> BTreeMap<String, Value> {
     let mut map = BTreeMap::new();
     for entry in container["env"].as_array().into_iter().flatten() {
@@ -165,12 +164,12 @@ pub fn env_map(container: &Value) -> BTreeMap<String, Value> {
             .or(entry.get("valueFrom"))
             .cloned()
             .unwrap_or_else(|| "".into());
-        assert!(map.insert(name, value).is_none(), "twice: {entry}");
+        assert!(map.insert(name, value).is_none(), "duplicate: {entry}");
     }
     map
 }
 
-/// A vector's proxy as a policy file, which is YAML and so may be JSON.
+/// Returns a vector's proxy as a policy file. JSON is valid YAML.
 pub fn policy_of(vector: &Value) -> String {
     let proxy = &vector["proxy"];
     if proxy.is_null() {
@@ -185,7 +184,7 @@ pub fn policy_of(vector: &Value) -> String {
     .to_string()
 }
 
-/// The creation of a pod whose one container has a vector's env.
+/// Returns a review that creates a pod whose only container has the vector's env.
 pub fn review_of(vector: &Value) -> Value {
     let env = vector["env"]
         .as_object()
@@ -199,7 +198,7 @@ pub fn review_of(vector: &Value) -> Value {
     create(&pod)
 }
 
-/// Holds an answer against what a vector expects.
+/// Asserts that an answer is what its vector expects.
 pub fn assert_expected(vector: &Value, answer: &Value) {
     let (name, expect, response) = (&vector["name"], &vector["expect"], &answer["response"]);
     assert_eq!(
@@ -227,7 +226,7 @@ pub fn assert_expected(vector: &Value, answer: &Value) {
     assert_eq!(env, expected, "{name}");
 }
 
-/// Runs statements on an SQLite file, and makes the file if it is not there.
+/// Runs statements on an SQLite file, and creates the file if it is missing.
 pub fn sqlite(file: &Path, statements: &str) {
     use sqlx::ConnectOptions;
     let options = sqlx::sqlite::SqliteConnectOptions::new()

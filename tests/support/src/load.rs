@@ -1,5 +1,4 @@
-//! Admissions of a byok workspace's pod, asked without a break while something goes on, and counted by how
-//! they ended.
+//! Continuous admissions of a byok workspace's pod during a fault, counted by outcome.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -9,12 +8,12 @@ use ureq::Agent;
 
 use super::{create, pod};
 
-/// The byok workspace.
+/// The byok workspace's id.
 pub const BYOK: &str = "88888888-8888-8888-8888-888888888888";
-/// What the API server says that it waits at most.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// The timeout that each request announces, as the API server does.
+const API_SERVER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A table with that workspace, for PostgreSQL.
+/// Returns a PostgreSQL schema with that workspace.
 pub fn schema() -> String {
     format!(
         "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);
@@ -22,37 +21,36 @@ pub fn schema() -> String {
     )
 }
 
-/// `lookup.timeout` for tests in which no lookup may fail, however busy the machine is: nearly all the time that there
-/// is.
-pub const PATIENT: &str = "4s";
+/// `lookup.timeout` for tests in which no lookup may fail on a busy machine: most of the API server's timeout.
+pub const LONG_LOOKUP_TIMEOUT: &str = "4s";
 
-/// How admissions ended.
+/// Admissions counted by outcome.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Admitted as byok.
-    pub right: usize,
-    /// As the policy says for a failed lookup: refused with its code, or platform_managed with a warning.
-    pub as_the_policy_says: usize,
-    /// Anything else, no answer included.
+    pub correct: usize,
+    /// Answered as `lookup.onError` says: refused with 503, or platform_managed with a warning.
+    pub per_policy: usize,
+    /// Any other answer, or a failed request.
     pub wrong: Vec<String>,
-    /// No answer before the API server gives up.
-    pub hung: usize,
+    /// No answer within the API server's timeout.
+    pub timed_out: usize,
 }
 
-/// Who asks, where, and what the policy there says about a failed lookup.
-pub struct Asker {
+/// A client of one webhook, with the `lookup.onError` of the webhook's policy.
+pub struct LoadClient {
     pub client: Agent,
     pub port: u16,
     pub on_error: &'static str,
 }
 
-impl Asker {
-    /// Asks once.
-    pub fn ask(&self, tally: &mut Tally) {
+impl LoadClient {
+    /// Sends one admission and counts its outcome.
+    pub fn admit(&self, tally: &mut Tally) {
         let started = Instant::now();
-        let answer = self.answer();
-        if started.elapsed() >= PATIENCE {
-            tally.hung += 1;
+        let answer = self.send();
+        if started.elapsed() >= API_SERVER_TIMEOUT {
+            tally.timed_out += 1;
             return;
         }
         let answer = match answer {
@@ -60,24 +58,24 @@ impl Asker {
             Err(error) => return tally.wrong.push(error.to_string()),
         };
         let response = &answer["response"];
-        let of = |name: &str| response["auditAnnotations"][name].as_str();
+        let field = |name: &str| response["auditAnnotations"][name].as_str();
         let allowed = response["allowed"] == true;
-        match (self.on_error, allowed, of("mode"), of("reason")) {
-            (_, true, Some("byok"), Some("override")) => tally.right += 1,
+        match (self.on_error, allowed, field("mode"), field("reason")) {
+            (_, true, Some("byok"), Some("override")) => tally.correct += 1,
             ("platform_managed", true, Some("platform_managed"), Some("lookup_error"))
                 if response["warnings"][0].is_string() =>
             {
-                tally.as_the_policy_says += 1
+                tally.per_policy += 1
             }
             ("deny", false, _, Some("lookup_error")) if response["status"]["code"] == 503 => {
-                tally.as_the_policy_says += 1
+                tally.per_policy += 1
             }
             _ => tally.wrong.push(answer.to_string()),
         }
     }
 
-    fn answer(&self) -> Result<Value, ureq::Error> {
-        let (port, seconds) = (self.port, PATIENCE.as_secs());
+    fn send(&self) -> Result<Value, ureq::Error> {
+        let (port, seconds) = (self.port, API_SERVER_TIMEOUT.as_secs());
         let mut response = self
             .client
             .post(format!(
@@ -89,58 +87,60 @@ impl Asker {
         Ok(serde_json::from_str(&text).unwrap_or(Value::String(text)))
     }
 
-    /// Asks from several clients without a break, each at least once, until what goes on is over. Prints a
-    /// line of the table in docs/reliability.md. That one is wrong or hangs fails the test.
+    /// Sends admissions from several clients without a break until `fault` returns; each client sends at least one.
+    /// Prints a row of the table in docs/reliability.md. Panics if an answer is wrong or times out.
     #[expect(clippy::print_stdout, reason = "scripts/faults shows it")]
-    pub fn ask_during(&self, name: &str, clients: usize, goes_on: impl FnOnce()) -> Tally {
+    pub fn run_during(&self, name: &str, clients: usize, fault: impl FnOnce()) -> Tally {
         let over = AtomicBool::new(false);
         let client = || {
             let mut tally = Tally::default();
-            self.ask(&mut tally);
+            self.admit(&mut tally);
             while !over.load(Ordering::Relaxed) {
-                self.ask(&mut tally);
+                self.admit(&mut tally);
             }
             tally
         };
         let mut all = Tally::default();
         std::thread::scope(|scope| {
             let clients: Vec<_> = (0..clients).map(|_| scope.spawn(client)).collect();
-            let until_the_end = SetAtEnd(&over);
-            goes_on();
-            drop(until_the_end);
+            let stop = SetOnDrop(&over);
+            fault();
+            drop(stop);
             for client in clients {
-                let one = client.join().unwrap();
-                all.right += one.right;
-                all.as_the_policy_says += one.as_the_policy_says;
-                all.wrong.extend(one.wrong);
-                all.hung += one.hung;
+                let tally = client.join().unwrap();
+                all.correct += tally.correct;
+                all.per_policy += tally.per_policy;
+                all.wrong.extend(tally.wrong);
+                all.timed_out += tally.timed_out;
             }
         });
-        let (right, said) = (all.right, all.as_the_policy_says);
-        let (wrong, hung) = (all.wrong.len(), all.hung);
-        let tried = right + said + wrong + hung;
+        let (correct, per_policy) = (all.correct, all.per_policy);
+        let (wrong, timed_out) = (all.wrong.len(), all.timed_out);
+        let tried = correct + per_policy + wrong + timed_out;
         let on_error = self.on_error;
-        println!("| {name} | `{on_error}` | {tried} | {right} | {said} | {wrong} | {hung} |");
-        assert!(wrong == 0 && hung == 0, "{name}: {all:?}");
+        println!(
+            "| {name} | `{on_error}` | {tried} | {correct} | {per_policy} | {wrong} | {timed_out} |"
+        );
+        assert!(wrong == 0 && timed_out == 0, "{name}: {all:?}");
         all
     }
 
-    /// The very next answer is right.
-    pub fn is_right(&self) {
+    /// Asserts that the next answer is correct.
+    pub fn assert_correct(&self) {
         let mut tally = Tally::default();
-        self.ask(&mut tally);
-        let right = Tally {
-            right: 1,
+        self.admit(&mut tally);
+        let correct = Tally {
+            correct: 1,
             ..Tally::default()
         };
-        assert_eq!(tally, right);
+        assert_eq!(tally, correct);
     }
 }
 
-/// Ends the clients even if what goes on panics.
-struct SetAtEnd<'a>(&'a AtomicBool);
+/// Stops the clients even if the fault panics.
+struct SetOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for SetAtEnd<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }

@@ -1,6 +1,5 @@
-//! A real PostgreSQL for the tests: one cluster that they share, with one database for each test, and
-//! clusters of their own for those that break them. Each listens on loopback and on a Unix socket in its
-//! temporary folder, and ends with the test process.
+//! A real PostgreSQL for the tests: a shared cluster with one database per test, and separate clusters for tests that
+//! break theirs. Each listens on loopback and on a Unix socket in its temporary folder. It stops with the test process.
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -11,10 +10,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use super::process::{cpu_of, cpu_of_family};
+use super::process::{cpu_of, cpu_with_children};
 use super::program::wait_for;
 
-/// The password of the databases' owner and of their reader.
+/// The password of the roles `owner` and `reader`.
 pub const PASSWORD: &str = "correct-horse-battery-staple";
 
 /// A running server.
@@ -22,12 +21,12 @@ pub struct Cluster {
     binaries: PathBuf,
     folder: PathBuf,
     port: u16,
-    /// Ends the server when this process closes its end of the pipe, however it ends.
-    _keeper: Child,
+    /// Stops the server when this process closes the pipe, even by being killed.
+    _supervisor: Child,
 }
 
-/// Makes a cluster and starts it; waits for the end of its input; then stops it and removes its folder.
-const KEEPER: &str = r#"
+/// Creates and starts a cluster, waits until stdin closes, then stops it and removes its folder.
+const SUPERVISOR: &str = r#"
     set -eu
     cd "$2"
     printf %s "$3" > password
@@ -51,12 +50,12 @@ CONF
 "#;
 
 impl Cluster {
-    /// Starts one.
+    /// Starts a cluster.
     pub fn start() -> Arc<Self> {
         Self::start_with(None)
     }
 
-    /// Starts one that speaks TLS, with this certificate and key in PEM.
+    /// Starts a cluster that serves TLS with this certificate and key in PEM.
     pub fn with_certificate(pem: &(String, String)) -> Arc<Self> {
         Self::start_with(Some(pem))
     }
@@ -73,12 +72,12 @@ impl Cluster {
             .flat_map(|(certificate, key)| [("tls.crt", certificate), ("tls.key", key)])
         {
             fs::write(folder.join(name), pem).unwrap();
-            give_to_postgres(&folder.join(name));
+            restrict_to_postgres(&folder.join(name));
         }
-        give_to_postgres(&folder);
+        restrict_to_postgres(&folder);
         let port = free_port();
-        let keeper = as_postgres("sh")
-            .args(["-c", KEEPER, "keeper"])
+        let supervisor = as_postgres("sh")
+            .args(["-c", SUPERVISOR, "supervisor"])
             .args([binaries.as_os_str(), folder.as_os_str()])
             .arg(PASSWORD)
             .arg(port.to_string())
@@ -91,7 +90,7 @@ impl Cluster {
             binaries,
             folder,
             port,
-            _keeper: keeper,
+            _supervisor: supervisor,
         };
         wait_for("PostgreSQL answers", || {
             let answer = cluster.psql("postgres", "SELECT 1").output().unwrap();
@@ -112,7 +111,7 @@ impl Cluster {
             .arg(self.folder.join("data"))
             .arg("--log")
             .arg(self.folder.join("server.log"));
-        run_to_success(
+        run_checked(
             command
                 .arg("--wait")
                 .args(arguments)
@@ -122,32 +121,32 @@ impl Cluster {
         );
     }
 
-    /// Ends one of this role's server processes with signal 9, by its id.
-    pub fn kill_a_backend(&self, role: &str) {
+    /// Kills one of this role's backends with signal 9.
+    pub fn kill_backend(&self, role: &str) {
         let of_role = format!("SELECT pid FROM pg_stat_activity WHERE usename = '{role}' LIMIT 1");
         let pid = self.query("postgres", &of_role);
-        run_to_success(as_postgres("kill").args(["-9", &pid]));
+        run_checked(as_postgres("kill").args(["-9", &pid]));
     }
 
-    /// Where it listens on loopback.
+    /// Returns the port on loopback.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The CPU time that its processes have used.
+    /// Returns the CPU time of the server's processes.
     pub fn cpu(&self) -> Duration {
         let first_line = fs::read_to_string(self.folder.join("data/postmaster.pid")).unwrap();
-        cpu_of_family(first_line.lines().next().unwrap().parse().unwrap())
+        cpu_with_children(first_line.lines().next().unwrap().parse().unwrap())
     }
 
-    /// How many connections this role has.
+    /// Returns the number of this role's connections.
     pub fn connections(&self, role: &str) -> String {
         let of_role = format!("SELECT count(*) FROM pg_stat_activity WHERE usename = '{role}'");
         self.query("postgres", &of_role)
     }
 
-    /// Restarts it as a standby without a primary: in recovery for good, and read only.
-    pub fn become_standby(&self) {
+    /// Restarts it as a standby without a primary: in permanent recovery and read-only.
+    pub fn restart_as_standby(&self) {
         fs::write(self.folder.join("data/standby.signal"), "").unwrap();
         self.pg_ctl(&["restart", "--mode=fast"]);
     }
@@ -156,16 +155,16 @@ impl Cluster {
         let mut psql = self.psql(database, query);
         psql.args(["--tuples-only", "--no-align"])
             .stdout(Stdio::piped());
-        let found = String::from_utf8(psql.output().unwrap().stdout).unwrap();
-        found.trim().to_owned()
+        let text = String::from_utf8(psql.output().unwrap().stdout).unwrap();
+        text.trim().to_owned()
     }
 
     fn execute(&self, database: &str, statements: &str) {
-        let done = self.psql(database, statements).output().unwrap();
+        let output = self.psql(database, statements).output().unwrap();
         assert!(
-            done.status.success(),
+            output.status.success(),
             "{}",
-            String::from_utf8_lossy(&done.stderr)
+            String::from_utf8_lossy(&output.stderr)
         );
     }
 
@@ -195,13 +194,13 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Makes a database with this schema on the cluster that the tests share.
+    /// Creates a database with this schema on the shared cluster.
     pub fn with(schema: &str) -> Self {
         static SHARED: OnceLock<Arc<Cluster>> = OnceLock::new();
         Self::on(SHARED.get_or_init(Cluster::start), schema)
     }
 
-    /// Makes a database with this schema; the role `reader` gets SELECT on its tables.
+    /// Creates a database with this schema; the role `reader` gets SELECT on its tables.
     pub fn on(cluster: &Arc<Cluster>, schema: &str) -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
@@ -222,25 +221,25 @@ impl Postgres {
         self.cluster.execute(&self.name, statements);
     }
 
-    /// What a query of one value finds, asked as the owner.
+    /// Runs a query as the owner and returns its single value.
     pub fn query(&self, query: &str) -> String {
         self.cluster.query(&self.name, query)
     }
 
-    /// The URL for the role that may only read.
+    /// Returns the read-only role's URL, over the Unix socket.
     pub fn url(&self) -> String {
         self.url_with(PASSWORD)
     }
 
-    /// The same by way of this port of loopback.
-    pub fn url_by(&self, port: u16) -> String {
+    /// Returns the read-only role's URL through this port on loopback.
+    pub fn url_via(&self, port: u16) -> String {
         format!(
             "postgres://reader:{PASSWORD}@127.0.0.1:{port}/{}",
             self.name
         )
     }
 
-    /// The first one with another password.
+    /// Returns the URL over the Unix socket with another password.
     pub fn url_with(&self, password: &str) -> String {
         format!(
             "postgres://reader:{password}@localhost:{}/{}?host={}",
@@ -251,7 +250,7 @@ impl Postgres {
     }
 }
 
-/// PgBouncer in transaction mode before a cluster, with fewer connections than the webhook uses.
+/// PgBouncer in transaction mode in front of a cluster, with fewer server connections than the webhook opens.
 pub struct PgBouncer {
     child: Child,
     port: u16,
@@ -259,13 +258,13 @@ pub struct PgBouncer {
 }
 
 impl PgBouncer {
-    /// Starts it.
-    pub fn before(cluster: &Cluster) -> Self {
-        Self::with(cluster, "")
+    /// Starts PgBouncer in front of a cluster.
+    pub fn start(cluster: &Cluster) -> Self {
+        Self::start_with(cluster, "")
     }
 
-    /// Starts it with further settings, one a line.
-    pub fn with(cluster: &Cluster, further: &str) -> Self {
+    /// Starts PgBouncer with further settings, one per line.
+    pub fn start_with(cluster: &Cluster, further: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         let port = free_port();
@@ -293,7 +292,7 @@ impl PgBouncer {
         )
         .unwrap();
         for name in ["users", "pgbouncer.ini", ""] {
-            give_to_postgres(&path(name));
+            restrict_to_postgres(&path(name));
         }
         let mut command = as_postgres("pgbouncer");
         let child = command
@@ -311,12 +310,12 @@ impl PgBouncer {
         }
     }
 
-    /// Where it listens on loopback.
+    /// Returns the port on loopback.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// The CPU time that it has used.
+    /// Returns the CPU time that it has used.
     pub fn cpu(&self) -> Duration {
         cpu_of(self.child.id())
     }
@@ -324,7 +323,7 @@ impl PgBouncer {
 
 impl Drop for PgBouncer {
     fn drop(&mut self) {
-        // Both fail only if it has ended already.
+        // Both fail only if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -334,21 +333,21 @@ fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0)
 }
 
-/// Lets the server, and nobody else, read a file or a folder.
-fn give_to_postgres(path: &Path) {
+/// Makes a file or folder accessible to the server alone.
+fn restrict_to_postgres(path: &Path) {
     let mode = if path.is_dir() { "0700" } else { "0600" };
-    run_to_success(Command::new("chmod").arg(mode).arg(path));
+    run_checked(Command::new("chmod").arg(mode).arg(path));
     if is_root() {
-        run_to_success(Command::new("chown").arg("postgres").arg(path));
+        run_checked(Command::new("chown").arg("postgres").arg(path));
     }
 }
 
-fn run_to_success(command: &mut Command) {
+fn run_checked(command: &mut Command) {
     let status = command.status().unwrap();
     assert!(status.success(), "{command:?}");
 }
 
-/// A command for the server's side: PostgreSQL refuses to run as root.
+/// Returns a command that runs as `postgres`: PostgreSQL refuses to run as root.
 fn as_postgres(program: impl AsRef<std::ffi::OsStr>) -> Command {
     if !is_root() {
         return Command::new(program);
@@ -360,8 +359,7 @@ fn as_postgres(program: impl AsRef<std::ffi::OsStr>) -> Command {
     command
 }
 
-/// A port of loopback that nothing listens on. It is below those that connections get by themselves, so that
-/// it stays free while what listens there restarts.
+/// Returns a free port on loopback. It is below the ephemeral range, so it stays free while its server restarts.
 pub fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
@@ -373,7 +371,7 @@ pub fn free_port() -> u16 {
     }
 }
 
-/// Debian keeps the server's programs off the PATH, in a folder a version.
+/// Returns the folder of PostgreSQL's programs. Debian has one per version, and none of them is on the PATH.
 fn binaries() -> PathBuf {
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten();
     let mut folders: Vec<PathBuf> = versions

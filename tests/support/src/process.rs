@@ -1,9 +1,9 @@
-//! What Linux says of a process.
+//! Memory and CPU time of a process, from `/proc`.
 
 use std::fs;
 use std::time::Duration;
 
-/// A size of its `/proc/PID/status`, such as `VmRSS`, in KiB.
+/// Returns a size from `/proc/PID/status`, such as `VmRSS`, in KiB.
 pub fn memory_of(pid: u32, field: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with(field));
@@ -11,14 +11,14 @@ pub fn memory_of(pid: u32, field: &str) -> u64 {
     kibibytes.unwrap().parse().unwrap()
 }
 
-/// The CPU time that it has used, of user and system.
+/// Returns the CPU time of a process, user and system.
 pub fn cpu_of(pid: u32) -> Duration {
     let stat = stat(pid).unwrap();
     stat.cpu
 }
 
-/// The same, and that of its children that still run.
-pub fn cpu_of_family(pid: u32) -> Duration {
+/// Returns the CPU time of a process and its running children.
+pub fn cpu_with_children(pid: u32) -> Duration {
     let processes = fs::read_dir("/proc").unwrap();
     let pids = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
     let children = pids.filter_map(stat).filter(|stat| stat.parent == pid);
@@ -30,16 +30,16 @@ struct Stat {
     cpu: Duration,
 }
 
-/// `None` if it has ended.
+/// Reads `/proc/PID/stat`; `None` if the process has ended.
 fn stat(pid: u32) -> Option<Stat> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The program's name may have spaces, and ends with the last parenthesis.
+    // The program's name may contain spaces; it ends at the last parenthesis.
     let (_, rest) = text.rsplit_once(')')?;
     let fields: Vec<&str> = rest.split_whitespace().collect();
     let number = |index: usize| fields[index].parse::<u64>().unwrap();
     Some(Stat {
         parent: u32::try_from(number(1)).unwrap(),
-        // Linux tells user and system time in hundredths of a second.
+        // Linux reports both times in hundredths of a second.
         cpu: Duration::from_millis(10 * (number(11) + number(12))),
     })
 }

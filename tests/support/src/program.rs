@@ -1,5 +1,4 @@
-//! The real program as a child process, and a real TLS client for it. The process is ended by its id when
-//! the test ends.
+//! The real program as a child process, and a TLS client for it. The process is killed when the test ends.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -10,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::load::Asker;
+use super::load::LoadClient;
 use super::process::memory_of;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use rustls::pki_types::pem::PemObject;
@@ -23,21 +22,21 @@ use ureq::tls::{Certificate, ClientCert, PrivateKey, RootCerts, TlsConfig};
 use ureq::typestate::AgentScope;
 use ureq::{Agent, Body, http};
 
-/// Longest wait for anything that a test waits for.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+/// The limit for everything that a test waits for.
+pub const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The program that is tested: the one that was built with the tests, unless `PROGRAM_UNDER_TEST` names another, such as
-/// an optimised one.
-pub fn installed() -> PathBuf {
+/// Returns the path of the program under test: the one built with the tests, unless `PROGRAM_UNDER_TEST` names another,
+/// such as an optimised one.
+pub fn program_path() -> PathBuf {
     let set = |name| std::env::var_os(name).map(PathBuf::from);
     set("PROGRAM_UNDER_TEST")
         .or_else(|| set("CARGO_BIN_EXE_llm-billing-webhook"))
-        .expect("cargo says where it built the program")
+        .expect("cargo sets CARGO_BIN_EXE_llm-billing-webhook")
 }
 
-/// It, to be run with these arguments and no setting from the environment.
+/// Returns a command that runs the program with these arguments and no settings from the environment.
 pub fn program(arguments: &[&str]) -> Command {
-    let mut command = Command::new(installed());
+    let mut command = Command::new(program_path());
     for (name, _) in std::env::vars_os() {
         let name_text = name.to_string_lossy();
         if name_text.starts_with("LLM_BILLING_") || name_text.starts_with("OTEL_") {
@@ -48,12 +47,13 @@ pub fn program(arguments: &[&str]) -> Command {
     command
 }
 
-/// Runs a command to its end: exit code, stdout, stderr.
+/// Runs the program to its end and returns exit code, stdout and stderr.
 pub fn run(arguments: &[&str]) -> (i32, String, String) {
-    shown(&program(arguments).stdin(Stdio::null()).output().unwrap())
+    decode_output(&program(arguments).stdin(Stdio::null()).output().unwrap())
 }
 
-pub fn shown(output: &Output) -> (i32, String, String) {
+/// Returns exit code, stdout and stderr.
+pub fn decode_output(output: &Output) -> (i32, String, String) {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
     (
         output.status.code().unwrap(),
@@ -62,7 +62,7 @@ pub fn shown(output: &Output) -> (i32, String, String) {
     )
 }
 
-/// A certificate authority of the test's own.
+/// A certificate authority for one test.
 #[derive(Clone)]
 pub struct Authority(Arc<CertifiedIssuer<'static, KeyPair>>);
 
@@ -78,12 +78,12 @@ impl Authority {
         self.0.pem()
     }
 
-    /// Certificate and key for `name`, in PEM.
+    /// Returns a certificate and key for `name`, in PEM.
     pub fn issue(&self, name: &str) -> (String, String) {
         self.issue_for(name, 24 * 60 * 60 * 365)
     }
 
-    /// The same, to expire so many seconds from now.
+    /// Returns a certificate and key that expire this many seconds from now.
     pub fn issue_for(&self, name: &str, seconds: i64) -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new([name.to_owned()]).unwrap();
@@ -98,17 +98,17 @@ impl Authority {
         )
     }
 
-    /// A client that trusts this authority alone.
+    /// Returns a client that trusts this authority alone.
     pub fn client(&self) -> Agent {
         self.client_with(None)
     }
 
-    /// The same, with a certificate and key of its own.
+    /// Returns such a client with a client certificate and key.
     pub fn client_with(&self, own: Option<&(String, String)>) -> Agent {
         self.config(own).build().into()
     }
 
-    /// One that connects anew for each request.
+    /// Returns such a client that opens a new connection for each request.
     pub fn client_without_keep_alive(&self) -> Agent {
         self.config(None).max_idle_connections(0).build().into()
     }
@@ -131,7 +131,7 @@ impl Authority {
         Agent::config_builder()
             .tls_config(tls)
             .http_status_as_error(false)
-            .timeout_global(Some(PATIENCE))
+            .timeout_global(Some(TIMEOUT))
     }
 }
 
@@ -139,37 +139,38 @@ impl Authority {
 pub struct Webhook {
     child: Child,
     log: Arc<Mutex<String>>,
-    /// Gathers the log, and ends when it does.
-    gathering: Option<JoinHandle<()>>,
-    /// Where the webhook listens.
+    /// Reads stderr into `log` until stderr closes.
+    log_reader: Option<JoinHandle<()>>,
+    /// The webhook's address.
     pub address: SocketAddr,
-    /// Where health and metrics listen.
+    /// The address of health and metrics.
     pub health: SocketAddr,
-    /// What signed its certificate.
+    /// The authority that issued its certificate.
     pub authority: Authority,
-    /// Trusts that authority.
+    /// A client that trusts that authority.
     pub client: Agent,
-    /// Holds policy, certificate and key.
+    /// The folder of policy, certificate and key.
     pub folder: TempDir,
 }
 
-/// How a webhook is started.
+/// The settings that a webhook is started with.
 #[derive(Default)]
 pub struct Start<'a> {
     pub policy: &'a str,
-    /// Empty where it is among the arguments.
+    /// Empty if `arguments` has it.
     pub database_url: &'a str,
     pub arguments: &'a [&'a str],
+    /// The value of `RUST_LOG`; empty for `info`.
     pub log: &'a str,
-    /// Signs the certificate; absent, one that is made for it.
+    /// Issues the certificate; if absent, a new authority does.
     pub authority: Option<&'a Authority>,
-    /// The program looks after its certificate itself, as the arguments say.
-    pub keeps_certificate: bool,
+    /// The program manages its own certificate, as `arguments` says.
+    pub manages_certificate: bool,
     pub environment: &'a [(&'a str, &'a str)],
 }
 
 impl Start<'_> {
-    /// Starts the program, and waits until it listens.
+    /// Starts the program and waits until it listens.
     pub fn start(&self) -> Webhook {
         let authority = self.authority.cloned().unwrap_or_else(Authority::generate);
         let folder = tempfile::tempdir().unwrap();
@@ -183,12 +184,11 @@ impl Start<'_> {
             .unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let mut lines = BufReader::new(child.stderr.take().unwrap());
-        let gathered = Arc::clone(&log);
-        // Ends when the child's stderr does.
-        let gathering = std::thread::spawn(move || {
+        let shared = Arc::clone(&log);
+        let log_reader = std::thread::spawn(move || {
             let mut line = Vec::new();
             while lines.read_until(b'\n', &mut line).unwrap_or(0) > 0 {
-                gathered
+                shared
                     .lock()
                     .unwrap()
                     .push_str(&String::from_utf8_lossy(&line));
@@ -197,7 +197,10 @@ impl Start<'_> {
         });
         let listening = wait_for("the program listens", || {
             let log = log.lock().unwrap();
-            assert!(child.try_wait().unwrap().is_none(), "ended at once:\n{log}");
+            assert!(
+                child.try_wait().unwrap().is_none(),
+                "ended during start:\n{log}"
+            );
             let line = log.lines().find(|line| line.contains("\"listening\""))?;
             serde_json::from_str::<Value>(line).ok()
         });
@@ -207,7 +210,7 @@ impl Start<'_> {
         Webhook {
             child,
             log,
-            gathering: Some(gathering),
+            log_reader: Some(log_reader),
             address,
             health,
             authority,
@@ -216,7 +219,7 @@ impl Start<'_> {
         }
     }
 
-    /// The command that starts the program with what lies in `folder`.
+    /// Returns the command that starts the program with the files in `folder`.
     pub fn command(&self, folder: &Path) -> Command {
         fs::write(folder.join("policy.yaml"), self.policy).unwrap();
         let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
@@ -229,7 +232,7 @@ impl Start<'_> {
         command
             .args(any_port)
             .args(["--policy", &path("policy.yaml")])
-            .args(if self.keeps_certificate {
+            .args(if self.manages_certificate {
                 vec![]
             } else {
                 let (certificate, key) = (path("tls.crt"), path("tls.key"));
@@ -260,17 +263,17 @@ impl Start<'_> {
 }
 
 impl Webhook {
-    /// Posts a review to `/mutate`, and gets an admission review back.
+    /// Posts a review to `/mutate` and returns the answer.
     pub fn mutate(&self, review: &Value) -> Value {
-        self.ask("/mutate?timeout=10s", review)
+        self.review("/mutate?timeout=10s", review)
     }
 
-    /// Posts a review to `/validate`, and gets an admission review back.
+    /// Posts a review to `/validate` and returns the answer.
     pub fn validate(&self, review: &Value) -> Value {
-        self.ask("/validate?timeout=10s", review)
+        self.review("/validate?timeout=10s", review)
     }
 
-    fn ask(&self, path: &str, review: &Value) -> Value {
+    fn review(&self, path: &str, review: &Value) -> Value {
         let mut response = self.post(path, "application/json", review.to_string().as_bytes());
         let text = response.body_mut().read_to_string().unwrap();
         assert_eq!(response.status(), 200, "{text}");
@@ -278,16 +281,16 @@ impl Webhook {
         serde_json::from_str(&text).unwrap()
     }
 
-    /// One who asks about a byok workspace.
-    pub fn asker(&self, on_error: &'static str) -> Asker {
-        Asker {
+    /// Returns a client that sends admissions of a byok workspace's pod.
+    pub fn load_client(&self, on_error: &'static str) -> LoadClient {
+        LoadClient {
             client: self.client.clone(),
             port: self.address.port(),
             on_error,
         }
     }
 
-    /// Posts anything.
+    /// Posts a body and returns the response.
     pub fn post(&self, path: &str, content_type: &str, body: &[u8]) -> http::Response<Body> {
         let url = format!("https://localhost:{}{path}", self.address.port());
         self.client
@@ -297,13 +300,13 @@ impl Webhook {
             .unwrap()
     }
 
-    /// A TLS connection without an HTTP client, so that anything can be sent.
+    /// Opens a TLS connection without an HTTP client, for sending arbitrary bytes.
     pub fn connect(&self) -> StreamOwned<ClientConnection, TcpStream> {
-        self.connect_by(&self.authority.pem())
+        self.connect_trusting(&self.authority.pem())
     }
 
-    /// The same by a client that trusts these authorities alone.
-    fn connect_by(&self, authorities: &str) -> StreamOwned<ClientConnection, TcpStream> {
+    /// Opens a TLS connection that trusts these authorities alone.
+    fn connect_trusting(&self, authorities: &str) -> StreamOwned<ClientConnection, TcpStream> {
         let mut roots = RootCertStore::empty();
         for authority in CertificateDer::pem_slice_iter(authorities.as_bytes()) {
             roots.add(authority.unwrap()).unwrap();
@@ -317,22 +320,22 @@ impl Webhook {
         let name = ServerName::try_from("localhost").unwrap();
         let tls = ClientConnection::new(Arc::new(config), name).unwrap();
         let tcp = TcpStream::connect(self.address).unwrap();
-        tcp.set_read_timeout(Some(PATIENCE)).unwrap();
+        tcp.set_read_timeout(Some(TIMEOUT)).unwrap();
         StreamOwned::new(tls, tcp)
     }
 
-    /// Whether a client that trusts these authorities alone accepts what is served now.
+    /// Reports whether a client that trusts these authorities alone accepts the served certificate.
     pub fn is_trusted_by(&self, authorities: &str) -> bool {
-        let mut connection = self.connect_by(authorities);
+        let mut connection = self.connect_trusting(authorities);
         connection.conn.complete_io(&mut connection.sock).is_ok()
     }
 
-    /// Memory that the program has, in KiB.
+    /// Returns the program's resident memory in KiB.
     pub fn memory(&self) -> u64 {
         memory_of(self.child.id(), "VmRSS")
     }
 
-    /// Status and text of a page of the health port.
+    /// Returns status and text of a page of the health port.
     pub fn health(&self, path: &str) -> (u16, String) {
         let mut response = self
             .client
@@ -345,12 +348,12 @@ impl Webhook {
         )
     }
 
-    /// Everything logged so far.
+    /// Returns everything logged so far.
     pub fn log(&self) -> String {
         self.log.lock().unwrap().clone()
     }
 
-    /// Waits until the log has a line with this text.
+    /// Waits for a log line with this text, and returns the line.
     pub fn wait_for_log(&self, text: &str) -> String {
         wait_for(text, || {
             self.log()
@@ -365,9 +368,9 @@ impl Webhook {
         self.log.lock().unwrap()
     }
 
-    /// Waits until there should be traffic.
+    /// Waits until `/readyz` returns 200.
     pub fn wait_until_ready(&self) {
-        wait_for("it is ready", || {
+        wait_for("the webhook is ready", || {
             (self.health("/readyz").0 == 200).then_some(())
         });
     }
@@ -384,17 +387,17 @@ impl Webhook {
         );
     }
 
-    /// Waits for the end, and for all of the log.
+    /// Waits for the program's exit and for the rest of its log.
     pub fn wait(&mut self) -> ExitStatus {
         let status = wait_for("the program ends", || self.child.try_wait().unwrap());
-        if let Some(gathering) = self.gathering.take() {
-            gathering.join().unwrap();
+        if let Some(log_reader) = self.log_reader.take() {
+            log_reader.join().unwrap();
         }
         status
     }
 
-    /// Ends it, and returns all that it logged.
-    pub fn log_to_its_end(mut self) -> String {
+    /// Stops the program and returns its whole log.
+    pub fn stop_and_read_log(mut self) -> String {
         self.signal("TERM");
         self.wait();
         self.log()
@@ -403,7 +406,7 @@ impl Webhook {
 
 impl Drop for Webhook {
     fn drop(&mut self) {
-        // Both fail only if it has ended already.
+        // Both fail only if the process has ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
@@ -412,22 +415,24 @@ impl Drop for Webhook {
     }
 }
 
-/// Asks until there is an answer.
-pub fn wait_for<T>(what: &str, mut answer: impl FnMut() -> Option<T>) -> T {
+/// Calls `poll` until it returns a value, and returns that.
+pub fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
     let started = Instant::now();
     loop {
-        if let Some(answer) = answer() {
-            return answer;
+        if let Some(value) = poll() {
+            return value;
         }
-        assert!(started.elapsed() < PATIENCE, "waited in vain until {what}");
+        assert!(
+            started.elapsed() < TIMEOUT,
+            "timed out waiting until {what}"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
-/// Reads all that is left.
+/// Reads until the peer closes or resets the connection.
 pub fn read_to_end(mut reader: impl Read) -> Vec<u8> {
     let mut bytes = Vec::new();
-    // A peer that closes hard is a kind of end.
     let _ = reader.read_to_end(&mut bytes);
     bytes
 }

@@ -1,5 +1,5 @@
-//! A stand-in for the API server, in this process: it keeps any object, compares versions, evaluates RBAC for whoever is
-//! impersonated, pages, evicts, and asks webhooks about new pods, over TLS and by their `caBundle`.
+//! A stand-in for the API server, in this process. It stores any object, compares resource versions, evaluates RBAC for
+//! impersonated users, pages and evicts. It calls mutating webhooks about new pods, over TLS with their `caBundle`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -24,13 +24,13 @@ struct Store {
 
 struct Stored {
     object: Value,
-    /// Who applied it last.
+    /// The field manager that applied it last.
     manager: Option<String>,
 }
 
 type Shared = Arc<Mutex<Store>>;
 
-/// Serves on a thread of its own, which ends with the process.
+/// Serves on its own thread, which ends with the process, and returns the address.
 pub fn serve() -> SocketAddr {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
@@ -60,19 +60,19 @@ async fn answer(
     headers: HeaderMap,
     body: Bytes,
 ) -> Answer {
-    let asked = Asked {
+    let request = Request {
         method: method.to_string(),
-        at: Target::of(uri.path()),
+        target: Target::of(uri.path()),
         parameters,
         user: headers
             .get("impersonate-user")
             .map(|user| user.to_str().unwrap().to_owned()),
         body: serde_json::from_slice(&body).unwrap_or(Value::Null),
     };
-    // Webhooks are asked by a client that blocks.
-    let answered = tokio::task::spawn_blocking(move || asked.answer(&store)).await;
-    let (status, object) = match answered.unwrap() {
-        Ok(done) => done,
+    // The client that calls the webhooks blocks.
+    let result = tokio::task::spawn_blocking(move || request.answer(&store)).await;
+    let (status, object) = match result.unwrap() {
+        Ok(answer) => answer,
         Err((code, reason, message)) => {
             let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
                 "code": code, "reason": reason, "message": message});
@@ -121,50 +121,57 @@ impl Target {
     }
 }
 
-struct Asked {
+struct Request {
     method: String,
-    at: Target,
+    target: Target,
     parameters: Parameters,
     user: Option<String>,
     body: Value,
 }
 
-impl Asked {
+impl Request {
     fn answer(mut self, store: &Shared) -> Result<(u16, Value), Failure> {
-        let is_there = store.lock().unwrap().objects.contains_key(&self.at.whole);
-        let verbs: &[&str] = match (self.method.as_str(), &self.at.name) {
+        let exists = store
+            .lock()
+            .unwrap()
+            .objects
+            .contains_key(&self.target.whole);
+        let verbs: &[&str] = match (self.method.as_str(), &self.target.name) {
             ("GET", Some(_)) => &["get"],
             ("GET", None) => &["list"],
             ("POST", _) => &["create"],
             ("PUT", _) => &["update"],
-            // Applying creates, and then takes the permission for both, on the name.
-            ("PATCH", _) if is_there => &["patch"],
+            // A server-side apply that creates needs both permissions on the name.
+            ("PATCH", _) if exists => &["patch"],
             ("PATCH", _) => &["patch", "create"],
             _ => &["delete"],
         };
         for verb in verbs {
             self.authorize(store, verb)?;
         }
-        let missing = |at: &Target| {
-            let name = at.name.clone().unwrap_or_default();
+        let missing = |target: &Target| {
+            let name = target.name.clone().unwrap_or_default();
             (
                 404,
                 "NotFound",
-                format!("{} {name:?} not found", at.resource),
+                format!("{} {name:?} not found", target.resource),
             )
         };
         match self.method.as_str() {
-            "GET" if self.at.name.is_none() => self.list(&store.lock().unwrap()),
-            "POST" if self.at.sub_resource.as_deref() == Some("eviction") => {
+            "GET" if self.target.name.is_none() => self.list(&store.lock().unwrap()),
+            "POST" if self.target.sub_resource.as_deref() == Some("eviction") => {
                 self.evict(&mut store.lock().unwrap())
             }
             "GET" => {
                 let store = store.lock().unwrap();
-                let stored = store.objects.get(&self.at.whole).ok_or(missing(&self.at))?;
+                let stored = store
+                    .objects
+                    .get(&self.target.whole)
+                    .ok_or(missing(&self.target))?;
                 Ok((200, stored.object.clone()))
             }
             "POST" => {
-                if self.at.resource == "pods" {
+                if self.target.resource == "pods" {
                     self.admit(store)?;
                 }
                 let metadata = &self.body["metadata"];
@@ -176,7 +183,7 @@ impl Asked {
                     }
                 };
                 self.body["metadata"]["name"] = name.as_str().into();
-                if let Some(namespace) = &self.at.namespace {
+                if let Some(namespace) = &self.target.namespace {
                     self.body["metadata"]["namespace"] = namespace.as_str().into();
                 }
                 if self.parameters.contains_key("dryRun") {
@@ -184,72 +191,75 @@ impl Asked {
                 }
                 let uid = store.lock().unwrap().version;
                 self.body["metadata"]["uid"] = format!("uid-{uid}").into();
-                let path = format!("{}/{name}", self.at.whole);
+                let path = format!("{}/{name}", self.target.whole);
                 let mut store = store.lock().unwrap();
                 if store.objects.contains_key(&path) {
                     return Err((409, "AlreadyExists", format!("{name:?} already exists")));
                 }
                 Ok((201, store.put(&path, self.body, None)))
             }
-            "PUT" if self.at.sub_resource.as_deref() == Some("status") => {
-                let (path, _) = self.at.whole.rsplit_once('/').unwrap();
+            "PUT" if self.target.sub_resource.as_deref() == Some("status") => {
+                let (path, _) = self.target.whole.rsplit_once('/').unwrap();
                 let mut store = store.lock().unwrap();
-                let old = store.objects.get(path).ok_or(missing(&self.at))?;
+                let old = store.objects.get(path).ok_or(missing(&self.target))?;
                 let mut object = old.object.clone();
                 object["status"] = self.body["status"].clone();
                 Ok((200, store.put(path, object, None)))
             }
             "PUT" => {
                 let mut store = store.lock().unwrap();
-                let old = store.objects.get(&self.at.whole).ok_or(missing(&self.at))?;
+                let old = store
+                    .objects
+                    .get(&self.target.whole)
+                    .ok_or(missing(&self.target))?;
                 let version = &self.body["metadata"]["resourceVersion"];
                 if version.is_string() && *version != old.object["metadata"]["resourceVersion"] {
                     let message = "the object has been modified; please apply your changes to the latest version";
                     return Err((409, "Conflict", message.to_owned()));
                 }
-                Ok((200, store.put(&self.at.whole, self.body, None)))
+                Ok((200, store.put(&self.target.whole, self.body, None)))
             }
             "PATCH" => {
                 let manager = self.parameters.get("fieldManager").cloned();
                 let mut store = store.lock().unwrap();
-                if let Some(old) = store.objects.get(&self.at.whole)
+                if let Some(old) = store.objects.get(&self.target.whole)
                     && old.manager != manager
                     && old.object["data"] != self.body["data"]
                 {
                     let message = "Apply failed with 1 conflict: conflict with another manager";
                     return Err((409, "Conflict", message.to_owned()));
                 }
-                if let Some(namespace) = &self.at.namespace {
+                if let Some(namespace) = &self.target.namespace {
                     self.body["metadata"]["namespace"] = namespace.as_str().into();
                 }
-                Ok((201, store.put(&self.at.whole, self.body, manager)))
+                Ok((201, store.put(&self.target.whole, self.body, manager)))
             }
             _ => {
                 let mut store = store.lock().unwrap();
                 let old = store
                     .objects
-                    .remove(&self.at.whole)
-                    .ok_or(missing(&self.at))?;
+                    .remove(&self.target.whole)
+                    .ok_or(missing(&self.target))?;
                 Ok((200, old.object))
             }
         }
     }
 
-    /// A collection's objects that fit the selectors, a page at a time.
+    /// Lists a collection's objects that match the selectors, one page at a time.
     fn list(&self, store: &Store) -> Result<(u16, Value), Failure> {
         let Target {
             whole, resource, ..
-        } = &self.at;
-        let start = match &self.at.namespace {
+        } = &self.target;
+        let start = match &self.target.namespace {
             Some(_) => format!("{whole}/"),
             None => format!(
                 "{}/namespaces/",
                 whole.trim_end_matches(&format!("/{resource}"))
             ),
         };
-        let is_one = |path: &str| match (&self.at.namespace, path.strip_prefix(&start)) {
+        let is_one = |path: &str| match (&self.target.namespace, path.strip_prefix(&start)) {
             (Some(_), Some(name)) => !name.contains('/'),
-            // Of a namespaced kind, or namespaces themselves.
+            // A namespaced kind across namespaces, or the namespaces themselves.
             (None, Some(rest)) => match rest.split('/').collect::<Vec<_>>()[..] {
                 [_, kind, _] => kind == resource,
                 [_] => resource == "namespaces",
@@ -259,7 +269,7 @@ impl Asked {
         };
         let parts = |parameter: &str| {
             let text = self.parameters.get(parameter).cloned().unwrap_or_default();
-            // Not at the commas of a set.
+            // Do not split at the commas of a set.
             let mut depth = 0;
             let parts = text.split(|c| {
                 depth += i32::from(c == '(') - i32::from(c == ')');
@@ -269,7 +279,7 @@ impl Asked {
             parts.collect::<Vec<String>>()
         };
         let (labels, fields) = (parts("labelSelector"), parts("fieldSelector"));
-        let fits = |object: &Value| {
+        let matches = |object: &Value| {
             let label = |part: &String| {
                 let labels = &object["metadata"]["labels"];
                 if let Some((key, set)) = part.split_once(" notin ") {
@@ -281,7 +291,7 @@ impl Asked {
                     None => labels.get(part).is_some(),
                 }
             };
-            // Of fields, only phases are asked about.
+            // The only field that clients select by is the phase.
             let field = |part: &String| {
                 let phase = part.strip_prefix("status.phase!=").unwrap();
                 object["status"]["phase"] != phase
@@ -289,8 +299,8 @@ impl Asked {
             labels.iter().all(label) && fields.iter().all(field)
         };
         let after = self.parameters.get("continue").cloned().unwrap_or_default();
-        // In this namespace, time passes faster than whoever pages.
-        if !after.is_empty() && self.at.namespace.as_deref() == Some("expires") {
+        // In this namespace, every continue token has expired.
+        if !after.is_empty() && self.target.namespace.as_deref() == Some("expires") {
             let message =
                 "The provided continue parameter is too old to display a consistent list result.";
             return Err((410, "Expired", message.to_owned()));
@@ -303,7 +313,7 @@ impl Asked {
             .objects
             .range(start.clone()..)
             .take_while(|(path, _)| path.starts_with(&start))
-            .filter(|(path, stored)| **path > after && is_one(path) && fits(&stored.object));
+            .filter(|(path, stored)| **path > after && is_one(path) && matches(&stored.object));
         let page: Vec<_> = found.by_ref().take(limit).collect();
         let last = page
             .last()
@@ -321,11 +331,10 @@ impl Asked {
         ))
     }
 
-    /// Ends a pod, unless it runs and a disruption budget selects it: none allows any, for nobody counts here what is
-    /// healthy.
+    /// Deletes a pod, unless it is running and a disruption budget selects it: no budget here allows a disruption.
     fn evict(&self, store: &mut Store) -> Result<(u16, Value), Failure> {
-        let (pod, _) = self.at.whole.rsplit_once('/').unwrap();
-        let namespace = self.at.namespace.as_deref().unwrap();
+        let (pod, _) = self.target.whole.rsplit_once('/').unwrap();
+        let namespace = self.target.namespace.as_deref().unwrap();
         let Some(stored) = store.objects.get(pod) else {
             return Err((404, "NotFound", format!("{pod} not found")));
         };
@@ -340,8 +349,8 @@ impl Asked {
         }
         let budgets = format!("/apis/policy/v1/namespaces/{namespace}/poddisruptionbudgets/");
         let labels = &stored.object["metadata"]["labels"];
-        let runs = stored.object["status"]["phase"] == "Running";
-        let is_kept = runs
+        let is_running = stored.object["status"]["phase"] == "Running";
+        let is_protected = is_running
             && store.objects.iter().any(|(path, budget)| {
                 let wanted = budget.object["spec"]["selector"]["matchLabels"].as_object();
                 let selects = |wanted: &serde_json::Map<_, _>| {
@@ -349,7 +358,7 @@ impl Asked {
                 };
                 path.starts_with(&budgets) && wanted.is_some_and(selects)
             });
-        if is_kept {
+        if is_protected {
             let message = "Cannot evict pod as it would violate the pod's disruption budget.";
             let status = json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": 429,
                 "reason": "TooManyRequests", "message": message, "details": {"causes": [{"reason": "DisruptionBudget"}]}});
@@ -364,7 +373,7 @@ impl Asked {
         ))
     }
 
-    /// RBAC for whoever is impersonated; the administrator may do anything.
+    /// Evaluates RBAC for an impersonated user; the administrator may do anything.
     fn authorize(&self, store: &Shared, verb: &str) -> Result<(), Failure> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -374,9 +383,9 @@ impl Asked {
             namespace,
             resource,
             ..
-        } = &self.at;
-        let name = self.at.name.as_deref().unwrap_or_default();
-        let resource = match &self.at.sub_resource {
+        } = &self.target;
+        let name = self.target.name.as_deref().unwrap_or_default();
+        let resource = match &self.target.sub_resource {
             Some(sub_resource) => format!("{resource}/{sub_resource}"),
             None => resource.clone(),
         };
@@ -426,13 +435,13 @@ impl Asked {
         Err((403, "Forbidden", message))
     }
 
-    /// Asks every mutating webhook about a new pod, each over a connection of its own.
+    /// Calls every mutating webhook about a new pod, each over its own connection.
     fn admit(&mut self, store: &Shared) -> Result<(), Failure> {
-        let below = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/";
+        let prefix = "/apis/admissionregistration.k8s.io/v1/mutatingwebhookconfigurations/";
         let configurations: Vec<Value> = {
             let store = store.lock().unwrap();
             let all = store.objects.iter();
-            all.filter(|(path, _)| path.starts_with(below))
+            all.filter(|(path, _)| path.starts_with(prefix))
                 .map(|(_, stored)| stored.object.clone())
                 .collect()
         };
@@ -440,23 +449,23 @@ impl Asked {
             .iter()
             .flat_map(|configuration| configuration["webhooks"].as_array().unwrap());
         for webhook in webhooks {
-            let failed = |why: String| {
+            let failed = |cause: String| {
                 (
                     500,
                     "InternalError",
-                    format!("failed calling webhook: {why}"),
+                    format!("failed calling webhook: {cause}"),
                 )
             };
             let client = &webhook["clientConfig"];
             let authorities = STANDARD.decode(client["caBundle"].as_str().unwrap_or_default());
             let authorities = String::from_utf8(authorities.unwrap()).unwrap();
             let review = super::create(&self.body);
-            let answered = agent(Some(&authorities))
+            let response = agent(Some(&authorities))
                 .post(format!("{}?timeout=5s", client["url"].as_str().unwrap()))
                 .header("content-type", "application/json")
                 .send(review.to_string());
-            let mut answered = answered.map_err(|error| failed(error.to_string()))?;
-            let answer = answered.body_mut().read_to_string();
+            let mut response = response.map_err(|error| failed(error.to_string()))?;
+            let answer = response.body_mut().read_to_string();
             let answer = answer.map_err(|error| failed(error.to_string()))?;
             let answer: Value = serde_json::from_str(&answer).map_err(|_| failed(answer))?;
             if answer["response"]["allowed"] != true {

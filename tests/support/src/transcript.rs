@@ -1,18 +1,18 @@
-//! The transcripts in README and docs: blocks of commands with what they print, run and compared.
+//! The commands in README and docs: reads them with their output from the pages, and runs them.
 
 use std::fs;
 use std::os::unix::fs::symlink;
 
 use super::chart::with_tools;
-use super::program::{installed, program};
+use super::program::{program, program_path};
 use super::repository;
 
-/// A page by its path in the repository.
+/// Returns a page by its path in the repository.
 pub fn page(path: &str) -> String {
     fs::read_to_string(repository().join(path)).unwrap()
 }
 
-/// Each `$ command` of a page's console blocks, with what is printed below it. A block without a `$` is for the reader.
+/// Returns each `$ command` of a page's console blocks with the output below it. Skips blocks without a `$`.
 pub fn transcripts(page: &str) -> Vec<(String, String)> {
     let blocks = page.split("```console\n").skip(1);
     let blocks = blocks.map(|block| block.split("```").next().unwrap());
@@ -21,7 +21,7 @@ pub fn transcripts(page: &str) -> Vec<(String, String)> {
         for line in block.lines() {
             match (line.strip_prefix("$ "), transcripts.last_mut()) {
                 (Some(command), _) => transcripts.push((command.to_owned(), String::new())),
-                (None, Some((_, printed))) => *printed += &format!("{line}\n"),
+                (None, Some((_, output))) => *output += &format!("{line}\n"),
                 (None, None) => unreachable!("a block starts with a command"),
             }
         }
@@ -29,8 +29,8 @@ pub fn transcripts(page: &str) -> Vec<(String, String)> {
     transcripts
 }
 
-/// The commands of a page that show nothing of what they print, a block each: console blocks without a `$`, and
-/// indented blocks that begin with a command.
+/// Returns a page's commands without output, one per block: console blocks without a `$`, and indented blocks that
+/// start with a command.
 pub fn commands(page: &str) -> Vec<String> {
     const FIRST_WORDS: [&str; 8] = [
         "KUBEBUILDER_ASSETS=/path/to/a/folder",
@@ -66,15 +66,15 @@ pub fn commands(page: &str) -> Vec<String> {
     commands
 }
 
-/// What a command prints at a shell in the repository's folder, where the program is installed, as a plugin of kubectl
-/// too.
-pub fn printed(command: &str, environment: &[(&str, &str)]) -> String {
+/// Runs a command in a shell in the repository's root, with the program on the PATH, also as a kubectl plugin. Returns
+/// its output.
+pub fn run_in_shell(command: &str, environment: &[(&str, &str)]) -> String {
     let folder = tempfile::tempdir().unwrap();
-    let installed = installed();
+    let path = program_path();
     for name in ["llm-billing-webhook", "kubectl-llm_billing"] {
-        symlink(&installed, folder.path().join(name)).unwrap();
+        symlink(&path, folder.path().join(name)).unwrap();
     }
-    // Begun as the program is, with none of its settings.
+    // Remove the program's settings from the environment.
     let clean = program(&[]);
     let mut shell = std::process::Command::new("sh");
     for (name, value) in clean.get_envs() {
