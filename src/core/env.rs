@@ -29,12 +29,6 @@ pub struct Variable {
     entry: Box<RawValue>,
 }
 
-impl PartialEq for Variable {
-    fn eq(&self, other: &Self) -> bool {
-        self.name == other.name && self.value == other.value
-    }
-}
-
 impl Variable {
     /// Creates a variable and renders its env entry.
     pub(super) fn new(name: &str, value: Value) -> Self {
@@ -134,7 +128,7 @@ impl EnvSource {
 }
 
 /// The changes that bring an env list in sync.
-#[derive(Clone, PartialEq, Default)]
+#[derive(Clone, Default)]
 pub struct Changes<'a> {
     /// Indices of the entries to remove, ascending.
     pub remove: Vec<usize>,

@@ -8,7 +8,7 @@ use super::proxy::Proxy;
 use super::vendor_keys::VendorKeys;
 
 /// The compiled policy. Each field means what the field of the same name in [`PolicyFile`] means.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 pub struct Policy {
     /// The label that holds a pod's workspace id.
     pub workspace_label: Name,

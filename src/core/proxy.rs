@@ -13,7 +13,7 @@ const CLAUDE_CODE: &str = "claude-code";
 const WORKSPACE_ID_PLACEHOLDER: &str = "{workspace_id}";
 
 /// The metered proxy, with its variables rendered at startup.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 pub struct Proxy {
     /// The contract's variables; `None` if the base URL or the usage token is absent.
     contract: Option<Contract>,
@@ -23,7 +23,7 @@ pub struct Proxy {
     pub(super) exclude_containers: BTreeSet<String>,
 }
 
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 struct Contract {
     claude_code: Vec<Variable>,
     others: Vec<Variable>,

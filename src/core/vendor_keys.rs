@@ -7,7 +7,7 @@ use super::env::Variable;
 use super::policy_file::Name;
 
 /// The names of the vendor keys, sorted and unique, each with its mask rendered at startup.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 pub struct VendorKeys(Vec<Variable>);
 
 impl VendorKeys {

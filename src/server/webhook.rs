@@ -151,7 +151,7 @@ async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response 
             return app.bad_request(webhook, arrived, status, &error.to_string());
         }
     };
-    let limit = timeout.map(|timeout| lookup_limit(timeout, arrived));
+    let limit = timeout.map(|timeout| lookup_limit(timeout, arrived.elapsed()));
     let decision = app.decide(webhook, &decoded, limit).await;
     let response =
         info_span!("encode").in_scope(|| AdmissionResponse::new(decoded.uid(), &decision));
@@ -185,11 +185,9 @@ impl TimeoutQuery {
 }
 
 /// Returns the time left for the lookup if the response is to arrive before the API server's time-out.
-fn lookup_limit(timeout: Duration, arrived: Instant) -> Duration {
+fn lookup_limit(timeout: Duration, elapsed: Duration) -> Duration {
     let reserve = (timeout / 5).min(Duration::from_millis(500));
-    timeout
-        .saturating_sub(reserve)
-        .saturating_sub(arrived.elapsed())
+    timeout.saturating_sub(reserve).saturating_sub(elapsed)
 }
 
 /// A request body, with its permit if it is large.
@@ -438,4 +436,27 @@ const MAX_CHANGED_BYTES: usize = 1024;
 /// Returns a name for the log, empty if there is none.
 fn name<'a>(text: Option<&'a Text<'_>>) -> &'a str {
     text.map_or("", |text| truncate(text.as_str(), MAX_NAME_BYTES))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lookup_limit_leaves_time_for_the_response() {
+        for (timeout, elapsed, limit) in [
+            (1_000, 0, 800),
+            (2_000, 0, 1_600),
+            (10_000, 0, 9_500),
+            (10_000, 3_000, 6_500),
+            (1_000, 900, 0),
+        ] {
+            let [timeout, elapsed, limit] = [timeout, elapsed, limit].map(Duration::from_millis);
+            assert_eq!(
+                lookup_limit(timeout, elapsed),
+                limit,
+                "{timeout:?} {elapsed:?}"
+            );
+        }
+    }
 }

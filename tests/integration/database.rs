@@ -2,7 +2,6 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use llm_billing_webhook::core::identity::ParameterValue;
 use llm_billing_webhook::core::policy::Policy;
@@ -12,6 +11,7 @@ use serde_json::{Value, json};
 
 use test_support::load;
 use test_support::postgres::{Cluster, PgBouncer, Postgres};
+use test_support::process::is_closed_by_peer;
 use test_support::program::{Authority, Start, Webhook, decode_output, run, wait_for};
 use test_support::relay::Relay;
 use test_support::{PROXY, create, pod};
@@ -307,26 +307,23 @@ fn lookup_respects_policy_and_api_server_timeouts() {
     };
     let review = create(&pod(ID, &json!([]))).to_string();
     let admit = |webhook: &Webhook, path: &str| {
-        let started = Instant::now();
         let mut response = webhook.post(path, "application/json", review.as_bytes());
         let answer: Value =
             serde_json::from_str(&response.body_mut().read_to_string().unwrap()).unwrap();
+        // Without the time-out, the query would return byok.
         assert_eq!(
             answer["response"]["auditAnnotations"]["reason"],
             "lookup_error"
         );
-        started.elapsed()
     };
     let policy_limited = start(&slow("300ms"), &postgres.url());
-    let elapsed = admit(&policy_limited, "/mutate?timeout=30s");
-    assert!(elapsed < Duration::from_secs(10), "{elapsed:?}");
+    admit(&policy_limited, "/mutate?timeout=30s");
     // More consecutive timeouts than the pool's 16 connections must not exhaust it.
     for _ in 0..20 {
         admit(&policy_limited, "/mutate");
     }
-    let api_server_limited = start(&slow("19s"), &postgres.url());
-    let elapsed = admit(&api_server_limited, "/mutate?timeout=2s");
-    assert!(elapsed < Duration::from_secs(2), "{elapsed:?}");
+    let api_server_limited = start(&slow("30s"), &postgres.url());
+    admit(&api_server_limited, "/mutate?timeout=2s");
     assert!(
         api_server_limited
             .health("/metrics")
@@ -392,7 +389,9 @@ fn assert_survives_stale_connections(postgres: &Postgres, webhook: Webhook) {
     );
     postgres.execute(terminate);
     assert_byok();
-    std::thread::sleep(Duration::from_millis(600));
+    wait_for("the server ends the idle session", || {
+        sessions(postgres).is_empty().then_some(())
+    });
     assert_byok();
     let log = webhook.stop_and_read_log();
     assert!(!log.contains("lookup failed"), "{log}");
@@ -411,14 +410,6 @@ fn slow_policy(seconds: &str) -> String {
         "lookup: {{timeout: {}, query: 'SELECT llm_billing_mode FROM workspaces, pg_sleep({seconds}) WHERE id = $1'}}\n{PROXY}",
         load::LONG_LOOKUP_TIMEOUT
     )
-}
-
-/// Waits until this many of the webhook's sessions execute a query.
-fn wait_for_queries(postgres: &Postgres, count: u32) {
-    wait_for("queries are executed", || {
-        let active = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database() AND state = 'active'";
-        (postgres.query(active) == count.to_string()).then_some(())
-    });
 }
 
 fn wait_for_idle_connections(webhook: &Webhook) {
@@ -444,7 +435,7 @@ fn client_that_goes_away_costs_no_connection() {
             body.len()
         );
         client.write_all((head + &body).as_bytes()).unwrap();
-        wait_for_queries(&postgres, 1);
+        postgres.wait_for_queries(1);
         drop(client);
         wait_for_idle_connections(&webhook);
     }
@@ -481,7 +472,7 @@ fn lookup_at_its_deadline_leaves_no_open_transaction() {
     let review = create(&pod(ID, &json!([]))).to_string();
     std::thread::scope(|scope| {
         scope.spawn(|| load_client.assert_correct());
-        wait_for_queries(&postgres, 1);
+        postgres.wait_for_queries(1);
         // The pooler's only connection is in use, so this lookup waits until its deadline for a transaction to begin.
         webhook.post("/mutate?timeout=1s", "application/json", review.as_bytes());
     });
@@ -753,7 +744,10 @@ fn full_pooler_or_ended_session_is_transient() {
     let webhook = start(PROXY, &url);
     webhook.wait_until_ready();
     drop(first);
-    std::thread::sleep(Duration::from_secs(5));
+    assert_byok(&webhook);
+    wait_for("the pooler ends the idle session", || {
+        is_closed_by_peer(pooler.port()).then_some(())
+    });
     assert_byok(&webhook);
     let log = webhook.stop_and_read_log();
     assert!(!log.contains("lookup"), "{log}");

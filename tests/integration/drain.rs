@@ -1,7 +1,5 @@
 //! Draining: requests in flight are answered, readiness turns off, and the process exits with code 0.
 
-use std::time::Duration;
-
 use serde_json::json;
 
 use test_support::haproxy::{Haproxy, Slot};
@@ -25,7 +23,7 @@ fn request_in_flight_at_sigterm_is_answered() {
     .start();
     let answer = std::thread::scope(|scope| {
         let request = scope.spawn(|| webhook.mutate(&create(&pod(ID, &json!([])))));
-        std::thread::sleep(Duration::from_millis(500));
+        postgres.wait_for_queries(1);
         webhook.signal("TERM");
         request.join().unwrap()
     });

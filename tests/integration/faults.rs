@@ -4,18 +4,20 @@
 //! `scripts/faults` prints the counts of each test: the table in docs/reliability.md.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use test_support::PROXY;
 use test_support::load::{LONG_LOOKUP_TIMEOUT, LoadClient, schema};
 use test_support::postgres::{Cluster, Postgres};
-use test_support::program::{Start, Webhook};
+use test_support::program::{Start, Webhook, wait_for};
 use test_support::relay::Relay;
 
 /// Concurrent clients: as many as lookups that may wait during an outage.
 const CLIENT_COUNT: usize = 16;
 
 const QUERY: &str = "SELECT llm_billing_mode FROM workspaces WHERE id = $1";
+
+/// Causes a fault, calls what waits during the fault, and ends the fault.
+type Fault<'a> = &'a dyn Fn(&dyn Fn());
 
 /// A running webhook and a client of it.
 struct Program {
@@ -44,11 +46,13 @@ impl Program {
         })
     }
 
-    /// Sends admissions during a fault that fails every lookup. Asserts that the log has `error`, and that only lookups
-    /// of result `kind` or `timeout` are counted.
-    fn fail_during(&self, name: &str, kind: &str, error: &str, fault: impl FnOnce()) {
+    /// Sends admissions while a fault fails every lookup, until more lookups have failed than clients wait. Asserts that
+    /// the log has `error`, and that only lookups of result `kind` or `timeout` are counted.
+    fn assert_lookups_fail(&self, name: &str, kind: &str, error: &str) {
         let before = self.lookups();
-        let tally = self.client.run_during(name, CLIENT_COUNT, fault);
+        let tally = self.client.run_during(name, CLIENT_COUNT, || {
+            self.wait_for_lookups(&before, CLIENT_COUNT + 1);
+        });
         assert_eq!(tally.correct, 0, "{name}: {tally:?}");
         self.webhook.wait_for_log(error);
         let mut failed = self.lookups_since(&before);
@@ -68,6 +72,13 @@ impl Program {
         metrics.lines().filter_map(count).collect()
     }
 
+    /// Waits until so many lookups have ended since `before`.
+    fn wait_for_lookups(&self, before: &BTreeMap<String, usize>, count: usize) {
+        wait_for("lookups end", || {
+            (self.lookups_since(before).values().sum::<usize>() >= count).then_some(())
+        });
+    }
+
     /// Returns the number of lookups by result since `before`.
     fn lookups_since(&self, before: &BTreeMap<String, usize>) -> BTreeMap<String, usize> {
         let mut lookups = self.lookups();
@@ -77,11 +88,6 @@ impl Program {
         lookups.retain(|_, count| *count > 0);
         lookups
     }
-}
-
-/// Sleeps longer than a lookup's deadline.
-fn pause() {
-    std::thread::sleep(Duration::from_secs(3));
 }
 
 #[test]
@@ -125,11 +131,10 @@ fn stopped_database_yields_the_policys_answer() {
     }
     cluster.pg_ctl(&["stop", "--mode=immediate"]);
     for program in &programs {
-        program.fail_during(
+        program.assert_lookups_fail(
             "stopped: connections are refused",
             "unavailable",
             "Connection refused",
-            pause,
         );
     }
     cluster.pg_ctl(&["start"]);
@@ -150,11 +155,10 @@ fn network_black_hole_delays_no_answer() {
     }
     for program in &programs {
         relay.drop_traffic(true);
-        program.fail_during(
+        program.assert_lookups_fail(
             "a black hole: accepts, and never answers",
             "timeout",
             "did not answer in time",
-            pause,
         );
         relay.drop_traffic(false);
         program.client.assert_correct();
@@ -165,36 +169,52 @@ fn network_black_hole_delays_no_answer() {
 fn only_a_few_lookups_wait_during_an_outage() {
     let cluster = Cluster::start();
     let postgres = Postgres::on(&cluster, &schema());
-    // Longer than two deadlines. The server must cancel abandoned queries; otherwise each deadline adds 16 backends.
-    let lock = "BEGIN; LOCK TABLE workspaces; SELECT pg_sleep(4.5);
+    postgres.execute("CREATE TABLE released ()");
+    // The server must cancel abandoned queries; otherwise each deadline adds 16 backends.
+    let lock = "BEGIN; LOCK TABLE workspaces;
         DO $$ BEGIN
+            WHILE NOT EXISTS (SELECT FROM released) LOOP PERFORM pg_sleep(0.05); END LOOP;
             ASSERT (SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader') <= 2 * 16;
         END $$;
         COMMIT";
-    let faults: [(&str, &str, &dyn Fn()); 2] = [
-        ("the table is locked: lookups hang", "timeout", &|| {
-            postgres.execute(lock)
-        }),
-        ("stopped, with 64 clients", "unavailable", &|| {
-            cluster.pg_ctl(&["stop", "--mode=immediate"]);
-            std::thread::sleep(Duration::from_millis(4500));
-            cluster.pg_ctl(&["start"]);
-        }),
+    let hang = |wait: &dyn Fn()| {
+        std::thread::scope(|scope| {
+            scope.spawn(|| postgres.execute(lock));
+            wait();
+            postgres.execute("INSERT INTO released DEFAULT VALUES");
+        });
+        postgres.execute("TRUNCATE released");
+    };
+    let stop = |wait: &dyn Fn()| {
+        cluster.pg_ctl(&["stop", "--mode=immediate"]);
+        wait();
+        cluster.pg_ctl(&["start"]);
+    };
+    let faults: [(&str, &str, Fault); 2] = [
+        ("the table is locked: lookups hang", "timeout", &hang),
+        ("stopped, with 64 clients", "unavailable", &stop),
     ];
     for program in Program::for_each_on_error(&postgres.url_via(cluster.port())) {
         for (name, kind, fault) in faults {
             program.client.assert_correct();
             let before = program.lookups();
-            program.client.run_during(name, 64, fault);
-            program.client.assert_correct();
-            let lookups = program.lookups_since(&before);
-            let count = |kind: &str| lookups.get(kind).copied().unwrap_or_default();
-            // All 64 wait in the first two seconds, then 16 at a time. Those that wait for one of the 16 connections
+            let count = |kind: &str| {
+                let lookups = program.lookups_since(&before);
+                lookups.get(kind).copied().unwrap_or_default()
+            };
+            // All 64 wait until the first deadline, then 16 at a time. Those that wait for one of the 16 connections
             // end with `timeout`, even if the database is stopped.
-            let failed = count("timeout") + count("unavailable");
-            assert!((64..=64 + 3 * 16).contains(&failed), "{name}: {failed}");
-            assert!(count(kind) >= 16, "{name}: {lookups:?}");
-            assert!(count("crowded") > 64, "{name}: {lookups:?}");
+            let failed = || count("timeout") + count("unavailable");
+            program.client.run_during(name, 64, || {
+                fault(&|| {
+                    wait_for("the second deadline passes", || {
+                        (failed() >= 64 + 16).then_some(())
+                    });
+                });
+            });
+            program.client.assert_correct();
+            assert!(count(kind) >= 16, "{name}: {kind}");
+            assert!(count("crowded") > failed(), "{name}: {}", failed());
         }
     }
 }
@@ -204,7 +224,7 @@ fn slow_query_ends_at_the_deadline() {
     let postgres = Postgres::with(&schema());
     let slow = "SELECT CASE WHEN pg_sleep(20) IS NOT NULL THEN llm_billing_mode END FROM workspaces WHERE id = $1";
     for program in Program::for_each_on_error_with("2s", slow, &postgres.url()) {
-        program.fail_during("a slow query", "timeout", "did not answer in time", pause);
+        program.assert_lookups_fail("a slow query", "timeout", "did not answer in time");
     }
 }
 
@@ -216,11 +236,10 @@ fn exhausted_connections_fail_lookups_until_freed() {
             "ALTER ROLE reader CONNECTION LIMIT 0;
              SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader'",
         );
-        program.fail_during(
+        program.assert_lookups_fail(
             "no connection is free",
             "unavailable",
             "too many connections for role",
-            pause,
         );
         postgres.execute("ALTER ROLE reader CONNECTION LIMIT -1");
         program.client.assert_correct();
@@ -234,9 +253,11 @@ fn standby_in_recovery_serves_lookups() {
     let url = postgres.url_via(cluster.port());
     cluster.restart_as_standby();
     for program in Program::for_each_on_error_with(LONG_LOOKUP_TIMEOUT, QUERY, &url) {
+        let before = program.lookups();
+        let wait = || program.wait_for_lookups(&before, 100);
         let tally = program
             .client
-            .run_during("a standby, in recovery", CLIENT_COUNT, pause);
+            .run_during("a standby, in recovery", CLIENT_COUNT, wait);
         assert_eq!(tally.per_policy, 0);
     }
 }
@@ -268,7 +289,7 @@ fn missing_schema_is_logged_until_restored() {
         for (name, fault, error, remedy) in table {
             program.client.assert_correct();
             postgres.execute(fault);
-            program.fail_during(name, "refused", error, pause);
+            program.assert_lookups_fail(name, "refused", error);
             let line = program.webhook.wait_for_log(error);
             assert!(line.contains("\"ERROR\""), "{line}");
             postgres.execute(remedy);

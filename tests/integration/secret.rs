@@ -1,7 +1,7 @@
 //! Self-managed certificates: replicas create, share, publish and renew them under the chart's service account and
 //! RBAC, while an API server calls the webhook and trusts its current `caBundle`. Certificate files are in tls.rs.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -350,7 +350,9 @@ fn provided_certificate_stays_trusted_after_the_takeover() {
         let bundle = cluster.ca_bundle(CONFIGURATION).unwrap();
         assert!(bundle.contains(foreign.trim()), "{bundle}");
         assert!(replica.is_trusted_by(&bundle));
-        std::thread::sleep(Duration::from_secs(1));
+        for _ in 0..20 {
+            cluster.create_a_pod().unwrap();
+        }
     });
     assert!(created > 0);
 }
@@ -447,11 +449,16 @@ fn unreadable_answer_is_not_quoted() {
     .stderr(Stdio::piped())
     .spawn()
     .unwrap();
-    std::thread::sleep(Duration::from_secs(3));
+    let mut log = String::new();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    // The program gives up after 30 s, so the log ends if the line does not come.
+    while !log.contains("its answer cannot be read") {
+        assert_ne!(stderr.read_line(&mut log).unwrap(), 0, "{log}");
+    }
     child.kill().unwrap();
-    let log = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
+    stderr.read_to_string(&mut log).unwrap();
+    child.wait().unwrap();
     assert!(log.contains("no certificate yet"), "{log}");
-    assert!(log.contains("its answer cannot be read"), "{log}");
     assert!(!log.contains("key-0123456789"), "{log}");
 }
 

@@ -1,7 +1,7 @@
 //! Soak test: two instances behind a real proxy under constant load, while certificates are replaced, the database
 //! restarts and instances are rolled over at random times.
 //!
-//! It takes ten seconds by default; `scripts/soak` sets another duration.
+//! It takes ten seconds by default. `scripts/soak` sets another duration; memory is compared from a minute on.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -97,5 +97,7 @@ fn random_faults_leave_no_answer_wrong_or_missing() {
     println!(
         "{swaps} certificate swaps, {restarts} database restarts, {drains} drains; memory {before} KiB after a fifth of the time, {after} KiB at the end"
     );
-    assert!(after < before + MAX_MEMORY_GROWTH, "{before} {after}");
+    if seconds >= 60 {
+        assert!(after < before + MAX_MEMORY_GROWTH, "{before} {after}");
+    }
 }

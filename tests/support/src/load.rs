@@ -11,7 +11,7 @@ use super::{create, pod};
 /// The byok workspace's id.
 pub const BYOK: &str = "88888888-8888-8888-8888-888888888888";
 /// The timeout that each request announces, as the API server does.
-const API_SERVER_TIMEOUT: Duration = Duration::from_secs(5);
+const API_SERVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Returns a PostgreSQL schema with that workspace.
 pub fn schema() -> String {

@@ -226,6 +226,14 @@ impl Postgres {
         self.cluster.query(&self.name, query)
     }
 
+    /// Waits until the webhook executes so many queries.
+    pub fn wait_for_queries(&self, count: u32) {
+        let active = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND datname = current_database() AND state = 'active'";
+        wait_for("queries are executed", || {
+            (self.query(active) == count.to_string()).then_some(())
+        });
+    }
+
     /// Returns the read-only role's URL, over the Unix socket.
     pub fn url(&self) -> String {
         self.url_with(PASSWORD)

@@ -43,3 +43,14 @@ fn stat(pid: u32) -> Option<Stat> {
         cpu: Duration::from_millis(10 * (number(11) + number(12))),
     })
 }
+
+/// Reports whether the peer at a port of loopback has closed a connection that a process here still holds open.
+pub fn is_closed_by_peer(port: u16) -> bool {
+    const CLOSE_WAIT: &str = "08";
+    let peer = format!("0100007F:{port:04X}");
+    let connections = fs::read_to_string("/proc/net/tcp").unwrap();
+    connections.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields.get(2..4) == Some(&[peer.as_str(), CLOSE_WAIT])
+    })
+}

@@ -335,6 +335,11 @@ impl Webhook {
         memory_of(self.child.id(), "VmRSS")
     }
 
+    /// Returns the most memory that the program has had, in KiB.
+    pub fn peak_memory(&self) -> u64 {
+        memory_of(self.child.id(), "VmHWM")
+    }
+
     /// Returns status and text of a page of the health port.
     pub fn health(&self, path: &str) -> (u16, String) {
         let mut response = self
