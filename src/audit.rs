@@ -14,7 +14,7 @@ use tokio::task::block_in_place;
 
 use crate::cluster::ClusterError;
 use crate::core::audit::{Finding, Report, Verdict, audit};
-use crate::core::decision::{Decision, Outcome, PodTarget, Step, Webhook, begin_pod};
+use crate::core::decision::{Decision, Outcome, PodTarget, Step, begin_pod};
 use crate::core::identity::ParameterValue;
 use crate::core::plan::Scope;
 use crate::core::pod::{Pod, Text};
@@ -327,7 +327,7 @@ fn begin_page<'a>(
             namespace: metadata.namespace.as_str(),
             scope: Scope::Running,
         };
-        let step = begin_pod(policy, Webhook::Mutate, target);
+        let step = begin_pod(policy, target);
         match &step {
             Step::Done(decision) if decision.outcome == Outcome::NotAWorkspace => continue,
             Step::Done(_) => {}

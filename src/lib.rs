@@ -3,7 +3,7 @@
 //! Imports point one way:
 //! `main` → [`cli`] → [`server`] → [`audit`] → [`database`], [`cluster`] → [`metrics`] → [`core`].
 //! The core decides (identify, resolve, plan, patch) without IO, async or HTTP. The other modules execute its lookups
-//! and send its responses. `tests/integration/boundary.rs` enforces this and rejects import cycles.
+//! and send its responses. `tests/integration/boundary.rs` enforces that and rejects import cycles.
 
 pub mod audit;
 pub mod cli;

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::args::{DatabaseArgs, PolicyArgs};
 use super::dev::DEV_DATABASE;
 use super::terminal::{note, print};
-use crate::core::decision::{Decision, PodTarget, Step, Webhook, begin_pod};
+use crate::core::decision::{Decision, PodTarget, Step, begin_pod};
 use crate::core::plan::Scope;
 use crate::core::pod::Pod;
 use crate::core::policy::Policy;
@@ -102,7 +102,7 @@ pub(super) async fn decide<'a>(
     given: Option<BillingMode>,
     target: PodTarget<'a>,
 ) -> anyhow::Result<Decision<'a>> {
-    let (parameters, pending) = match begin_pod(policy, Webhook::Mutate, target) {
+    let (parameters, pending) = match begin_pod(policy, target) {
         Step::Done(decision) => return Ok(decision),
         Step::Lookup(parameters, pending) => (parameters, pending),
     };

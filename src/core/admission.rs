@@ -380,7 +380,7 @@ mod tests {
                     place: expected.to_owned()
                 }
             );
-            assert_eq!(refusal.status(), 400);
+            assert_eq!(refusal.status().0, 400);
         }
         assert_eq!(
             decode(&review(&json!({"uid": 7}))).err(),

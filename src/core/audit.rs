@@ -92,10 +92,7 @@ fn add_annotation_findings(
     pod: &Pod<'_>,
     findings: &mut BTreeSet<Finding>,
 ) {
-    let annotations = pod
-        .metadata
-        .as_ref()
-        .and_then(|metadata| metadata.annotations.as_ref());
+    let annotations = pod.annotations();
     let mode = annotations.and_then(|annotations| annotations.mode.as_ref());
     let source = annotations.and_then(|annotations| annotations.source.as_ref());
     match (mode.map(Text::as_str), source.map(Text::as_str)) {
@@ -203,7 +200,7 @@ mod tests {
 
     use super::super::pod::{MODE_ANNOTATION, SOURCE_ANNOTATION};
     use super::*;
-    use crate::core::decision::{PodTarget, Webhook, begin_pod};
+    use crate::core::decision::{PodTarget, begin_pod};
     use crate::core::plan::Scope;
     use crate::core::resolution::LookupOutcome;
 
@@ -221,7 +218,7 @@ mod tests {
             namespace: "ws-acme",
             scope: Scope::Running,
         };
-        let decision = begin_pod(&policy, Webhook::Mutate, target).finish(lookup);
+        let decision = begin_pod(&policy, target).finish(lookup);
         audit(&policy, &decision, &pod)
     }
 

@@ -8,6 +8,8 @@ use serde::de::value::BorrowedStrDeserializer;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, forward_to_deserialize_any};
 
+use super::json::is_special;
+
 /// The nesting limit of skipped values; serde_json has the same limit for decoded values.
 const MAX_DEPTH: u32 = 128;
 
@@ -269,11 +271,6 @@ fn find_special(text: &str, start: usize) -> Option<usize> {
     }
     let offset = rest.iter().position(is_special)?;
     Some(at + offset)
-}
-
-/// Reports whether a byte ends the unescaped part of a string: a quote, a backslash or a control character.
-const fn is_special(byte: &u8) -> bool {
-    matches!(byte, 0..b' ' | b'"' | b'\\')
 }
 
 /// Sets the high bit of each special byte; the first byte is the lowest. Bits above the first one set may be wrong.

@@ -180,7 +180,7 @@ pub fn begin<'a>(policy: &'a Policy, webhook: Webhook, review: &'a Decoded<'a>) 
         Decoded::Unreadable { refusal, .. } => Err(refusal.clone()),
     };
     match target {
-        Ok(Some(target)) => begin_pod(policy, webhook, target),
+        Ok(Some(target)) => begin_target(policy, webhook, target),
         Ok(None) => Step::Done(Decision::without_workspace(Outcome::NotApplicable)),
         Err(refusal) => Step::Done(Decision::without_workspace(Outcome::Refused(refusal))),
     }
@@ -203,8 +203,12 @@ fn pod_target<'a>(request: &'a Request<'a>) -> Result<Option<PodTarget<'a>>, Ref
 
 /// Begins the decision about a pod that is not from a review, but from a manifest, a cluster or a label.
 #[must_use]
-pub fn begin_pod<'a>(policy: &'a Policy, webhook: Webhook, target: PodTarget<'a>) -> Step<'a> {
-    if target.scope.is_empty(target.pod) {
+pub fn begin_pod<'a>(policy: &'a Policy, target: PodTarget<'a>) -> Step<'a> {
+    begin_target(policy, Webhook::Mutate, target)
+}
+
+fn begin_target<'a>(policy: &'a Policy, webhook: Webhook, target: PodTarget<'a>) -> Step<'a> {
+    if target.scope.needs_no_mode(target.pod) {
         return Step::Done(Decision::without_workspace(Outcome::NotApplicable));
     }
     let pending = |workspace| Pending {
@@ -249,8 +253,8 @@ impl<'a> Pending<'a> {
         let PodTarget { pod, scope, .. } = self.target;
         let planned = plan(self.policy, self.workspace, resolution, pod, scope);
         let (outcome, plan) = match (self.webhook, planned) {
-            (_, Err(refusal)) => (Outcome::Refused(refusal), None),
-            (Webhook::Validate, Ok(plan)) => (validate(&plan, resolution.reason), None),
+            (Webhook::Validate, planned) => (validate(planned, resolution.reason), None),
+            (Webhook::Mutate, Err(refusal)) => (Outcome::Refused(refusal), None),
             (Webhook::Mutate, Ok(plan)) if plan.is_empty() => (Outcome::Unchanged, Some(plan)),
             (Webhook::Mutate, Ok(plan)) => (Outcome::Patched, Some(plan)),
         };
@@ -263,18 +267,16 @@ impl<'a> Pending<'a> {
     }
 }
 
-/// Rejects a pod whose containers must still change. If the lookup failed, no other webhook is to blame: the env may
-/// match the workspace's real mode.
-fn validate(plan: &Plan<'_>, reason: Reason) -> Outcome {
-    if plan.containers.is_empty() {
-        return Outcome::Unchanged;
-    }
-    Outcome::Refused(if reason == Reason::LookupError {
-        Refusal::LookupFailed
-    } else {
-        Refusal::NotSettled {
+/// Rejects a pod that `Mutate` would refuse, or whose containers must still change. After a failed lookup the env may
+/// match the workspace's real mode, so the failed lookup is the reason, whatever the plan for the fallback says.
+fn validate(planned: Result<Plan<'_>, Refusal>, reason: Reason) -> Outcome {
+    Outcome::Refused(match planned {
+        Ok(plan) if plan.containers.is_empty() => return Outcome::Unchanged,
+        _ if reason == Reason::LookupError => Refusal::LookupFailed,
+        Ok(plan) => Refusal::NotSettled {
             findings: plan.findings(),
-        }
+        },
+        Err(refusal) => refusal,
     })
 }
 
@@ -477,6 +479,20 @@ mod tests {
                 &bare,
                 &Failed,
                 id("lookup_error: LOOKUP_FAILED, no plan"),
+            ),
+            (
+                "",
+                Validate,
+                &bare,
+                &Failed,
+                id("lookup_error: LOOKUP_FAILED, no plan"),
+            ),
+            (
+                "",
+                Validate,
+                &bare,
+                &NoRow,
+                id("workspace_not_found: MISSING_PLATFORM_PROXY, no plan"),
             ),
         ];
         for (policy, webhook, request, lookup, expected) in table {

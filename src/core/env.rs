@@ -147,12 +147,12 @@ impl Changes<'_> {
 }
 
 /// Returns the changes that bring `entries` in sync: each required variable once with its value, and none for which
-/// `is_removed` holds. The first correct entry of a required variable is not moved; its other entries are removed.
+/// `is_forbidden` holds. The first correct entry of a required variable is not moved; its other entries are removed.
 #[must_use]
 pub(super) fn reconcile<'a>(
     entries: &[EnvEntry<'_>],
     required: &[Cow<'a, Variable>],
-    is_removed: impl Fn(&str) -> bool,
+    is_forbidden: impl Fn(&str) -> bool,
 ) -> Changes<'a> {
     let mut met = vec![false; required.len()];
     let mut remove = Vec::new();
@@ -169,7 +169,7 @@ pub(super) fn reconcile<'a>(
                 *met |= is_first_match;
                 is_first_match
             }
-            None if is_removed(name) => false,
+            None if is_forbidden(name) => false,
             None => {
                 others.push(index);
                 true

@@ -8,16 +8,19 @@ use std::fmt::{Display, Write};
 pub fn text(out: &mut String, text: &str) {
     out.push('"');
     // Few strings need escapes. A loop without an early exit is vectorized.
-    let is_special = |byte| matches!(byte, 0..b' ' | b'"' | b'\\');
-    let needs_escape = text
-        .bytes()
-        .fold(false, |found, byte| found | is_special(byte));
+    let find = |found, byte: &u8| found | is_special(byte);
+    let needs_escape = text.as_bytes().iter().fold(false, find);
     if needs_escape {
         escape(out, text);
     } else {
         out.push_str(text);
     }
     out.push('"');
+}
+
+/// Reports whether a byte ends the unescaped part of a string: a quote, a backslash or a control character.
+pub(super) const fn is_special(byte: &u8) -> bool {
+    matches!(byte, 0..b' ' | b'"' | b'\\')
 }
 
 /// Escapes like serde_json (RFC 8259, section 7).

@@ -150,7 +150,7 @@ pub fn plan<'a>(
     }
     let mut containers = Vec::new();
     for (list, index, container) in scope.containers(pod) {
-        let required = rules.required(container)?;
+        let required = rules.variables_for(container)?;
         let keys = rules.vendor_keys;
         let changes = reconcile(container.entries(), &required, |name| keys.contains(name));
         warn_about_container(keys, container, &required, &changes, &mut warnings);
@@ -201,7 +201,7 @@ impl Scope<'_> {
 
     /// Reports whether no container is planned, so that no mode is needed.
     #[must_use]
-    pub fn is_empty(self, pod: &Pod<'_>) -> bool {
+    pub fn needs_no_mode(self, pod: &Pod<'_>) -> bool {
         match self {
             Self::Pod | Self::Running => false,
             Self::NewEphemeralContainers(_) => self.containers(pod).next().is_none(),
@@ -213,10 +213,7 @@ fn plan_annotations(
     resolution: Resolution,
     pod: &Pod<'_>,
 ) -> (Vec<AnnotationPlan>, AnnotationsParent) {
-    let present = pod
-        .metadata
-        .as_ref()
-        .and_then(|metadata| metadata.annotations.as_ref());
+    let present = pod.annotations();
     let parent = match (&pod.metadata, present) {
         (None, _) => AnnotationsParent::NoMetadata,
         (Some(_), None) => AnnotationsParent::NoAnnotations,
@@ -241,31 +238,12 @@ static NO_VENDOR_KEYS: VendorKeys = VendorKeys::NONE;
 
 /// The rules for every container of a pod.
 struct Rules<'a> {
-    /// The mode variables, then the proxy variables.
-    required: Vec<Cow<'a, Variable>>,
-    /// The containers that get the mode variables only.
+    mode: &'static [Variable; 2],
+    proxy: Vec<Cow<'a, Variable>>,
+    /// The containers that get no proxy variables.
     excluded: Option<&'a BTreeSet<String>>,
     vendor_keys: &'a VendorKeys,
     env_from: EnvFromRule,
-}
-
-/// The number of variables that carry the mode. Both hold the resolved mode.
-const MODE_VARIABLE_COUNT: usize = 2;
-
-/// Returns the variables that carry a mode, rendered once.
-fn mode_variables(mode: BillingMode) -> &'static [Variable; MODE_VARIABLE_COUNT] {
-    static VARIABLES: LazyLock<[[Variable; MODE_VARIABLE_COUNT]; 3]> = LazyLock::new(|| {
-        BillingMode::ALL.map(|mode| {
-            let value = Value::Literal(mode.as_str().to_owned());
-            [MODE_VARIABLE, RESOLVED_VARIABLE].map(|name| Variable::new(name, value.clone()))
-        })
-    });
-    let [platform_managed, byok, disabled] = &*VARIABLES;
-    match mode {
-        BillingMode::PlatformManaged => platform_managed,
-        BillingMode::Byok => byok,
-        BillingMode::Disabled => disabled,
-    }
 }
 
 impl<'a> Rules<'a> {
@@ -276,7 +254,8 @@ impl<'a> Rules<'a> {
         pod: &Pod<'_>,
     ) -> Result<Self, Refusal> {
         let mut rules = Self {
-            required: mode_variables(mode).iter().map(Cow::Borrowed).collect(),
+            mode: mode_variables(mode),
+            proxy: Vec::new(),
             excluded: None,
             vendor_keys: &NO_VENDOR_KEYS,
             env_from: policy.env_from,
@@ -284,10 +263,8 @@ impl<'a> Rules<'a> {
         if mode == BillingMode::PlatformManaged {
             let runtime = pod.label(policy.runtime_label.as_str()).unwrap_or_default();
             let proxy = policy.proxy.as_ref().ok_or(Refusal::MissingPlatformProxy)?;
-            let proxy_variables = proxy.variables(runtime, workspace);
-            rules
-                .required
-                .extend(proxy_variables.ok_or(Refusal::MissingPlatformProxy)?);
+            let variables = proxy.variables(runtime, workspace);
+            rules.proxy = variables.ok_or(Refusal::MissingPlatformProxy)?;
             rules.excluded = Some(&proxy.exclude_containers);
             rules.vendor_keys = &policy.vendor_keys;
         }
@@ -295,39 +272,53 @@ impl<'a> Rules<'a> {
     }
 
     /// Returns the variables that a container must have: mode, proxy, and masks of vendor keys that envFrom could set.
-    fn required(&self, container: &Container<'_>) -> Result<Cow<'_, [Cow<'a, Variable>]>, Refusal> {
+    fn variables_for(&self, container: &Container<'_>) -> Result<Vec<Cow<'a, Variable>>, Refusal> {
         let is_excluded = self
             .excluded
             .is_some_and(|excluded| excluded.contains(container.name.as_str()));
-        let required = if is_excluded {
-            self.required.get(..MODE_VARIABLE_COUNT).unwrap_or_default()
-        } else {
-            &self.required
-        };
+        let mut variables: Vec<_> = self.mode.iter().map(Cow::Borrowed).collect();
+        if !is_excluded {
+            variables.extend_from_slice(&self.proxy);
+        }
         let sources = container.env_from.as_deref().unwrap_or_default();
-        if sources.is_empty() || self.env_from == EnvFromRule::Ignore {
-            return Ok(required.into());
-        }
-        let is_set = |key: &str| required.iter().any(|variable| variable.name() == key);
         let is_needed = |mask: &&Variable| {
-            let key = mask.name();
-            could_set(sources, key) && !is_set(key)
+            let is_set = |key: &str| variables.iter().any(|variable| variable.name() == key);
+            could_set(sources, mask.name()) && !is_set(mask.name())
         };
-        let masks = self.vendor_keys.masks().iter().filter(is_needed);
-        if self.env_from == EnvFromRule::Deny {
-            let names: Vec<&str> = masks.map(Variable::name).collect();
-            if names.is_empty() {
-                return Ok(required.into());
+        let masks = self.vendor_keys.masks().iter();
+        let masks: Vec<&Variable> = masks.filter(is_needed).collect();
+        match self.env_from {
+            EnvFromRule::Ignore => {}
+            EnvFromRule::Mask => variables.extend(masks.into_iter().map(Cow::Borrowed)),
+            EnvFromRule::Deny if masks.is_empty() => {}
+            EnvFromRule::Deny => {
+                let names: Vec<&str> = masks.into_iter().map(Variable::name).collect();
+                let mut keys = String::new();
+                summarize_names(&mut keys, &names);
+                return Err(Refusal::EnvFromVendorKey {
+                    container: container.name.as_str().to_owned(),
+                    keys,
+                });
             }
-            let mut keys = String::new();
-            summarize_names(&mut keys, &names);
-            return Err(Refusal::EnvFromVendorKey {
-                container: container.name.as_str().to_owned(),
-                keys,
-            });
         }
-        let masks = masks.map(Cow::Borrowed);
-        Ok(required.iter().cloned().chain(masks).collect())
+        Ok(variables)
+    }
+}
+
+/// Returns the two variables that carry a mode, rendered once. Both hold the resolved mode.
+fn mode_variables(mode: BillingMode) -> &'static [Variable; 2] {
+    fn render(mode: BillingMode) -> [Variable; 2] {
+        let value = Value::Literal(mode.as_str().to_owned());
+        [MODE_VARIABLE, RESOLVED_VARIABLE].map(|name| Variable::new(name, value.clone()))
+    }
+    type Rendered = LazyLock<[Variable; 2]>;
+    static PLATFORM_MANAGED: Rendered = LazyLock::new(|| render(BillingMode::PlatformManaged));
+    static BYOK: Rendered = LazyLock::new(|| render(BillingMode::Byok));
+    static DISABLED: Rendered = LazyLock::new(|| render(BillingMode::Disabled));
+    match mode {
+        BillingMode::PlatformManaged => &PLATFORM_MANAGED,
+        BillingMode::Byok => &BYOK,
+        BillingMode::Disabled => &DISABLED,
     }
 }
 
@@ -569,7 +560,7 @@ mod tests {
             )
             .unwrap();
             assert_eq!(plan.annotations, []);
-            assert_eq!(plan.is_empty(), scope.is_empty(&new));
+            assert_eq!(plan.is_empty(), scope.needs_no_mode(&new));
             plan.containers
                 .iter()
                 .map(|container| (container.list.field(), container.index))
@@ -581,6 +572,6 @@ mod tests {
             [("ephemeralContainers", 0), ("ephemeralContainers", 1)]
         );
         assert_eq!(planned(Some(&new)), []);
-        assert!(!Scope::Pod.is_empty(&Pod::default()));
+        assert!(!Scope::Pod.needs_no_mode(&Pod::default()));
     }
 }

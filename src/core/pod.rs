@@ -248,6 +248,12 @@ impl<'a> Pod<'a> {
         Some(value.as_ref().map_or("", Text::as_str))
     }
 
+    /// Returns the annotations, if there are any.
+    #[must_use]
+    pub fn annotations(&self) -> Option<&Annotations<'a>> {
+        self.metadata.as_ref()?.annotations.as_ref()
+    }
+
     /// Returns a container list; empty if it is absent.
     #[must_use]
     pub fn containers(&self, list: ContainerList) -> &[Container<'a>] {

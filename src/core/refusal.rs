@@ -73,26 +73,16 @@ impl Refusal {
         }
     }
 
-    /// Returns the HTTP status that the API server passes on to the user.
+    /// Returns the HTTP status that the API server passes on to the user, and Kubernetes' name of it.
     #[must_use]
-    pub const fn status(&self) -> u16 {
+    pub const fn status(&self) -> (u16, &'static str) {
         match self {
             Self::MissingPlatformProxy
             | Self::EnvFromVendorKey { .. }
             | Self::MissingWorkspaceLabel { .. }
-            | Self::NotSettled { .. } => 403,
-            Self::LookupFailed => 503,
-            Self::NoObject | Self::Unreadable { .. } => 400,
-        }
-    }
-
-    /// Returns the Kubernetes name of [`Self::status`].
-    #[must_use]
-    pub(super) const fn status_reason(&self) -> &'static str {
-        match self.status() {
-            400 => "BadRequest",
-            503 => "ServiceUnavailable",
-            _ => "Forbidden",
+            | Self::NotSettled { .. } => (403, "Forbidden"),
+            Self::LookupFailed => (503, "ServiceUnavailable"),
+            Self::NoObject | Self::Unreadable { .. } => (400, "BadRequest"),
         }
     }
 }

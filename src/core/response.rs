@@ -52,8 +52,9 @@ fn write(response: &mut Object<'_>, uid: &str, decision: &Decision<'_>, patch: O
     response.plain("allowed", refusal.is_none());
     if let Some(refusal) = refusal {
         object(response.member("status"), |status| {
-            status.plain("code", refusal.status());
-            status.text("reason", refusal.status_reason());
+            let (code, reason) = refusal.status();
+            status.plain("code", code);
+            status.text("reason", reason);
             status.text("message", &refusal.to_string());
         });
     }

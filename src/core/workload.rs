@@ -59,13 +59,11 @@ pub fn subjects(document: Value, namespace: &str) -> Vec<Subject> {
     if kind == "AdmissionReview" {
         return vec![review_subject(document, namespace)];
     }
-    if kind.ends_with("List") && document.get("items").is_some_and(Value::is_array) {
-        let item_kind = (kind != "List").then(|| {
-            (
-                api_version.to_owned(),
-                kind.trim_end_matches("List").to_owned(),
-            )
-        });
+    if let Some(item_kind) = kind.strip_suffix("List")
+        && document.get("items").is_some_and(Value::is_array)
+    {
+        let item_kind =
+            (!item_kind.is_empty()).then(|| (api_version.to_owned(), item_kind.to_owned()));
         let Value::Object(mut list) = document else {
             return Vec::new();
         };
@@ -351,7 +349,11 @@ mod tests {
         }
         let update = subject_of(review("pods", "ephemeralcontainers", "UPDATE"));
         let old = update.old_pod().unwrap();
-        assert!(!update.scope(old.as_ref()).is_empty(&update.pod().unwrap()));
+        assert!(
+            !update
+                .scope(old.as_ref())
+                .needs_no_mode(&update.pod().unwrap())
+        );
         assert!(matches!(
             update.scope(old.as_ref()),
             Scope::NewEphemeralContainers(Some(_))

@@ -1,4 +1,8 @@
 //! Looks up workspaces' billing modes in PostgreSQL or SQLite: deadlines, retries and the limit on concurrent lookups.
+//! One lookup can be retried at three places, all before its deadline: connecting (pool.rs), the query on another
+//! connection if the first is lost, and both with a new URL if the login is refused (here). query.rs repeats a statement
+//! that sqlx itself has displaced.
+//!
 //! The queries live in query.rs, the connection pool in pool.rs, the errors in error.rs and the URL in url.rs.
 //!
 //! A production database is never written. A file with its URL is reloaded when it changes and when the database
@@ -70,8 +74,10 @@ impl Limiter {
         } else {
             MAX_LOOKUPS
         };
+        let others = self.lookups.fetch_add(1, Ordering::Relaxed);
+        // Dropped above the limit, the permit undoes the count.
         let permit = Permit(self);
-        (self.lookups.fetch_add(1, Ordering::Relaxed) < limit).then_some(permit)
+        (others < limit).then_some(permit)
     }
 }
 
@@ -172,7 +178,7 @@ impl Database {
     ///
     /// # Errors
     /// [`SourceError`]; the URL in use then stays.
-    pub fn reread(&self) -> Result<bool, SourceError> {
+    pub fn reload(&self) -> Result<bool, SourceError> {
         let url = self.source.read()?;
         let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
         if current.url == url {
@@ -227,7 +233,7 @@ impl Database {
         if result.as_ref().is_err_and(is_login_refused) {
             // Another task may have reloaded the URL first, so compare it instead of using the result. The server's
             // reload task reports an unusable URL.
-            let _ = self.reread();
+            let _ = self.reload();
             let current = self.current();
             if current.url != used.url {
                 result = self.execute_on(&current, parameters, deadline).await;
@@ -311,6 +317,7 @@ impl Database {
             .await
             .map_err(LookupError::from)
         {
+            // The joined list has one row for each workspace, unless the policy's query is of an unexpected kind.
             Ok(outcomes) => Ok((outcomes.len() == values.len()).then_some(outcomes)),
             Err(LookupError::Unusable(_) | LookupError::Refused(_)) => Ok(None),
             Err(error) => Err(error),

@@ -33,7 +33,7 @@ use crate::server::certificate::tls::{
     self, Certificate, CertificateFiles, CertificatePem, LiveCertificate, RELOAD_INTERVAL,
 };
 use crate::server::readiness::Readiness;
-use crate::server::tasks::{TaskError, Tasks};
+use crate::server::tasks::{TaskError, Tasks, WEBHOOK_LISTENER};
 use crate::server::webhook::App;
 use crate::telemetry;
 
@@ -169,7 +169,7 @@ impl Bound {
             tasks.spawn_endless("audits", audit(Arc::clone(&app), audits));
         }
 
-        let failure = run(&mut tasks, stop, &handle, &app.readiness, drain).await;
+        let failure = run_until_drained(&mut tasks, stop, &handle, &app.readiness, drain).await;
         tasks.shutdown().await;
         app.database.close_idle().await;
         info!("stopped");
@@ -177,34 +177,41 @@ impl Bound {
     }
 }
 
-/// The name of the task whose end completes the drain.
-const WEBHOOK_LISTENER: &str = "webhook listener";
-
-/// Waits for a signal or the end of a task, then drains. `/readyz` fails at once, the listener closes after the delay,
-/// and requests in flight end within the time-out. A second signal ends the drain. Returns the first task failure.
-async fn run(
+/// Waits for a signal or the end of a task, then drains. Returns the first failure of a task.
+async fn run_until_drained(
     tasks: &mut Tasks,
     mut stop: StopSignals,
     handle: &Handle<SocketAddr>,
     readiness: &Readiness,
     drain: Drain,
 ) -> Option<TaskError> {
-    let mut failure = None;
-    tokio::select! {
-        () = stop.received() => {}
-        ended = tasks.ended() => {
-            error!(error = telemetry::chain(&ended), "stopping");
-            if ended.task() == WEBHOOK_LISTENER {
-                return Some(ended);
-            }
-            failure = Some(ended);
-        }
+    let failure = tokio::select! {
+        () = stop.received() => None,
+        ended = tasks.ended() => Some(ended),
+    };
+    if let Some(failure) = &failure {
+        error!(error = telemetry::chain(failure), "stopping");
     }
-    let mut is_signalled = failure.is_none();
+    if failure.as_ref().is_some_and(TaskError::is_of_listener) {
+        return failure;
+    }
     readiness.set_draining();
     info!(delay = ?drain.delay, timeout = ?drain.timeout, "draining");
-    let mut delay = pin!(sleep(drain.delay));
+    drain_requests(tasks, stop, handle, drain, failure).await
+}
+
+/// Closes the listener after the delay, and gives requests under way until the time-out. A signal cuts that short, except
+/// the first one after a task's failure, which asks for no more than the drain.
+async fn drain_requests(
+    tasks: &mut Tasks,
+    mut stop: StopSignals,
+    handle: &Handle<SocketAddr>,
+    drain: Drain,
+    mut failure: Option<TaskError>,
+) -> Option<TaskError> {
+    let mut is_signalled = failure.is_none();
     let mut is_closing = false;
+    let mut delay = pin!(sleep(drain.delay));
     loop {
         tokio::select! {
             () = &mut delay, if !is_closing => {
@@ -217,17 +224,16 @@ async fn run(
                 }
                 is_signalled = true;
             }
-            ended = tasks.ended() => match ended {
-                TaskError::Ended(WEBHOOK_LISTENER) => return failure,
-                ended => {
-                    error!(error = telemetry::chain(&ended), "stopping");
-                    let is_last = ended.task() == WEBHOOK_LISTENER;
+            ended = tasks.ended() => {
+                let is_drained = ended.is_of_listener();
+                if !matches!(ended, TaskError::Ended(_) if is_drained) {
+                    error!(error = telemetry::chain(&ended), "failed during the drain");
                     failure.get_or_insert(ended);
-                    if is_last {
-                        return failure;
-                    }
                 }
-            },
+                if is_drained {
+                    return failure;
+                }
+            }
         }
     }
 }
@@ -337,8 +343,8 @@ async fn maintain_connections(app: Arc<App>) {
     loop {
         sleep(RELOAD_INTERVAL).await;
         app.database.close_old().await;
-        let reread = app.database.reread();
-        match &reread {
+        let reloaded = app.database.reload();
+        match &reloaded {
             Ok(true) => info!("database URL reloaded"),
             Ok(false) => {}
             Err(_) if is_failing => {}
@@ -347,7 +353,7 @@ async fn maintain_connections(app: Arc<App>) {
                 "the changed database URL cannot be used; the old one stays"
             ),
         }
-        is_failing = reread.is_err();
+        is_failing = reloaded.is_err();
     }
 }
 
@@ -458,7 +464,7 @@ mod tests {
             timeout: Duration::from_secs(30),
         };
         let (failure, ()) = tokio::join!(
-            run(
+            run_until_drained(
                 &mut tasks,
                 StopSignals::new().unwrap(),
                 &handle,
@@ -472,7 +478,7 @@ mod tests {
                 drained.notify_one();
             }
         );
-        let failure = failure.map(|failure| telemetry::chain(&failure).to_string());
+        let failure = failure.map(|failure| telemetry::chain(&failure));
         assert_eq!(failure.unwrap(), "the task \"broken\" failed: on purpose");
         assert!(client.await.unwrap().ends_with("answered"));
     }

@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn certificate_is_renewed_at_a_third_of_its_lifetime() {
+    fn certificate_is_renewed_when_a_third_is_left() {
         let bundle = first();
         let at = |day| service().next(&bundle, START + day * DAY, true).unwrap();
         assert!(at(60).is_none());
@@ -506,7 +506,7 @@ mod tests {
         let next = restored(Some(no_certificate));
         assert_eq!(count(&next), 2);
         assert!(next.ca_certificates.starts_with(&other.ca_certificates));
-        assert!(accepts(&in_memory.ca_certificates, &in_memory, START));
+        assert!(accepts(&next.ca_certificates, &in_memory, START));
         assert!(next.is_accepted(START));
         let next = restored(Some(CertificateBundle::default()));
         assert!(next.certificate == in_memory.certificate);

@@ -70,6 +70,14 @@ pub struct SharedSecret {
     published: Option<(String, Instant)>,
 }
 
+/// What a reconciliation has done.
+struct Reconciled {
+    /// The certificate to serve.
+    pem: CertificatePem,
+    /// Whether the CA is in all webhook configurations.
+    published: Result<(), SecretError>,
+}
+
 /// Why the certificate cannot be obtained, stored or published.
 #[derive(Debug, Error)]
 pub enum SecretError {
@@ -140,11 +148,8 @@ impl SharedSecret {
     pub async fn obtain(&mut self) -> Result<Certificate, SecretError> {
         let started = Instant::now();
         loop {
-            let reconciled = match self.reconcile().await {
-                Ok((pem, Ok(()))) => Ok(pem),
-                Ok((_, Err(error))) | Err(error) => Err(error),
-            };
-            match reconciled {
+            let reconciled = self.reconcile().await;
+            match reconciled.and_then(|done| done.published.map(|()| done.pem)) {
                 Ok(pem) => {
                     let certificate = Certificate::from_pem(&pem)?;
                     self.served = Some(pem);
@@ -165,7 +170,7 @@ impl SharedSecret {
         loop {
             sleep(self.spec.interval()).await;
             let failure = match self.reconcile().await {
-                Ok((pem, published)) => {
+                Ok(Reconciled { pem, published }) => {
                     if self.served.as_ref() != Some(&pem) {
                         live.replace(Certificate::from_pem(&pem));
                         self.served = Some(pem);
@@ -190,17 +195,19 @@ impl SharedSecret {
 
     /// Syncs the Secret, publishes the CA, and returns the certificate to serve. A failure to publish does not prevent
     /// serving: a CA signs nothing before it was published.
-    async fn reconcile(
-        &mut self,
-    ) -> Result<(CertificatePem, Result<(), SecretError>), SecretError> {
+    async fn reconcile(&mut self) -> Result<Reconciled, SecretError> {
         let time_limit = self.spec.interval() * MAX_RECONCILE_INTERVALS;
         let work = async {
             self.sync_secret().await?;
             Ok(self.publish().await)
         };
-        let published = timeout(time_limit.max(Duration::from_secs(1)), work)
-            .await
-            .unwrap_or(Err(SecretError::Timeout))?;
+        let done = timeout(time_limit.max(Duration::from_secs(1)), work).await;
+        let done = done.unwrap_or(Err(SecretError::Timeout));
+        if done.is_err() {
+            // What is published was not checked.
+            self.published = None;
+        }
+        let published = done?;
         let client_ca = self
             .config
             .client_ca
@@ -212,7 +219,7 @@ impl SharedSecret {
             key: self.bundle.key.clone().into_bytes(),
             client_ca,
         };
-        Ok((pem, published))
+        Ok(Reconciled { pem, published })
     }
 
     /// Brings this replica's bundle and the Secret in sync.
