@@ -23,7 +23,7 @@ use crate::core::policy_file::Unlabelled;
 use crate::core::resolution::{BillingMode, Reason, Resolution, Source};
 use crate::database::{Database, LookupError};
 
-/// Limit on pods in a page, and so on workspaces in a query. The same as kubectl's.
+/// Limit on the pods of a page, and therefore on the workspaces of a query. kubectl uses the same.
 const PAGE_SIZE: u32 = 500;
 
 /// The namespaces whose pods are audited.
@@ -241,7 +241,7 @@ pub async fn sweep(
                 SweepError::List(location.clone(), error)
             })?;
             let page = client.request_text(page).await.map_err(list_error)?;
-            // Parsing and planning 500 large pods takes long: another thread must run this one's admissions and probes.
+            // Parsing and planning 500 large pods takes long; meanwhile another thread serves admissions and probes.
             let page: Page<'_> = block_in_place(|| serde_json::from_str(&page))
                 .map_err(|_| SweepError::Page(location.clone()))?;
             for verdict in audit_page(&page, database, policy, &location).await? {

@@ -5,7 +5,7 @@
 //!
 //! The queries live in query.rs, the connection pool in pool.rs, the errors in error.rs and the URL in url.rs.
 //!
-//! A production database is never written. A file with its URL is reloaded when it changes and when the database
+//! No lookup writes. A file with its URL is reloaded when it changes and when the database
 //! rejects the login, so that a password can be rotated without a restart.
 
 mod embedded;

@@ -132,7 +132,8 @@ const fn is_uuid(parameter: &Parameter) -> bool {
 }
 
 /// Derives a query for many workspaces from the policy's query: each parameter such as `$1` becomes a column of a
-/// joined list. Returns `None` if the query has quotes or comments, where `$1` might not be a parameter.
+/// joined list. Returns `None` if the query has quotes, comments or several statements, where `$1` might not be
+/// a parameter, or refers to a parameter that the policy does not list.
 pub(super) fn batch_query(query: &str, parameters: &[Parameter]) -> Option<String> {
     if ["'", "\"", ";", "--", "/*", "$$"]
         .iter()

@@ -122,7 +122,7 @@ impl Bound {
     /// Serves until SIGTERM or SIGINT, then drains. A second signal ends the drain at once.
     ///
     /// # Errors
-    /// An IO error if a listener or a signal handler cannot be set up. Otherwise an error that names the task that
+    /// An IO error if the limit on open files, a listener or a signal handler cannot be set up. Otherwise an error that names the task that
     /// ended, failed or panicked; the server still drains, unless that task is the webhook's listener.
     pub async fn serve(
         self,

@@ -39,8 +39,8 @@ const MAX_SMALL_BODY_BYTES: usize = 64 * 1024;
 /// Limit on the permits held by large bodies, 4 MiB in all. A body larger than that acquires all of them.
 const MAX_LARGE_BODY_PERMITS: u32 = 64;
 
-/// The API server's shortest time-out: `timeoutSeconds` is an integer from 1 to 30. A shorter one would let a client
-/// make a healthy database appear to hang.
+/// The API server's shortest time-out: `timeoutSeconds` is an integer from 1 to 30. Lookups that
+/// fail at a shorter one would mark a healthy database as degraded.
 const MIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The state shared by all requests. No `Debug`: the policy may hold a token.
@@ -184,9 +184,12 @@ impl TimeoutQuery {
     }
 }
 
+/// Time that a response may take after its lookup: a fifth of the API server's time-out, and no more than this.
+const MAX_RESPONSE_RESERVE: Duration = Duration::from_millis(500);
+
 /// Returns the time left for the lookup if the response is to arrive before the API server's time-out.
 fn lookup_limit(timeout: Duration, elapsed: Duration) -> Duration {
-    let reserve = (timeout / 5).min(Duration::from_millis(500));
+    let reserve = (timeout / 5).min(MAX_RESPONSE_RESERVE);
     timeout.saturating_sub(reserve).saturating_sub(elapsed)
 }
 

@@ -130,7 +130,7 @@ impl CertificateSpec {
         next.ca_certificates = trusted.iter().map(|ca| format!("{}\n", ca.pem)).collect();
         let names = match accepted_certificate(bundle, &trusted, now) {
             None => Some(self.names.clone()),
-            // Clients do not trust the new CA yet.
+            // Clients may not trust the newest CA yet.
             Some(_) if is_new_ca || !is_propagated => None,
             Some(accepted) if self.is_renewal_due(&accepted, now) => Some(self.names.clone()),
             // During a rollout, other replicas may need the old names: add this replica's to them.

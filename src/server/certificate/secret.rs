@@ -341,7 +341,7 @@ fn kind_of<K: Resource<DynamicType = ()>>() -> ApiResource {
     ApiResource::erase::<K>(&())
 }
 
-/// Returns the Secret's fields, under the standard names of TLS Secrets.
+/// Returns the Secret's fields. All but `ca.key` have the standard names of TLS Secrets.
 fn fields(bundle: &CertificateBundle) -> [(&'static str, &String); 4] {
     [
         ("ca.crt", &bundle.ca_certificates),
