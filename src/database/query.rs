@@ -1,5 +1,5 @@
 //! The queries that a connection executes: the policy's query for one workspace, or a query derived from it for many.
-//! Pooling and retries live in mod.rs and pool.rs.
+//! mod.rs has the deadline and the retries on other connections.
 
 use std::sync::Arc;
 
@@ -13,20 +13,20 @@ use crate::core::policy_file::{Parameter, ParameterType};
 use crate::core::resolution::LookupOutcome;
 
 /// A query that can be executed over this type of connection.
-pub(super) trait Query<Connection: Send>: Sync {
+pub(super) trait Query<C: Send>: Sync {
     /// The query's result.
     type Output: Send;
 
     fn execute_once(
         &self,
-        connection: &mut Connection,
+        connection: &mut C,
     ) -> impl Future<Output = Result<Self::Output, sqlx::Error>> + Send;
 
     /// Executes the query, twice if its statement is missing. For a type that is new to the connection, such as an
     /// enum, sqlx queries the type, which replaces an unnamed statement. The second attempt finds the type cached.
     fn execute(
         &self,
-        connection: &mut Connection,
+        connection: &mut C,
     ) -> impl Future<Output = Result<Self::Output, sqlx::Error>> + Send {
         async {
             match self.execute_once(connection).await {
@@ -65,6 +65,55 @@ impl Query<PgConnection> for SingleLookup<'_> {
         let selected = select(&mut transaction, query, parameters, false).await;
         transaction.rollback().await?;
         selected
+    }
+}
+
+async fn select(
+    connection: &mut PgConnection,
+    query: &Arc<str>,
+    parameters: &[ParameterValue],
+    prepared: bool,
+) -> Result<LookupOutcome, sqlx::Error> {
+    // The query is the operator's, from the policy file. Values from pods are bound, never interpolated.
+    let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(query))).persistent(prepared);
+    for parameter in parameters {
+        statement = match parameter {
+            ParameterValue::Uuid(uuid) => statement.bind(uuid),
+            ParameterValue::Text(text) => statement.bind(text),
+        };
+    }
+    let Some(row) = statement.fetch_optional(connection).await? else {
+        return Ok(LookupOutcome::NoRow);
+    };
+    Ok(LookupOutcome::Row(mode(&row)?))
+}
+
+impl Query<SqliteConnection> for SingleLookup<'_> {
+    type Output = LookupOutcome;
+
+    async fn execute_once(
+        &self,
+        connection: &mut SqliteConnection,
+    ) -> Result<LookupOutcome, sqlx::Error> {
+        let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(self.query)));
+        for parameter in self.parameters {
+            statement = match parameter {
+                // SQLite has no UUID type; UUIDs are stored as hyphenated text.
+                ParameterValue::Uuid(uuid) => statement.bind(uuid.to_string()),
+                ParameterValue::Text(text) => statement.bind(text),
+            };
+        }
+        let Some(row) = statement.fetch_optional(connection).await? else {
+            return Ok(LookupOutcome::NoRow);
+        };
+        let value = row.try_get_raw(0)?;
+        if !value.is_null() && value.type_info().name() != "TEXT" {
+            return Err(sqlx::Error::ColumnDecode {
+                index: "0".to_owned(),
+                source: "not text".into(),
+            });
+        }
+        Ok(LookupOutcome::Row(row.try_get(0)?))
     }
 }
 
@@ -173,26 +222,6 @@ pub(super) fn batch_query(query: &str, parameters: &[Parameter]) -> Option<Strin
     ))
 }
 
-async fn select(
-    connection: &mut PgConnection,
-    query: &Arc<str>,
-    parameters: &[ParameterValue],
-    prepared: bool,
-) -> Result<LookupOutcome, sqlx::Error> {
-    // The query is the operator's, from the policy file. Values from pods are bound, never interpolated.
-    let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(query))).persistent(prepared);
-    for parameter in parameters {
-        statement = match parameter {
-            ParameterValue::Uuid(uuid) => statement.bind(uuid),
-            ParameterValue::Text(text) => statement.bind(text),
-        };
-    }
-    let Some(row) = statement.fetch_optional(connection).await? else {
-        return Ok(LookupOutcome::NoRow);
-    };
-    Ok(LookupOutcome::Row(mode(&row)?))
-}
-
 /// Returns the mode in a row's first column.
 fn mode(row: &PgRow) -> Result<Option<String>, sqlx::Error> {
     let is_enum = matches!(row.try_get_raw(0)?.type_info().kind(), PgTypeKind::Enum(_));
@@ -201,34 +230,5 @@ fn mode(row: &PgRow) -> Result<Option<String>, sqlx::Error> {
         row.try_get_unchecked(0)
     } else {
         row.try_get(0)
-    }
-}
-
-impl Query<SqliteConnection> for SingleLookup<'_> {
-    type Output = LookupOutcome;
-
-    async fn execute_once(
-        &self,
-        connection: &mut SqliteConnection,
-    ) -> Result<LookupOutcome, sqlx::Error> {
-        let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(self.query)));
-        for parameter in self.parameters {
-            statement = match parameter {
-                // SQLite has no UUID type; UUIDs are stored as hyphenated text.
-                ParameterValue::Uuid(uuid) => statement.bind(uuid.to_string()),
-                ParameterValue::Text(text) => statement.bind(text),
-            };
-        }
-        let Some(row) = statement.fetch_optional(connection).await? else {
-            return Ok(LookupOutcome::NoRow);
-        };
-        let value = row.try_get_raw(0)?;
-        if !value.is_null() && value.type_info().name() != "TEXT" {
-            return Err(sqlx::Error::ColumnDecode {
-                index: "0".to_owned(),
-                source: "not text".into(),
-            });
-        }
-        Ok(LookupOutcome::Row(row.try_get(0)?))
     }
 }
