@@ -20,9 +20,10 @@ use crate::metrics::Metrics;
 use crate::server::certificate::rotation::CertificateSpec;
 use crate::server::certificate::secret::{SharedSecret, SharedSecretConfig};
 use crate::server::certificate::tls::{Certificate, CertificateFiles};
+use crate::server::maintenance::Audits;
 use crate::server::readiness::Readiness;
 use crate::server::webhook::{App, BodyLimits};
-use crate::server::{Audits, Bound, CertificateSource, Drain};
+use crate::server::{Bound, CertificateSource, Drain};
 use crate::telemetry::{self, LogFormat};
 
 #[derive(Debug, Args)]

@@ -1,56 +1,37 @@
-//! The server's life cycle: binds both ports, serves and drains. Also runs the periodic work: audits, reloads of the
-//! database URL and maintenance of its connections. The routes live in webhook.rs and health.rs.
+//! The server's life cycle: binds both ports, starts the tasks, serves and drains. The sockets are listener.rs's, the
+//! periodic work maintenance.rs's and certificate/'s, and the routes webhook.rs's and health.rs's.
 
 pub mod certificate;
 pub mod health;
+mod listener;
+pub mod maintenance;
 pub mod readiness;
 mod tasks;
 pub mod webhook;
 
-use std::future::{Ready, pending, ready};
+use std::future::pending;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum_server::accept::Accept;
+use axum_server::Handle;
 use axum_server::tls_rustls::{RustlsAcceptor, RustlsConfig};
-use axum_server::{Handle, Server};
-use tokio::net::{TcpSocket, TcpStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::sleep;
-use tower_service::Service;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
-use crate::audit::{Selection, sweep};
-use crate::core::audit::Report;
-use crate::database::LookupError;
 use crate::server::certificate::secret::SharedSecret;
 use crate::server::certificate::tls::{
-    self, Certificate, CertificateFiles, CertificatePem, LiveCertificate, RELOAD_INTERVAL,
+    self, Certificate, CertificateFiles, CertificatePem, LiveCertificate,
 };
+use crate::server::listener::{ConnectionLimit, HEAD_TIMEOUT, listen, with_timeouts};
+use crate::server::maintenance::{Audits, audit, maintain_connections, wait_for_database};
 use crate::server::readiness::Readiness;
 use crate::server::tasks::{TaskError, Tasks, WEBHOOK_LISTENER};
 use crate::server::webhook::App;
 use crate::telemetry;
-
-/// Limit on the time for a TLS handshake, and then for the head of a connection's first request.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Limit on the time until the head of a further request. It exceeds the 90 s after which the API server closes an
-/// idle connection: if the webhook closed it first, a request could arrive at that moment and fail.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
-/// Limit on a connection's read buffer. Heads are short, and bodies are collected elsewhere. Hyper's default is six
-/// times as large and would dominate memory use under a load of large reviews.
-const MAX_READ_BUFFER_BYTES: usize = 16 * 1024;
-/// Limit on open connections per port. An API server uses one for each concurrent admission.
-const MAX_CONNECTIONS: usize = 4096;
-/// Limit on connections that wait to be accepted. A client beyond it retries its SYN after a whole second.
-const MAX_BACKLOG: u32 = 1024;
-/// Pause between checks of a database that has not answered yet.
-const DATABASE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The durations of a drain.
 #[derive(Clone, Copy, Debug)]
@@ -69,16 +50,6 @@ pub enum CertificateSource {
     Files(CertificateFiles, CertificatePem),
     /// The Secret shared by the replicas.
     Secret(Box<SharedSecret>),
-}
-
-/// Configuration of the periodic audits of running pods.
-pub struct Audits {
-    /// The client that lists the pods.
-    pub client: kube::Client,
-    /// The pods to audit.
-    pub selection: Selection,
-    /// Pause between the end of one audit and the start of the next.
-    pub interval: Duration,
 }
 
 /// The two bound ports, not yet served.
@@ -251,146 +222,6 @@ impl CertificateSource {
             Self::Files(files, pem) => tls::reload(&files, pem, live).await,
             Self::Secret(secret) => secret.run(live).await,
         }
-    }
-}
-
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = match address {
-        SocketAddr::V4(_) => TcpSocket::new_v4(),
-        SocketAddr::V6(_) => TcpSocket::new_v6(),
-    }?;
-    // Allows binding the port of a process that has just ended.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(MAX_BACKLOG)?.into_std()
-}
-
-/// Configures HTTP/1.1, which API servers use for webhooks, with a time-out for every request's head.
-fn with_timeouts(server: Server<SocketAddr>) -> Server<SocketAddr> {
-    let mut server = server.http1_only().first_request_timeout(HEAD_TIMEOUT);
-    server
-        .http_builder()
-        .http1()
-        .header_read_timeout(IDLE_TIMEOUT)
-        .max_buf_size(MAX_READ_BUFFER_BYTES);
-    server
-}
-
-/// Accepts connections up to a limit and closes further ones at once.
-#[derive(Clone)]
-struct ConnectionLimit(Arc<Semaphore>);
-
-impl ConnectionLimit {
-    fn new() -> Self {
-        Self(Arc::new(Semaphore::new(MAX_CONNECTIONS)))
-    }
-}
-
-impl<S> Accept<TcpStream, S> for ConnectionLimit {
-    type Stream = TcpStream;
-    type Service = Permitted<S>;
-    type Future = Ready<io::Result<(TcpStream, Permitted<S>)>>;
-
-    fn accept(&self, stream: TcpStream, service: S) -> Self::Future {
-        let permit = Arc::clone(&self.0).try_acquire_owned();
-        let permit = permit.map_err(|_| io::Error::other("too many connections"));
-        ready(permit.and_then(|permit| {
-            stream.set_nodelay(true)?;
-            let _permit = Arc::new(permit);
-            Ok((stream, Permitted { service, _permit }))
-        }))
-    }
-}
-
-/// One connection's service, which holds the connection's permit.
-#[derive(Clone)]
-struct Permitted<S> {
-    service: S,
-    _permit: Arc<OwnedSemaphorePermit>,
-}
-
-impl<S: Service<Request>, Request> Service<Request> for Permitted<S> {
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = S::Future;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.service.poll_ready(context)
-    }
-
-    fn call(&mut self, request: Request) -> S::Future {
-        self.service.call(request)
-    }
-}
-
-/// Checks the database until a check or an admission's lookup succeeds. Never returns.
-async fn wait_for_database(app: Arc<App>) {
-    while !app.readiness.database_answered() {
-        match app.database.check().await {
-            Ok(()) => app.readiness.set_database_answered(),
-            Err(refused @ LookupError::Refused(_)) => error!(error = %refused, "not ready"),
-            Err(failed) => warn!(error = %failed, "not ready"),
-        }
-        sleep(DATABASE_CHECK_INTERVAL).await;
-    }
-    pending().await
-}
-
-/// Periodically closes old database connections and reloads the database URL. An unusable URL is logged once, and the
-/// one in use stays. Never returns.
-async fn maintain_connections(app: Arc<App>) {
-    let mut is_failing = false;
-    loop {
-        sleep(RELOAD_INTERVAL).await;
-        app.database.close_old().await;
-        let reloaded = app.database.reload();
-        match &reloaded {
-            Ok(true) => info!("database URL reloaded"),
-            Ok(false) => {}
-            Err(_) if is_failing => {}
-            Err(error) => error!(
-                error = telemetry::chain(error),
-                "the changed database URL cannot be used; the old one stays"
-            ),
-        }
-        is_failing = reloaded.is_err();
-    }
-}
-
-/// Periodically audits all running workspace pods. Never returns.
-async fn audit(app: Arc<App>, audits: Audits) {
-    let Audits {
-        client,
-        selection,
-        interval,
-    } = audits;
-    loop {
-        let mut report = Report::default();
-        let (database, policy) = (&app.database, &app.policy);
-        match sweep(&client, database, policy, &selection, &mut report, drop).await {
-            Ok(()) if report.not_audited.is_empty() => {
-                app.metrics.audits.record(&report);
-                info!(audited = report.audited, drifted = report.drifted, "audit");
-            }
-            Ok(()) => {
-                app.metrics.audits.fail();
-                error!(
-                    error = report.not_audited.first(),
-                    audited = report.audited,
-                    not_audited = report.not_audited.len(),
-                    "some pods were not audited; the metrics keep the last complete audit's results"
-                );
-            }
-            Err(error) => {
-                app.metrics.audits.fail();
-                error!(
-                    error = telemetry::chain(&error),
-                    audited = report.audited,
-                    "the audit ended early; the metrics keep the last complete audit's results"
-                );
-            }
-        }
-        sleep(interval).await;
     }
 }
 
