@@ -112,11 +112,6 @@ fn print_ratios(results: &Path) {
     let containers = CONTAINERS.map(containers_id);
     for pair in entries.windows(2).chain(containers.windows(2)) {
         let ratio_of = |mode| ratio(&pair[1], mode, &pair[0], mode);
-        println!(
-            "| {} | {} | {} |",
-            pair[1],
-            ratio_of(MODES[0]),
-            ratio_of(MODES[1])
-        );
+        println!("| {} | {} | {} |", pair[1], ratio_of(MODES[0]), ratio_of(MODES[1]));
     }
 }

@@ -229,11 +229,7 @@ impl Metrics {
         let in_flight = Gauge::default();
         let warnings = Family::default();
         let connections = Family::default();
-        registry.register(
-            "admissions",
-            "Admission requests answered",
-            admissions.clone(),
-        );
+        registry.register("admissions", "Admission requests answered", admissions.clone());
         registry.register_with_unit(
             "admission_duration",
             "Time from the arrival of an admission request's head to its response",
@@ -413,11 +409,7 @@ impl Collector for DroppedLines {
 /// Registers the program's version and, if given, the policy's checksum.
 fn register_build(registry: &mut Registry, policy_text: Option<&str>) {
     let version = [("version", env!("CARGO_PKG_VERSION"))];
-    registry.register(
-        "build",
-        "Version of the running program",
-        Info::new(version.to_vec()),
-    );
+    registry.register("build", "Version of the running program", Info::new(version.to_vec()));
     if let Some(text) = policy_text {
         let digest = ring::digest::digest(&ring::digest::SHA256, text.as_bytes());
         let bytes = digest.as_ref().iter();

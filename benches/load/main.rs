@@ -113,10 +113,7 @@ impl Bench {
                     let subject = Subject::start_under_callgrind(kind, &table.url(), FEW);
                     let time = Duration::from_secs(seconds);
                     let sent = load.send(subject.address, 4, FEW, time);
-                    (
-                        wrk::float(sent.requests),
-                        wrk::float(subject.stop_and_count()),
-                    )
+                    (wrk::float(sent.requests), wrk::float(subject.stop_and_count()))
                 });
                 (long.1 - short.1) / (long.0 - short.0)
             });
@@ -228,15 +225,9 @@ impl Bench {
 
     fn memory(&self, table: &Postgres) {
         let webhook = Subject::start(Kind::Webhook, &table.url(), FEW);
-        println!(
-            "\n| memory | KiB |\n|---|---|\n| at rest | {} |",
-            webhook.memory("VmRSS")
-        );
+        println!("\n| memory | KiB |\n|---|---|\n| at rest | {} |", webhook.memory("VmRSS"));
         self.measure(&self.large, 64, FEW, &webhook);
-        println!(
-            "| most, 64 connections, 200 KB reviews | {} |",
-            webhook.memory("VmHWM")
-        );
+        println!("| most, 64 connections, 200 KB reviews | {} |", webhook.memory("VmHWM"));
         let mut admissions = 0;
         let mut reported = 0;
         while admissions < LONG_RUN_COUNT {
@@ -246,10 +237,7 @@ impl Bench {
             admissions += sent.requests;
             if admissions - reported >= LONG_RUN_COUNT / 4 {
                 reported = admissions;
-                println!(
-                    "| after {admissions} more, 3-5 KB | {} |",
-                    webhook.memory("VmRSS")
-                );
+                println!("| after {admissions} more, 3-5 KB | {} |", webhook.memory("VmRSS"));
             }
         }
         println!("| most | {} |", webhook.memory("VmHWM"));
@@ -263,10 +251,7 @@ impl Bench {
              |---|---|---|---|---|---|---|"
         );
         let bouncer = PgBouncer::start(&self.cluster);
-        let pooled = format!(
-            "{}?statement-cache-capacity=0",
-            table.url_via(bouncer.port())
-        );
+        let pooled = format!("{}?statement-cache-capacity=0", table.url_via(bouncer.port()));
         for (way, url) in [("-", table.url()), ("PgBouncer", pooled)] {
             for count in [1, 2, 4, 8] {
                 let replicas: Vec<Subject> = (0..count)

@@ -202,9 +202,7 @@ fn read(folder: &TempDir, name: &str) -> String {
 pub(crate) fn time_to_ready(database_url: &str) -> Duration {
     let webhook = Subject::start(Kind::Webhook, database_url, 0);
     let health = webhook.health.expect("a webhook has it");
-    wait_for("the webhook is ready", || {
-        (page(health, "/readyz") == "ok\n").then_some(())
-    });
+    wait_for("the webhook is ready", || (page(health, "/readyz") == "ok\n").then_some(()));
     webhook.started.elapsed()
 }
 

@@ -32,10 +32,7 @@ pub(crate) fn body(name: &str) -> Vec<u8> {
         return [b" ", body(RECORDED[0]).as_slice()].concat();
     }
     let settled = name.strip_suffix(", settled");
-    let folder = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/tests/fixtures/admission-reviews"
-    );
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/admission-reviews");
     let body = fs::read(format!("{folder}/{}.json", settled.unwrap_or(name))).unwrap();
     if settled.is_none() {
         return body;

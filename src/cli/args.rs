@@ -40,10 +40,7 @@ impl PolicyArgs {
     pub(super) fn parse(&self, text: &str) -> anyhow::Result<PolicyFile> {
         let path = self.policy.as_deref().unwrap_or(Path::new(""));
         PolicyFile::parse(text).with_context(|| {
-            format!(
-                "cannot use policy {} (see: llm-billing-webhook policy schema)",
-                path.display()
-            )
+            format!("cannot use policy {} (see: llm-billing-webhook policy schema)", path.display())
         })
     }
 }

@@ -351,10 +351,7 @@ fn summary(report: &Report, is_complete: bool) -> String {
         }
         (0, _) => "no pods found".to_owned(),
         (_, 0) => format!("{audited} pods audited, all in sync"),
-        (_, _) => format!(
-            "{audited} pods audited, {drifted} drifted: {}",
-            counts.join(", ")
-        ),
+        (_, _) => format!("{audited} pods audited, {drifted} drifted: {}", counts.join(", ")),
     }
 }
 
@@ -444,10 +441,7 @@ async fn evict(
             Ok(Evicted::Gone) => note(&format!("skipped {name}: already deleted or replaced"))?,
             Err(error) => {
                 succeeded = false;
-                note(&format!(
-                    "error: cannot evict {name}: {}",
-                    telemetry::chain(&error)
-                ))?;
+                note(&format!("error: cannot evict {name}: {}", telemetry::chain(&error)))?;
             }
         }
     }

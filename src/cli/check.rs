@@ -98,11 +98,7 @@ fn check_certificate(args: &TlsArgs, report: &mut Report) {
     let files = match args.files() {
         Ok(Some(files)) => files,
         Ok(None) => {
-            return report.line(
-                "skip",
-                "certificate",
-                "--tls-cert and --tls-key are not set",
-            );
+            return report.line("skip", "certificate", "--tls-cert and --tls-key are not set");
         }
         Err(error) => return report.fail("certificate", error.as_ref()),
     };
@@ -117,11 +113,9 @@ fn check_certificate(args: &TlsArgs, report: &mut Report) {
             left if left < 7 * DAY => {
                 report.line("warn", "certificate", "it expires within 7 days")
             }
-            left => report.line(
-                "ok",
-                "certificate",
-                &format!("valid for {} more days", left / DAY),
-            ),
+            left => {
+                report.line("ok", "certificate", &format!("valid for {} more days", left / DAY))
+            }
         },
     }
 }
@@ -133,25 +127,14 @@ async fn check_database(args: &DatabaseArgs, policy: Option<&Policy>, report: &m
         Err(error) => return report.fail("database", error.as_ref()),
     };
     let Some(policy) = policy else {
-        return report.line(
-            "skip",
-            "database",
-            "not queried, because the policy is invalid",
-        );
+        return report.line("skip", "database", "not queried, because the policy is invalid");
     };
-    let (url, database) = match (
-        source.url(),
-        Database::connect_lazily(source, &policy.lookup),
-    ) {
+    let (url, database) = match (source.url(), Database::connect_lazily(source, &policy.lookup)) {
         (Ok(url), Ok(database)) => (url.to_string(), database),
         (Err(error), _) | (_, Err(error)) => return report.fail("database", &error),
     };
     match database.check().await {
-        Ok(()) => report.line(
-            "ok",
-            "database",
-            &format!("{url} answers the policy's query"),
-        ),
+        Ok(()) => report.line("ok", "database", &format!("{url} answers the policy's query")),
         Err(error) => report.fail("database", &error),
     }
 }

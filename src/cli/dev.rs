@@ -31,18 +31,9 @@ const SAMPLE: Uuid = Uuid::from_u128(0x11111111_1111_4111_8111_111111111111);
 /// One sample workspace per mode, and one without a mode.
 const SAMPLES: [(Uuid, Option<BillingMode>); 4] = [
     (SAMPLE, Some(BillingMode::PlatformManaged)),
-    (
-        Uuid::from_u128(0x22222222_2222_4222_8222_222222222222),
-        Some(BillingMode::Byok),
-    ),
-    (
-        Uuid::from_u128(0x33333333_3333_4333_8333_333333333333),
-        Some(BillingMode::Disabled),
-    ),
-    (
-        Uuid::from_u128(0x44444444_4444_4444_8444_444444444444),
-        None,
-    ),
+    (Uuid::from_u128(0x22222222_2222_4222_8222_222222222222), Some(BillingMode::Byok)),
+    (Uuid::from_u128(0x33333333_3333_4333_8333_333333333333), Some(BillingMode::Disabled)),
+    (Uuid::from_u128(0x44444444_4444_4444_8444_444444444444), None),
 ];
 
 /// Opens the database file, and adds the sample workspaces if it is empty. Returns its URL.

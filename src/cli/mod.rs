@@ -93,12 +93,7 @@ pub async fn run(cli: Cli) -> ExitCode {
 
 fn completions(shell: Shell) -> anyhow::Result<ExitCode> {
     let mut script = Vec::new();
-    clap_complete::generate(
-        shell,
-        &mut Cli::command(),
-        env!("CARGO_PKG_NAME"),
-        &mut script,
-    );
+    clap_complete::generate(shell, &mut Cli::command(), env!("CARGO_PKG_NAME"), &mut script);
     print(&String::from_utf8_lossy(&script))
 }
 
@@ -134,10 +129,7 @@ mod tests {
             let name = command.get_name();
             let help = command.get_after_help().map(ToString::to_string);
             let has_example = help.is_some_and(|help| help.contains(&format!("{name} ")));
-            assert!(
-                has_example || ["completions", "man", "policy"].contains(&name),
-                "{name}"
-            );
+            assert!(has_example || ["completions", "man", "policy"].contains(&name), "{name}");
         }
     }
 

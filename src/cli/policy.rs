@@ -18,9 +18,8 @@ pub(super) enum PolicyCommand {
 pub(super) fn policy(command: &PolicyCommand) -> anyhow::Result<ExitCode> {
     match command {
         PolicyCommand::Default => print(DEFAULT_POLICY),
-        PolicyCommand::Schema => print(&format!(
-            "{}\n",
-            serde_json::to_string_pretty(&PolicyFile::schema())?
-        )),
+        PolicyCommand::Schema => {
+            print(&format!("{}\n", serde_json::to_string_pretty(&PolicyFile::schema())?))
+        }
     }
 }

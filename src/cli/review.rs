@@ -119,10 +119,7 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
             Ok(patch) => patch,
             Err(error) => {
                 refused = true;
-                note(&format!(
-                    "error: {title}: {}",
-                    telemetry::chain(error.as_ref())
-                ))?;
+                note(&format!("error: {title}: {}", telemetry::chain(error.as_ref())))?;
                 continue;
             }
         };
@@ -248,16 +245,12 @@ fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
     let documents: Result<Vec<Value>, _> = serde_saphyr::from_multiple_with_options(text, options);
     let documents =
         documents.map_err(|error| match (json, error.without_snippet().location()) {
-            (Some(Err(json)), _) => anyhow!(
-                "line {}, column {}: this is not valid JSON",
-                json.line(),
-                json.column()
-            ),
-            (_, Some(at)) => anyhow!(
-                "line {}, column {}: this is not valid YAML",
-                at.line(),
-                at.column()
-            ),
+            (Some(Err(json)), _) => {
+                anyhow!("line {}, column {}: this is not valid JSON", json.line(), json.column())
+            }
+            (_, Some(at)) => {
+                anyhow!("line {}, column {}: this is not valid YAML", at.line(), at.column())
+            }
             (_, None) => anyhow!("this is not valid YAML"),
         })?;
     Ok(documents
@@ -288,9 +281,7 @@ async fn patch_of(
         Outcome::NotApplicable => return Ok(Patch::default()),
         Outcome::NotAWorkspace => {
             let label = policy.workspace_label.as_str();
-            note(&format!(
-                "{title}: has no label {label}, and stays as it is"
-            ))?;
+            note(&format!("{title}: has no label {label}, and stays as it is"))?;
             return Ok(Patch::default());
         }
         Outcome::Refused(refusal) => return Err(refusal.into()),

@@ -237,13 +237,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         timeout: args.drain_timeout,
     };
     bound
-        .serve(
-            Arc::new(app),
-            certificate,
-            certificate_source,
-            audits,
-            drain,
-        )
+        .serve(Arc::new(app), certificate, certificate_source, audits, drain)
         .await
         .context("cannot serve")?;
     Ok(ExitCode::SUCCESS)

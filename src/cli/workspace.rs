@@ -172,9 +172,7 @@ pub(super) fn mode(text: &str) -> Result<BillingMode, String> {
 pub(super) async fn workspace(command: WorkspaceCommand) -> anyhow::Result<ExitCode> {
     let report = |id: Uuid, mode: Option<BillingMode>| {
         let mode = mode.map_or("the platform's default", BillingMode::as_str);
-        note(&format!(
-            "workspace {id} is set to {mode}; it applies to pods created from now on"
-        ))
+        note(&format!("workspace {id} is set to {mode}; it applies to pods created from now on"))
     };
     match command {
         WorkspaceCommand::List(embedded) => {

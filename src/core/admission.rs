@@ -306,10 +306,7 @@ mod tests {
         };
         let table = [
             (String::new(), BodyError::NotJson { line: 1, column: 0 }),
-            (
-                "{\n\"a\": x}".to_owned(),
-                BodyError::NotJson { line: 2, column: 6 },
-            ),
+            ("{\n\"a\": x}".to_owned(), BodyError::NotJson { line: 2, column: 6 }),
             (
                 review(&request)
                     .iter()
@@ -327,22 +324,10 @@ mod tests {
             (r#"{"kind": 7}"#.to_owned(), BodyError::NotAdmissionReview),
             (other(API_VERSION, "Pod"), BodyError::NotAdmissionReview),
             (other("v1", KIND), BodyError::NotAdmissionReview),
-            (
-                other("admission.k8s.io/v1beta1", KIND),
-                BodyError::OtherVersion,
-            ),
-            (
-                json!({"apiVersion": API_VERSION, "kind": KIND}).to_string(),
-                BodyError::NoUid,
-            ),
-            (
-                String::from_utf8(review(&json!({"uid": ""}))).unwrap(),
-                BodyError::NoUid,
-            ),
-            (
-                String::from_utf8(review(&json!({}))).unwrap(),
-                BodyError::NoUid,
-            ),
+            (other("admission.k8s.io/v1beta1", KIND), BodyError::OtherVersion),
+            (json!({"apiVersion": API_VERSION, "kind": KIND}).to_string(), BodyError::NoUid),
+            (String::from_utf8(review(&json!({"uid": ""}))).unwrap(), BodyError::NoUid),
+            (String::from_utf8(review(&json!({}))).unwrap(), BodyError::NoUid),
         ];
         for (body, expected) in table {
             assert_eq!(decode(body.as_bytes()).err(), Some(expected), "{body}");
@@ -358,10 +343,7 @@ mod tests {
                 with_env(json!([{}, {"value": 77}])),
                 "request.object.spec.containers[1].env[1].value",
             ),
-            (
-                with_env(json!("sk-secret")),
-                "request.object.spec.containers[1].env",
-            ),
+            (with_env(json!("sk-secret")), "request.object.spec.containers[1].env"),
             (with_pod(json!("sk-secret")), "request.object"),
             (
                 with_pod(json!({"metadata": {"labels": {"a": 77}}})),
@@ -382,10 +364,7 @@ mod tests {
             );
             assert_eq!(refusal.status().0, 400);
         }
-        assert_eq!(
-            decode(&review(&json!({"uid": 7}))).err(),
-            Some(BodyError::NotAdmissionReview)
-        );
+        assert_eq!(decode(&review(&json!({"uid": 7}))).err(), Some(BodyError::NotAdmissionReview));
     }
 
     #[test]

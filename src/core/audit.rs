@@ -274,12 +274,7 @@ mod tests {
         other_url[2] = variable("MOLECULE_LLM_BASE_URL", "http://other");
         let table: [(&LookupOutcome, Value, &[Finding], &[&str]); 10] = [
             (&managed_mode, pod(CHOSEN, &managed()), &[], &[]),
-            (
-                &byok,
-                pod(("byok", "workspace_override"), &mode("byok")),
-                &[],
-                &[],
-            ),
+            (&byok, pod(("byok", "workspace_override"), &mode("byok")), &[], &[]),
             (
                 &managed_mode,
                 pod(CHOSEN, &with(variable("HF_TOKEN", "x"))),
@@ -331,11 +326,7 @@ mod tests {
         ];
         for (lookup, pod, findings, details) in table {
             let verdict = verdict(PROXY, lookup, &pod);
-            assert_eq!(
-                verdict.findings,
-                findings.iter().copied().collect(),
-                "{pod}"
-            );
+            assert_eq!(verdict.findings, findings.iter().copied().collect(), "{pod}");
             assert_eq!(verdict.details, details, "{pod}");
         }
     }

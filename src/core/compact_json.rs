@@ -400,10 +400,7 @@ mod tests {
                 check([before, &[*byte], rest].concat());
             }
         }
-        assert!(
-            read_count > 1000 && declined_count > 1000,
-            "{read_count} {declined_count}"
-        );
+        assert!(read_count > 1000 && declined_count > 1000, "{read_count} {declined_count}");
     }
 
     #[test]

@@ -110,11 +110,9 @@ impl Decision<'_> {
     pub fn labels(&self) -> Labels {
         let (mode, source, reason) = match &self.resolution {
             None => (NONE, NONE, NONE),
-            Some(resolution) => (
-                resolution.mode.as_str(),
-                resolution.source.as_str(),
-                resolution.reason.as_str(),
-            ),
+            Some(resolution) => {
+                (resolution.mode.as_str(), resolution.source.as_str(), resolution.reason.as_str())
+            }
         };
         Labels {
             mode,
@@ -354,27 +352,9 @@ mod tests {
         let unreadable = json!({"uid": "u", "object": 7});
         let id = |rest: &str| format!("{ID:?} {rest}");
         let table = [
-            (
-                PROXY,
-                Mutate,
-                &none,
-                &byok,
-                r#""" -: not applicable, no plan"#.to_owned(),
-            ),
-            (
-                PROXY,
-                Mutate,
-                &unreadable,
-                &byok,
-                r#""" -: UNREADABLE_REQUEST, no plan"#.to_owned(),
-            ),
-            (
-                PROXY,
-                Mutate,
-                &unlabelled,
-                &byok,
-                r#""" -: not a workspace, no plan"#.to_owned(),
-            ),
+            (PROXY, Mutate, &none, &byok, r#""" -: not applicable, no plan"#.to_owned()),
+            (PROXY, Mutate, &unreadable, &byok, r#""" -: UNREADABLE_REQUEST, no plan"#.to_owned()),
+            (PROXY, Mutate, &unlabelled, &byok, r#""" -: not a workspace, no plan"#.to_owned()),
             (
                 "unlabelled: deny",
                 Mutate,
@@ -396,97 +376,19 @@ mod tests {
                 &byok,
                 r#""x" invalid_workspace_id: patched, 1 containers"#.to_owned(),
             ),
-            (
-                PROXY,
-                Mutate,
-                &bare,
-                &byok,
-                id("override: patched, 1 containers"),
-            ),
-            (
-                PROXY,
-                Mutate,
-                &settled,
-                &byok,
-                id("override: unchanged, 0 containers"),
-            ),
-            (
-                PROXY,
-                Mutate,
-                &unannotated,
-                &byok,
-                id("override: patched, 0 containers"),
-            ),
-            (
-                PROXY,
-                Mutate,
-                &bare,
-                &NoRow,
-                id("workspace_not_found: patched, 1 containers"),
-            ),
-            (
-                PROXY,
-                Mutate,
-                &bare,
-                &Failed,
-                id("lookup_error: patched, 1 containers"),
-            ),
-            (
-                "",
-                Mutate,
-                &bare,
-                &Failed,
-                id("lookup_error: MISSING_PLATFORM_PROXY, no plan"),
-            ),
-            (
-                deny,
-                Mutate,
-                &bare,
-                &Failed,
-                id("lookup_error: LOOKUP_FAILED, no plan"),
-            ),
-            (
-                deny,
-                Mutate,
-                &bare,
-                &NoRow,
-                id("workspace_not_found: patched, 1 containers"),
-            ),
-            (
-                PROXY,
-                Validate,
-                &settled,
-                &byok,
-                id("override: unchanged, no plan"),
-            ),
-            (
-                PROXY,
-                Validate,
-                &unannotated,
-                &byok,
-                id("override: unchanged, no plan"),
-            ),
-            (
-                PROXY,
-                Validate,
-                &bare,
-                &byok,
-                id("override: ENV_NOT_SETTLED, no plan"),
-            ),
-            (
-                PROXY,
-                Validate,
-                &bare,
-                &Failed,
-                id("lookup_error: LOOKUP_FAILED, no plan"),
-            ),
-            (
-                "",
-                Validate,
-                &bare,
-                &Failed,
-                id("lookup_error: LOOKUP_FAILED, no plan"),
-            ),
+            (PROXY, Mutate, &bare, &byok, id("override: patched, 1 containers")),
+            (PROXY, Mutate, &settled, &byok, id("override: unchanged, 0 containers")),
+            (PROXY, Mutate, &unannotated, &byok, id("override: patched, 0 containers")),
+            (PROXY, Mutate, &bare, &NoRow, id("workspace_not_found: patched, 1 containers")),
+            (PROXY, Mutate, &bare, &Failed, id("lookup_error: patched, 1 containers")),
+            ("", Mutate, &bare, &Failed, id("lookup_error: MISSING_PLATFORM_PROXY, no plan")),
+            (deny, Mutate, &bare, &Failed, id("lookup_error: LOOKUP_FAILED, no plan")),
+            (deny, Mutate, &bare, &NoRow, id("workspace_not_found: patched, 1 containers")),
+            (PROXY, Validate, &settled, &byok, id("override: unchanged, no plan")),
+            (PROXY, Validate, &unannotated, &byok, id("override: unchanged, no plan")),
+            (PROXY, Validate, &bare, &byok, id("override: ENV_NOT_SETTLED, no plan")),
+            (PROXY, Validate, &bare, &Failed, id("lookup_error: LOOKUP_FAILED, no plan")),
+            ("", Validate, &bare, &Failed, id("lookup_error: LOOKUP_FAILED, no plan")),
             (
                 "",
                 Validate,
@@ -574,14 +476,7 @@ mod tests {
             (&pods, &binding, "CREATE", &pod, &none, "not applicable"),
             (&pods, &ephemeral, "UPDATE", &debugged, &pod, "ephemeral"),
             (&pods, &ephemeral, "UPDATE", &debugged, &none, "ephemeral"),
-            (
-                &pods,
-                &ephemeral,
-                "UPDATE",
-                &debugged,
-                &debugged,
-                "not applicable",
-            ),
+            (&pods, &ephemeral, "UPDATE", &debugged, &debugged, "not applicable"),
             (&pods, &ephemeral, "UPDATE", &none, &pod, "NO_OBJECT"),
             (&other, &none, "CREATE", &pod, &none, "not applicable"),
             (&deployments, &none, "CREATE", &pod, &none, "not applicable"),

@@ -88,13 +88,7 @@ impl EnvSource {
             field_ref,
             resource_field_ref,
         } = entry;
-        match (
-            self,
-            secret_key_ref,
-            config_map_key_ref,
-            field_ref,
-            resource_field_ref,
-        ) {
+        match (self, secret_key_ref, config_map_key_ref, field_ref, resource_field_ref) {
             (Self::SecretKeyRef(own), Some(key), None, None, None)
             | (Self::ConfigMapKeyRef(own), None, Some(key), None, None) => {
                 own.name.as_str() == key.name.as_str()
@@ -246,47 +240,19 @@ mod tests {
         let c = r#"{"name":"C","valueFrom":{"secretKeyRef":{"name":"s","key":"k"}}}"#;
         // Entries before C's, indices to remove, names to add.
         let table: [(&str, &[usize], &[&str]); 9] = [
-            (
-                r#"{"name":"A","value":"1"},{"name":"B","value":""}"#,
-                &[],
-                &[],
-            ),
-            (
-                r#"{"name":"B"},{"name":"X"},{"name":"A","value":"1"}"#,
-                &[],
-                &[],
-            ),
+            (r#"{"name":"A","value":"1"},{"name":"B","value":""}"#, &[], &[]),
+            (r#"{"name":"B"},{"name":"X"},{"name":"A","value":"1"}"#, &[], &[]),
             (r#"{"name":"A","value":"2"},{"name":"B"}"#, &[0], &["A"]),
-            (
-                r#"{"name":"A"},{"name":"B","value":"b"}"#,
-                &[0, 1],
-                &["A", "B"],
-            ),
-            (
-                r#"{"name":"A","value":"1"},{"name":"A","value":"1"},{"name":"B"}"#,
-                &[1],
-                &[],
-            ),
-            (
-                r#"{"name":"A","value":"0"},{"name":"A","value":"1"},{"name":"B"}"#,
-                &[0],
-                &[],
-            ),
-            (
-                r#"{"name":"A","value":"1","valueFrom":{}},{"name":"B"}"#,
-                &[0],
-                &["A"],
-            ),
+            (r#"{"name":"A"},{"name":"B","value":"b"}"#, &[0, 1], &["A", "B"]),
+            (r#"{"name":"A","value":"1"},{"name":"A","value":"1"},{"name":"B"}"#, &[1], &[]),
+            (r#"{"name":"A","value":"0"},{"name":"A","value":"1"},{"name":"B"}"#, &[0], &[]),
+            (r#"{"name":"A","value":"1","valueFrom":{}},{"name":"B"}"#, &[0], &["A"]),
             (
                 r#"{"name":"REMOVED","value":"g"},{"name":"X"},{"name":"REMOVED"}"#,
                 &[0, 2],
                 &["A", "B"],
             ),
-            (
-                r#"{"name":"","value":"g"},{"name":"a","value":"1"}"#,
-                &[],
-                &["A", "B"],
-            ),
+            (r#"{"name":"","value":"g"},{"name":"a","value":"1"}"#, &[], &["A", "B"]),
         ];
         for (before, remove, add) in table {
             let json = format!("[{before},{c}]");
@@ -301,22 +267,14 @@ mod tests {
                 add,
                 "{before}"
             );
-            assert_eq!(
-                changes.is_empty(),
-                remove.is_empty() && add.is_empty(),
-                "{before}"
-            );
+            assert_eq!(changes.is_empty(), remove.is_empty() && add.is_empty(), "{before}");
         }
         for wrong in [
             r#"[{"name":"C","value":"x","valueFrom":{"secretKeyRef":{"name":"s","key":"k"}}}]"#,
             r#"[{"name":"C","value":""}]"#,
             r#"[{"name":"C","valueFrom":{"fileKeyRef":{"path":"p"}}}]"#,
         ] {
-            assert_eq!(
-                reconcile(&entries(wrong), &required, |_| false).remove,
-                [0],
-                "{wrong}"
-            );
+            assert_eq!(reconcile(&entries(wrong), &required, |_| false).remove, [0], "{wrong}");
         }
     }
 
@@ -329,11 +287,7 @@ mod tests {
             (r#"[{"prefix":""}]"#, "OPENAI_API_KEY", true),
             (r#"[{"prefix":"OPENAI_"}]"#, "OPENAI_API_KEY", true),
             (r#"[{"prefix":"OPENAI_"}]"#, "XAI_API_KEY", false),
-            (
-                r#"[{"prefix":"APP_"},{"prefix":"XAI"}]"#,
-                "XAI_API_KEY",
-                true,
-            ),
+            (r#"[{"prefix":"APP_"},{"prefix":"XAI"}]"#, "XAI_API_KEY", true),
         ];
         for (sources, name, expected) in table {
             let sources: Vec<EnvFrom<'_>> = serde_json::from_str(sources).unwrap();
@@ -408,31 +362,19 @@ mod tests {
                 r#"{"fieldRef":{"fieldPath":"p","apiVersion":"v1"}}"#,
                 true,
             ),
-            (
-                "{fieldRef: {fieldPath: p}}",
-                r#"{"fieldRef":{"fieldPath":"p"}}"#,
-                true,
-            ),
+            ("{fieldRef: {fieldPath: p}}", r#"{"fieldRef":{"fieldPath":"p"}}"#, true),
             (
                 "{fieldRef: {fieldPath: p}}",
                 r#"{"fieldRef":{"fieldPath":"p","apiVersion":"v2"}}"#,
                 false,
             ),
-            (
-                "{fieldRef: {fieldPath: p}}",
-                r#"{"fieldRef":{"fieldPath":"q"}}"#,
-                false,
-            ),
+            ("{fieldRef: {fieldPath: p}}", r#"{"fieldRef":{"fieldPath":"q"}}"#, false),
             (
                 "{resourceFieldRef: {resource: r}}",
                 r#"{"resourceFieldRef":{"resource":"r","divisor":"0"}}"#,
                 true,
             ),
-            (
-                "{resourceFieldRef: {resource: r}}",
-                r#"{"resourceFieldRef":{"resource":"r"}}"#,
-                true,
-            ),
+            ("{resourceFieldRef: {resource: r}}", r#"{"resourceFieldRef":{"resource":"r"}}"#, true),
             (
                 "{resourceFieldRef: {resource: r}}",
                 r#"{"resourceFieldRef":{"resource":"r","divisor":"1Mi"}}"#,
@@ -460,10 +402,7 @@ mod tests {
             assert_eq!(source.matches(&parsed), expected, "{own} {entry}");
             // A source matches itself as written into a pod.
             let written = serde_json::to_string(&source).unwrap();
-            assert!(
-                source.matches(&serde_json::from_str(&written).unwrap()),
-                "{written}"
-            );
+            assert!(source.matches(&serde_json::from_str(&written).unwrap()), "{written}");
         }
     }
 }

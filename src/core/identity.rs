@@ -119,14 +119,8 @@ mod tests {
             ("null".to_owned(), Ok(Identity::NotAWorkspace)),
             (label("\"\""), fallback("", Reason::MissingWorkspaceId)),
             (label("null"), fallback("", Reason::MissingWorkspaceId)),
-            (
-                label("\"not-a-uuid\""),
-                fallback("not-a-uuid", Reason::InvalidWorkspaceId),
-            ),
-            (
-                label(&format!("{spaced:?}")),
-                fallback(&spaced, Reason::InvalidWorkspaceId),
-            ),
+            (label("\"not-a-uuid\""), fallback("not-a-uuid", Reason::InvalidWorkspaceId)),
+            (label(&format!("{spaced:?}")), fallback(&spaced, Reason::InvalidWorkspaceId)),
             (
                 label(&format!("{ID:?}")),
                 Ok(Identity::Lookup {

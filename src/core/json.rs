@@ -119,12 +119,8 @@ mod tests {
                 inner.plain("b", true);
                 inner.plain("c", -7);
             });
-            list(outer.member("empty"), &[] as &[&str], |out, item| {
-                text(out, item)
-            });
-            list(outer.member("list"), &["c", "d"], |out, item| {
-                text(out, item)
-            });
+            list(outer.member("empty"), &[] as &[&str], |out, item| text(out, item));
+            list(outer.member("list"), &["c", "d"], |out, item| text(out, item));
         });
         assert_eq!(
             out,

@@ -169,14 +169,8 @@ mod tests {
         let text = pod.to_string();
         let pod = serde_json::from_str(&text).unwrap();
         let policy = Policy::parse("").unwrap();
-        let plan = plan(
-            &policy,
-            "",
-            Resolution::chosen(BillingMode::Byok),
-            &pod,
-            Scope::Pod,
-        )
-        .unwrap();
+        let plan =
+            plan(&policy, "", Resolution::chosen(BillingMode::Byok), &pod, Scope::Pod).unwrap();
         serde_json::from_str(&super::patch(&plan, root).json).unwrap()
     }
 
@@ -212,10 +206,7 @@ mod tests {
             // No entry remains.
             (json!(null), whole("add")),
             (json!([]), whole("replace")),
-            (
-                json!([mode("x"), resolved("x"), mode("y")]),
-                whole("replace"),
-            ),
+            (json!([mode("x"), resolved("x"), mode("y")]), whole("replace")),
             // Some entries remain.
             (json!([keep]), json!([at("add", 0, b()), at("add", 1, r())])),
             (json!([keep, mode("byok")]), json!([at("add", 0, r())])),
@@ -233,10 +224,7 @@ mod tests {
                 ]),
             ),
             // Entries removed at the head are replaced.
-            (
-                json!([mode("x"), keep]),
-                json!([at("replace", 0, b()), at("add", 1, r())]),
-            ),
+            (json!([mode("x"), keep]), json!([at("replace", 0, b()), at("add", 1, r())])),
             (
                 json!([mode("x"), resolved("x"), keep]),
                 json!([at("replace", 0, b()), at("replace", 1, r())]),
@@ -253,10 +241,7 @@ mod tests {
                 json!([mode("x"), mode("y"), resolved("byok"), keep]),
                 json!([at("remove", 1, None), at("replace", 0, b())]),
             ),
-            (
-                json!([mode("x"), mode("byok"), resolved("byok")]),
-                json!([at("remove", 0, None)]),
-            ),
+            (json!([mode("x"), mode("byok"), resolved("byok")]), json!([at("remove", 0, None)])),
         ];
         for (env, expected) in table {
             assert_eq!(env_patch(&env), expected, "{env}");
@@ -272,18 +257,9 @@ mod tests {
         let all = |path: &str, value: Value| json!([{"op": "add", "path": path, "value": value}]);
         let one = |key: &str, value: &str| json!({"op": "add", "path": format!("/metadata/annotations/molecule.ai~1llm-billing-{key}"), "value": value});
         let table = [
-            (
-                json!({}),
-                all("/metadata", json!({"annotations": annotations})),
-            ),
-            (
-                json!({"metadata": null}),
-                all("/metadata", json!({"annotations": annotations})),
-            ),
-            (
-                json!({"metadata": {}}),
-                all("/metadata/annotations", annotations.clone()),
-            ),
+            (json!({}), all("/metadata", json!({"annotations": annotations}))),
+            (json!({"metadata": null}), all("/metadata", json!({"annotations": annotations}))),
+            (json!({"metadata": {}}), all("/metadata/annotations", annotations.clone())),
             (
                 json!({"metadata": {"annotations": null}}),
                 all("/metadata/annotations", annotations.clone()),

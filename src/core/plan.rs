@@ -219,9 +219,8 @@ fn plan_annotations(
         (Some(_), None) => AnnotationsParent::NoAnnotations,
         (Some(_), Some(_)) => AnnotationsParent::Annotations,
     };
-    let (mode, source) = present.map_or((None, None), |present| {
-        (present.mode.as_ref(), present.source.as_ref())
-    });
+    let (mode, source) =
+        present.map_or((None, None), |present| (present.mode.as_ref(), present.source.as_ref()));
     let wanted = [
         (MODE_ANNOTATION, mode, resolution.mode.as_str()),
         (SOURCE_ANNOTATION, source, resolution.source.as_str()),
@@ -358,20 +357,12 @@ mod tests {
     fn env_after(policy: &Policy, container: &Value) -> Result<Vec<String>, Refusal> {
         let text = with_container(container);
         let pod = serde_json::from_str(&text).unwrap();
-        let plan = plan(
-            policy,
-            "",
-            Resolution::chosen(BillingMode::PlatformManaged),
-            &pod,
-            Scope::Pod,
-        )?;
+        let plan =
+            plan(policy, "", Resolution::chosen(BillingMode::PlatformManaged), &pod, Scope::Pod)?;
         let patch = patch(&plan, "").json;
         let mut after: Value = serde_json::from_str(&text).unwrap();
-        json_patch::patch(
-            &mut after,
-            &serde_json::from_str::<json_patch::Patch>(&patch).unwrap(),
-        )
-        .unwrap();
+        json_patch::patch(&mut after, &serde_json::from_str::<json_patch::Patch>(&patch).unwrap())
+            .unwrap();
         let entries = after["spec"]["containers"][0]["env"]
             .as_array()
             .unwrap()
@@ -412,10 +403,7 @@ mod tests {
                 .chain(more.iter().map(|&one| one.to_owned()))
                 .collect()
         };
-        assert_eq!(
-            env_after(&policy("mask"), &xai),
-            Ok(proxy_and(&["XAI_API_KEY="]))
-        );
+        assert_eq!(env_after(&policy("mask"), &xai), Ok(proxy_and(&["XAI_API_KEY="])));
         assert_eq!(
             env_after(&policy("mask"), &all),
             Ok(proxy_and(&["XAI_API_KEY=", "XAI_TOKEN="]))
@@ -429,10 +417,7 @@ mod tests {
             })
         };
         assert_eq!(env_after(&policy("deny"), &xai), refused("XAI_API_KEY"));
-        assert_eq!(
-            env_after(&policy("deny"), &all),
-            refused("XAI_API_KEY, XAI_TOKEN")
-        );
+        assert_eq!(env_after(&policy("deny"), &all), refused("XAI_API_KEY, XAI_TOKEN"));
         // A variable that the proxy sets needs no mask.
         let hidden = json!({"name": "c", "envFrom": [{"prefix": "OPENAI_"}]});
         assert_eq!(env_after(&policy("deny"), &hidden), Ok(proxy_and(&[])));
@@ -456,10 +441,7 @@ mod tests {
 
     #[test]
     fn extra_env_contains_workspace_id_after_one_patch() {
-        let policy = policy(
-            "",
-            ", extraEnv: [{name: HEADERS, value: 'say \"{workspace_id}\"'}]",
-        );
+        let policy = policy("", ", extraEnv: [{name: HEADERS, value: 'say \"{workspace_id}\"'}]");
         let id = r#"a"b\"#;
         let mut pod = json!({
             "metadata": {"labels": {"molecule.ai/workspace-id": id}, "annotations": {}},
@@ -475,10 +457,7 @@ mod tests {
         let patch: json_patch::Patch = serde_json::from_str(&patch_of(&pod)).unwrap();
         json_patch::patch(&mut pod, &patch).unwrap();
         let env = pod["spec"]["containers"][0]["env"].as_array().unwrap();
-        assert_eq!(
-            env.last().unwrap(),
-            &json!({"name": "HEADERS", "value": r#"say "a"b\""#})
-        );
+        assert_eq!(env.last().unwrap(), &json!({"name": "HEADERS", "value": r#"say "a"b\""#}));
         assert_eq!(patch_of(&pod), "[]");
     }
 
@@ -527,10 +506,7 @@ mod tests {
             summarize_names(&mut message, names);
             message
         };
-        assert_eq!(
-            listed(&["a", "b", "c", "d", "e", "f", "g", "h"]),
-            "a, b, c, d, e, f, g, h"
-        );
+        assert_eq!(listed(&["a", "b", "c", "d", "e", "f", "g", "h"]), "a, b, c, d, e, f, g, h");
         assert_eq!(
             listed(&["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"]),
             "a, b, c, d, e, f, g, h and 2 more"
@@ -544,21 +520,13 @@ mod tests {
             json!({"metadata": {}, "spec": {"containers": [{"name": "main"}], "ephemeralContainers": ephemeral}}).to_string()
         };
         let (old, new) = (pod(&["a"]), pod(&["a", "b"]));
-        let (old, new): (Pod<'_>, Pod<'_>) = (
-            serde_json::from_str(&old).unwrap(),
-            serde_json::from_str(&new).unwrap(),
-        );
+        let (old, new): (Pod<'_>, Pod<'_>) =
+            (serde_json::from_str(&old).unwrap(), serde_json::from_str(&new).unwrap());
         let policy = policy("", "");
         let planned = |old| {
             let scope = Scope::NewEphemeralContainers(old);
-            let plan = plan(
-                &policy,
-                "",
-                Resolution::chosen(BillingMode::Byok),
-                &new,
-                scope,
-            )
-            .unwrap();
+            let plan =
+                plan(&policy, "", Resolution::chosen(BillingMode::Byok), &new, scope).unwrap();
             assert_eq!(plan.annotations, []);
             assert_eq!(plan.is_empty(), scope.needs_no_mode(&new));
             plan.containers
@@ -567,10 +535,7 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         assert_eq!(planned(Some(&old)), [("ephemeralContainers", 1)]);
-        assert_eq!(
-            planned(None),
-            [("ephemeralContainers", 0), ("ephemeralContainers", 1)]
-        );
+        assert_eq!(planned(None), [("ephemeralContainers", 0), ("ephemeralContainers", 1)]);
         assert_eq!(planned(Some(&new)), []);
         assert!(!Scope::Pod.needs_no_mode(&Pod::default()));
     }

@@ -307,9 +307,6 @@ mod tests {
     fn text_is_not_shown_by_debug() {
         let entry: EnvEntry<'_> =
             serde_json::from_str(r#"{"name": "A", "value": "sk-secret"}"#).unwrap();
-        assert_eq!(
-            format!("{entry:?}"),
-            "EnvEntry { name: …, value: Some(…), value_from: None }"
-        );
+        assert_eq!(format!("{entry:?}"), "EnvEntry { name: …, value: Some(…), value_from: None }");
     }
 }

@@ -553,10 +553,7 @@ impl PolicyError {
             YamlError::SerdeUnknownField {
                 field, expected, ..
             } => {
-                format!(
-                    "unknown field {field:?}; expected one of {}",
-                    expected.join(", ")
-                )
+                format!("unknown field {field:?}; expected one of {}", expected.join(", "))
             }
             YamlError::SerdeMissingField { field, .. } => format!("field {field:?} is missing"),
             YamlError::SerdeUnknownVariant { expected, .. } => {
@@ -606,10 +603,7 @@ mod tests {
         let policy = PolicyFile::parse(&lines.join("\n")).unwrap();
         assert_eq!(policy.warnings(), Vec::<&str>::new());
         let proxy = policy.proxy.unwrap();
-        assert_eq!(
-            proxy.base_url.as_deref(),
-            Some("https://llm.example.com/openai/v1")
-        );
+        assert_eq!(proxy.base_url.as_deref(), Some("https://llm.example.com/openai/v1"));
         assert_eq!(proxy.extra_env.len(), 1);
     }
 
@@ -626,11 +620,7 @@ mod tests {
                 3,
                 "unknown field \"querry\"; expected one of query, parameters, ",
             ),
-            (
-                "unlabelled: sk-secret",
-                1,
-                "expected one of ignore, platform_managed, deny",
-            ),
+            ("unlabelled: sk-secret", 1, "expected one of ignore, platform_managed, deny"),
             (
                 "lookup:\n  timeout: sk-secret",
                 2,
@@ -657,36 +647,16 @@ mod tests {
                 3,
                 "a parameter is ",
             ),
-            (
-                "lookup:\n  parameters:\n  - {type: uuid, field: namespace}",
-                3,
-                "a parameter is ",
-            ),
-            (
-                "proxy:\n  usageToken: sk-secret",
-                2,
-                "expected one of secretKeyRef, value",
-            ),
-            (
-                "proxy:\n  usageToken: [sk-secret]",
-                2,
-                "the value does not have the expected shape",
-            ),
-            (
-                "proxy:\n  usageToken: {secretKeyRef: {name: x}}",
-                2,
-                "field \"key\" is missing",
-            ),
+            ("lookup:\n  parameters:\n  - {type: uuid, field: namespace}", 3, "a parameter is "),
+            ("proxy:\n  usageToken: sk-secret", 2, "expected one of secretKeyRef, value"),
+            ("proxy:\n  usageToken: [sk-secret]", 2, "the value does not have the expected shape"),
+            ("proxy:\n  usageToken: {secretKeyRef: {name: x}}", 2, "field \"key\" is missing"),
             (
                 "proxy:\n  usageToken: {secretKeyRef: {name: '', key: x}}",
                 2,
                 "a name must not be empty",
             ),
-            (
-                "proxy:\n  baseUrl: {sk-secret: x}",
-                2,
-                "expected string scalar",
-            ),
+            ("proxy:\n  baseUrl: {sk-secret: x}", 2, "expected string scalar"),
             (
                 "vendorKeys:\n- A B",
                 2,
@@ -699,11 +669,7 @@ mod tests {
             ),
             ("vendorKeys: sk-secret", 1, "expected sequence start"),
             ("envFrom: mask\nenvFrom: deny", 2, "duplicate key"),
-            (
-                "proxy:\n  usageToken: {value: sk-secret\n",
-                2,
-                "this is not valid YAML",
-            ),
+            ("proxy:\n  usageToken: {value: sk-secret\n", 2, "this is not valid YAML"),
         ];
         for (text, line_expected, problem_expected) in table {
             let Err(PolicyError::Syntax { line, problem, .. }) = PolicyFile::parse(text) else {
@@ -730,10 +696,7 @@ mod tests {
                 "[{name: A}, {name: B, value: b, valueFrom: {fieldRef: {fieldPath: x}}}]",
                 "proxy.extraEnv[1] has both",
             ),
-            (
-                "[{name: A, runtimes: []}]",
-                "proxy.extraEnv[0] has an empty list of runtimes",
-            ),
+            ("[{name: A, runtimes: []}]", "proxy.extraEnv[0] has an empty list of runtimes"),
             (
                 "[{name: A}, {name: A, runtimes: [x]}]",
                 "proxy.extraEnv[1] sets a variable that an earlier",
@@ -785,10 +748,7 @@ mod tests {
             warnings(&format!("proxy: {{baseUrl: ' ', {token}}}")),
             "proxy.baseUrl is absent or blank"
         );
-        assert_eq!(
-            warnings(&format!("proxy: {{baseUrl: https://x, {token}}}")),
-            ""
-        );
+        assert_eq!(warnings(&format!("proxy: {{baseUrl: https://x, {token}}}")), "");
         assert_eq!(
             warnings("proxy: {baseUrl: x, usageToken: {value: ' '}}"),
             "proxy.usageToken is absent or blank"

@@ -65,10 +65,7 @@ impl Contract {
             Variable::new("MOLECULE_LLM_USAGE_TOKEN", token.clone()),
         ];
         if let Some(url) = &anthropic_base_url {
-            common.push(Variable::new(
-                "MOLECULE_LLM_ANTHROPIC_BASE_URL",
-                url.clone(),
-            ));
+            common.push(Variable::new("MOLECULE_LLM_ANTHROPIC_BASE_URL", url.clone()));
         }
         if let Some(url) = usage_url {
             common.push(Variable::new("MOLECULE_LLM_USAGE_URL", url));

@@ -170,76 +170,22 @@ mod tests {
     fn lookup_outcome_resolves_as_the_contract_says() {
         let row = |mode: &str| LookupOutcome::Row(Some(mode.to_owned()));
         let table = [
-            (
-                row("platform_managed"),
-                "platform_managed",
-                "workspace_override",
-                "override",
-            ),
+            (row("platform_managed"), "platform_managed", "workspace_override", "override"),
             (row("byok"), "byok", "workspace_override", "override"),
-            (
-                row("disabled"),
-                "disabled",
-                "workspace_override",
-                "override",
-            ),
-            (
-                row(""),
-                "platform_managed",
-                "constant_fallback",
-                "unknown_mode",
-            ),
-            (
-                row("BYOK"),
-                "platform_managed",
-                "constant_fallback",
-                "unknown_mode",
-            ),
-            (
-                row(" byok"),
-                "platform_managed",
-                "constant_fallback",
-                "unknown_mode",
-            ),
-            (
-                row("byok\n"),
-                "platform_managed",
-                "constant_fallback",
-                "unknown_mode",
-            ),
-            (
-                row("platform-managed"),
-                "platform_managed",
-                "constant_fallback",
-                "unknown_mode",
-            ),
-            (
-                LookupOutcome::Row(None),
-                "platform_managed",
-                "constant_fallback",
-                "no_override",
-            ),
-            (
-                LookupOutcome::NoRow,
-                "platform_managed",
-                "constant_fallback",
-                "workspace_not_found",
-            ),
-            (
-                LookupOutcome::Failed,
-                "platform_managed",
-                "constant_fallback",
-                "lookup_error",
-            ),
+            (row("disabled"), "disabled", "workspace_override", "override"),
+            (row(""), "platform_managed", "constant_fallback", "unknown_mode"),
+            (row("BYOK"), "platform_managed", "constant_fallback", "unknown_mode"),
+            (row(" byok"), "platform_managed", "constant_fallback", "unknown_mode"),
+            (row("byok\n"), "platform_managed", "constant_fallback", "unknown_mode"),
+            (row("platform-managed"), "platform_managed", "constant_fallback", "unknown_mode"),
+            (LookupOutcome::Row(None), "platform_managed", "constant_fallback", "no_override"),
+            (LookupOutcome::NoRow, "platform_managed", "constant_fallback", "workspace_not_found"),
+            (LookupOutcome::Failed, "platform_managed", "constant_fallback", "lookup_error"),
         ];
         for (stored, mode, source, reason) in table {
             let resolution = Resolution::from_lookup(&stored);
             assert_eq!(
-                (
-                    resolution.mode.as_str(),
-                    resolution.source.as_str(),
-                    resolution.reason.as_str()
-                ),
+                (resolution.mode.as_str(), resolution.source.as_str(), resolution.reason.as_str()),
                 (mode, source, reason),
                 "{stored:?}"
             );

@@ -85,10 +85,8 @@ pub(super) fn warn_about_container(
     let mut warn_about_references = |location: &dyn Fn() -> String, text: &str| {
         let keys: BTreeSet<&str> = references(text).filter(|name| is_removed(name)).collect();
         for key in keys {
-            let problem = format!(
-                "{} refers to $({key}), which platform_managed removes",
-                location()
-            );
+            let problem =
+                format!("{} refers to $({key}), which platform_managed removes", location());
             warn(WarningKind::KeyInUse, problem);
         }
     };
@@ -189,15 +187,10 @@ mod tests {
     fn warnings(policy: &Policy, container: &Value) -> Vec<String> {
         let pod = with_container(container);
         let pod = serde_json::from_str(&pod).unwrap();
-        let warnings = plan(
-            policy,
-            "",
-            Resolution::chosen(BillingMode::PlatformManaged),
-            &pod,
-            Scope::Pod,
-        )
-        .unwrap()
-        .warnings;
+        let warnings =
+            plan(policy, "", Resolution::chosen(BillingMode::PlatformManaged), &pod, Scope::Pod)
+                .unwrap()
+                .warnings;
         within_limits(&warnings)
     }
 
@@ -268,23 +261,12 @@ mod tests {
         .to_string();
         let pod = serde_json::from_str(&pod).unwrap();
         let policy = policy("", "");
-        let managed = plan(
-            &policy,
-            "",
-            Resolution::chosen(BillingMode::PlatformManaged),
-            &pod,
-            Scope::Pod,
-        )
-        .unwrap();
+        let managed =
+            plan(&policy, "", Resolution::chosen(BillingMode::PlatformManaged), &pod, Scope::Pod)
+                .unwrap();
         assert_eq!(managed.warnings, []);
-        let byok = plan(
-            &policy,
-            "",
-            Resolution::chosen(BillingMode::Byok),
-            &pod,
-            Scope::Pod,
-        )
-        .unwrap();
+        let byok =
+            plan(&policy, "", Resolution::chosen(BillingMode::Byok), &pod, Scope::Pod).unwrap();
         assert_eq!(byok.warnings, []);
     }
 
@@ -338,10 +320,7 @@ mod tests {
         let many = warnings(&policy, &container(16));
         assert_eq!(many.len(), 15);
         assert!(many[13].contains("env A13 "), "{}", many[13]);
-        assert_eq!(
-            many[14],
-            "and 2 more warnings; llm-billing-webhook review shows them all"
-        );
+        assert_eq!(many[14], "and 2 more warnings; llm-billing-webhook review shows them all");
 
         // 256 bytes fit, 257 do not; truncation never splits a character.
         let of_length = |name: &str| {
@@ -352,11 +331,7 @@ mod tests {
         let fits = of_length(&"x".repeat(256 - rest));
         assert_eq!((fits.len(), fits.ends_with("removed")), (256, true));
         let truncated = of_length(&"x".repeat(257 - rest));
-        assert_eq!(
-            (truncated.len(), truncated.ends_with("rem…")),
-            (256, true),
-            "{truncated}"
-        );
+        assert_eq!((truncated.len(), truncated.ends_with("rem…")), (256, true), "{truncated}");
         assert!(of_length(&"é".repeat(300)).len() <= 256);
     }
 }

@@ -251,11 +251,7 @@ mod tests {
             ("apps/v1", "DaemonSet", Some("/spec/template")),
             ("apps/v1", "ReplicaSet", Some("/spec/template")),
             ("batch/v1", "Job", Some("/spec/template")),
-            (
-                "batch/v1",
-                "CronJob",
-                Some("/spec/jobTemplate/spec/template"),
-            ),
+            ("batch/v1", "CronJob", Some("/spec/jobTemplate/spec/template")),
             ("batch.volcano.sh/v1alpha1", "Job", None),
             ("v1", "Service", None),
         ];
@@ -338,10 +334,7 @@ mod tests {
             (review_of("metrics.k8s.io", "pods", "", "CREATE"), false),
         ] {
             let subject = subject_of(document);
-            assert_eq!(
-                (subject.title.as_str(), subject.namespace.as_str()),
-                ("Pod n/x", "n")
-            );
+            assert_eq!((subject.title.as_str(), subject.namespace.as_str()), ("Pod n/x", "n"));
             assert_eq!(
                 (subject.makes_pods(), subject.is_planned(), subject.root()),
                 (true, is_planned, "")
@@ -354,20 +347,14 @@ mod tests {
                 .scope(old.as_ref())
                 .needs_no_mode(&update.pod().unwrap())
         );
-        assert!(matches!(
-            update.scope(old.as_ref()),
-            Scope::NewEphemeralContainers(Some(_))
-        ));
+        assert!(matches!(update.scope(old.as_ref()), Scope::NewEphemeralContainers(Some(_))));
         let mut without_old = review("pods", "ephemeralcontainers", "UPDATE");
         without_old["request"]["oldObject"] = json!(null);
         assert!(subject_of(without_old).old_pod().unwrap().is_none());
         let create = subject_of(review("pods", "", "CREATE"));
         assert!(create.old_pod().unwrap().is_none());
         assert!(matches!(create.scope(None), Scope::Pod));
-        assert_eq!(
-            subject_of(json!({"kind": "AdmissionReview"})).title,
-            "Pod default/(unnamed)"
-        );
+        assert_eq!(subject_of(json!({"kind": "AdmissionReview"})).title, "Pod default/(unnamed)");
     }
 
     #[test]
@@ -377,10 +364,7 @@ mod tests {
             other => panic!("{other:?}"),
         };
         assert_eq!(path_of(object("apps/v1", "Deployment")), "spec.template");
-        assert_eq!(
-            path_of(json!({"apiVersion": "v1", "kind": "Pod", "spec": 7})),
-            "spec"
-        );
+        assert_eq!(path_of(json!({"apiVersion": "v1", "kind": "Pod", "spec": 7})), "spec");
         let cron_job = json!({"apiVersion": "batch/v1", "kind": "CronJob", "spec": {"jobTemplate": {"spec": {"template":
             {"spec": {"containers": [{"env": [{"value": 7}]}]}}}}}});
         assert_eq!(

@@ -406,11 +406,8 @@ async fn in_own_task<T: Send + 'static>(
     work: impl Future<Output = Result<T, LookupError>> + Send + 'static,
 ) -> Result<T, LookupError> {
     let result = tokio::spawn(work).await;
-    result.unwrap_or_else(|_| {
-        Err(LookupError::Unavailable(
-            "the lookup's task panicked".to_owned(),
-        ))
-    })
+    result
+        .unwrap_or_else(|_| Err(LookupError::Unavailable("the lookup's task panicked".to_owned())))
 }
 
 /// Executes a query over a pooled connection. After a restart of the database, the pool holds lost connections, which

@@ -95,12 +95,7 @@ impl fmt::Display for DatabaseUrl {
         match self {
             Self::Postgres { options, .. } => {
                 let database = options.get_database().unwrap_or_default();
-                write!(
-                    f,
-                    "postgres://{}:{}/{database}",
-                    options.get_host(),
-                    options.get_port()
-                )
+                write!(f, "postgres://{}:{}/{database}", options.get_host(), options.get_port())
             }
             Self::Sqlite(options) => write!(f, "sqlite://{}", options.get_filename().display()),
         }

@@ -22,11 +22,9 @@ pub fn routes(app: Arc<App>) -> Router {
 async fn readyz(State(app): State<Arc<App>>) -> Response {
     match app.readiness.not_ready_reason() {
         None => "ok\n".into_response(),
-        Some(reason) => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            format!("not ready: {reason}\n"),
-        )
-            .into_response(),
+        Some(reason) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {reason}\n")).into_response()
+        }
     }
 }
 

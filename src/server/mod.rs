@@ -131,10 +131,7 @@ impl Bound {
         let routes = health::routes(Arc::clone(&app)).into_make_service();
         tasks.spawn("health listener", health.serve(routes));
         tasks.spawn_endless("database readiness", wait_for_database(Arc::clone(&app)));
-        tasks.spawn_endless(
-            "database connections",
-            maintain_connections(Arc::clone(&app)),
-        );
+        tasks.spawn_endless("database connections", maintain_connections(Arc::clone(&app)));
         tasks.spawn_endless("certificate", source.run(config, Arc::clone(&app)));
         if let Some(audits) = audits {
             tasks.spawn_endless("audits", audit(Arc::clone(&app), audits));
@@ -295,13 +292,7 @@ mod tests {
             timeout: Duration::from_secs(30),
         };
         let (failure, ()) = tokio::join!(
-            run_until_drained(
-                &mut tasks,
-                StopSignals::new().unwrap(),
-                &handle,
-                &readiness,
-                drain
-            ),
+            run_until_drained(&mut tasks, StopSignals::new().unwrap(), &handle, &readiness, drain),
             async {
                 while !readiness.is_draining() {
                     tokio::task::yield_now().await;

@@ -89,10 +89,7 @@ mod tests {
         let mut tasks = Tasks::default();
         tasks.spawn_endless("endless", pending());
         tasks.spawn_endless("short", async {});
-        assert_eq!(
-            chain(&tasks.ended().await),
-            "the task \"short\" ended unexpectedly"
-        );
+        assert_eq!(chain(&tasks.ended().await), "the task \"short\" ended unexpectedly");
         tasks.spawn("listener", async { Err(io::Error::other("closed")) });
         let error = tasks.ended().await;
         assert_eq!(chain(&error), "the task \"listener\" failed: closed");

@@ -78,10 +78,7 @@ impl BodyLimits {
 /// Returns the routes.
 pub fn routes(app: Arc<App>) -> Router {
     Router::new()
-        .route(
-            "/mutate",
-            post(async |state, request| serve(Webhook::Mutate, state, request).await),
-        )
+        .route("/mutate", post(async |state, request| serve(Webhook::Mutate, state, request).await))
         .route(
             "/validate",
             post(async |state, request| serve(Webhook::Validate, state, request).await),
@@ -155,13 +152,7 @@ async fn respond(webhook: Webhook, app: &App, request: HttpRequest) -> Response 
     let decision = app.decide(webhook, &decoded, limit).await;
     let response =
         info_span!("encode").in_scope(|| AdmissionResponse::new(decoded.uid(), &decision));
-    app.record(
-        webhook,
-        &decoded,
-        &decision,
-        response.patch_operations,
-        arrived.elapsed(),
-    );
+    app.record(webhook, &decoded, &decision, response.patch_operations, arrived.elapsed());
     ([(header::CONTENT_TYPE, "application/json")], response.json).into_response()
 }
 
@@ -238,10 +229,9 @@ impl BodyLimits {
                 _permit: permit,
             }),
             Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-            Ok(Err(_)) => Err((
-                StatusCode::BAD_REQUEST,
-                "the body ended early; send it again".to_owned(),
-            )),
+            Ok(Err(_)) => {
+                Err((StatusCode::BAD_REQUEST, "the body ended early; send it again".to_owned()))
+            }
             Err(_) => Err((
                 StatusCode::REQUEST_TIMEOUT,
                 "the body took too long; send it again".to_owned(),
@@ -419,12 +409,7 @@ impl App {
         message: &str,
     ) -> Response {
         let took = arrived.elapsed();
-        warn!(
-            webhook = webhook.as_str(),
-            status = status.as_u16(),
-            error = message,
-            "bad request"
-        );
+        warn!(webhook = webhook.as_str(), status = status.as_u16(), error = message, "bad request");
         self.metrics.bad_request(webhook, took);
         error_response(status, message)
     }
@@ -455,11 +440,7 @@ mod tests {
             (1_000, 900, 0),
         ] {
             let [timeout, elapsed, limit] = [timeout, elapsed, limit].map(Duration::from_millis);
-            assert_eq!(
-                lookup_limit(timeout, elapsed),
-                limit,
-                "{timeout:?} {elapsed:?}"
-            );
+            assert_eq!(lookup_limit(timeout, elapsed), limit, "{timeout:?} {elapsed:?}");
         }
     }
 }

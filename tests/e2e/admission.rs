@@ -99,11 +99,10 @@ const ADD_SIDECAR: &str = r#"[{"op": "add", "path": "/spec/containers/-",
 fn create_selected_pod(world: &World, calls: &AtomicUsize) -> (u16, Value) {
     let path = format!("/api/v1/namespaces/{NAMESPACE}/pods");
     wait_for("the other webhook is called", || {
-        let _ = world.api.request(
-            "POST",
-            &format!("{path}?dryRun=All"),
-            Some(&selected_pod("probe")),
-        );
+        let _ =
+            world
+                .api
+                .request("POST", &format!("{path}?dryRun=All"), Some(&selected_pod("probe")));
         (calls.load(Ordering::Relaxed) > 0).then_some(())
     });
     world
@@ -235,10 +234,7 @@ fn audit_log_has_resolution_and_no_env_value() {
     );
     // The API server logs the patch, and no value from the pod.
     let text = annotations.to_string();
-    assert!(
-        text.contains("MOLECULE_LLM_BASE_URL"),
-        "the patch is not in {text}"
-    );
+    assert!(text.contains("MOLECULE_LLM_BASE_URL"), "the patch is not in {text}");
     for value in ["unmanaged", "removed"] {
         assert!(!text.contains(value), "{value} is in {text}");
     }
@@ -257,10 +253,7 @@ fn failed_lookup_warns_or_refuses_as_policy_says() {
             world.kubectl(&["-n", NAMESPACE, "run", "down", "--image=busybox", &labels]);
         if on_error == "deny" {
             assert_eq!(code, 1);
-            assert!(
-                stderr.contains("denied the request: LOOKUP_FAILED: "),
-                "{stderr}"
-            );
+            assert!(stderr.contains("denied the request: LOOKUP_FAILED: "), "{stderr}");
             assert_eq!(world.stored("down"), None);
         } else {
             assert_eq!(code, 0, "{stderr}");

@@ -39,14 +39,12 @@ fn workload(case: usize, kind: &str, workspace: &str) -> Value {
     let template = template(case, kind, workspace);
     let selector = json!({"matchLabels": {"case": case.to_string(), "of": kind}});
     let (api_version, spec) = match kind {
-        "Deployment" | "DaemonSet" => (
-            "apps/v1",
-            json!({"selector": selector, "template": template}),
-        ),
-        "StatefulSet" => (
-            "apps/v1",
-            json!({"serviceName": name, "selector": selector, "template": template}),
-        ),
+        "Deployment" | "DaemonSet" => {
+            ("apps/v1", json!({"selector": selector, "template": template}))
+        }
+        "StatefulSet" => {
+            ("apps/v1", json!({"serviceName": name, "selector": selector, "template": template}))
+        }
         "Job" => ("batch/v1", json!({"template": template})),
         _ => (
             "batch/v1",
@@ -69,15 +67,11 @@ fn every_created_pod_matches_its_billing_mode() {
     world.api.create_all([&node]);
     let kinds = ["Deployment", "StatefulSet", "DaemonSet", "Job", "CronJob"];
     for (case, (workspace, _)) in CASES.iter().enumerate() {
-        let applied = world.write(
-            "pod.json",
-            &pod(&format!("applied-{case}"), workspace, &own_key()).to_string(),
-        );
+        let applied = world
+            .write("pod.json", &pod(&format!("applied-{case}"), workspace, &own_key()).to_string());
         world.kubectl_ok(&["apply", "-f", &applied]);
-        let created = world.write(
-            "pod.json",
-            &pod(&format!("created-{case}"), workspace, &own_key()).to_string(),
-        );
+        let created = world
+            .write("pod.json", &pod(&format!("created-{case}"), workspace, &own_key()).to_string());
         world.kubectl_ok(&["create", "-f", &created]);
         let labels = format!("--labels={WORKSPACE_LABEL}={workspace}");
         world.kubectl_ok(&[
@@ -110,9 +104,7 @@ fn every_created_pod_matches_its_billing_mode() {
         ]);
     }
     let each = if has_controllers { 3 + kinds.len() } else { 3 };
-    wait_for("all pods exist", || {
-        (world.pods().len() >= CASES.len() * each).then_some(())
-    });
+    wait_for("all pods exist", || (world.pods().len() >= CASES.len() * each).then_some(()));
     for pod in world.pods() {
         let labels = &pod["metadata"]["labels"];
         let workspace = labels[WORKSPACE_LABEL].as_str().unwrap();
@@ -122,10 +114,7 @@ fn every_created_pod_matches_its_billing_mode() {
                 assert_env_matches(container, mode);
             }
         }
-        assert_eq!(
-            pod["metadata"]["annotations"]["molecule.ai/llm-billing-mode"],
-            *mode
-        );
+        assert_eq!(pod["metadata"]["annotations"]["molecule.ai/llm-billing-mode"], *mode);
     }
 
     let debug = |name: &str| -> Vec<String> {
@@ -162,10 +151,7 @@ fn every_created_pod_matches_its_billing_mode() {
     }
     // Without --keep-labels a copy has no labels, so it is not a workspace pod: the webhook leaves its containers
     // unchanged.
-    with(
-        &debug("applied-0"),
-        &["--copy-to=unlabelled", "-c", "debugger"],
-    );
+    with(&debug("applied-0"), &["--copy-to=unlabelled", "-c", "debugger"]);
     let copied = world.stored("unlabelled").unwrap();
     assert_env_matches(&copied["spec"]["containers"][0], CASES[0].1);
     let debugger = env_of(&copied["spec"]["containers"][1]);
@@ -210,10 +196,7 @@ fn dry_run_and_diff_match_the_created_pod() {
             );
             assert!(diff.contains(&value));
         }
-        assert!(
-            diff.contains("+    molecule.ai/llm-billing-mode: "),
-            "{diff}"
-        );
+        assert!(diff.contains("+    molecule.ai/llm-billing-mode: "), "{diff}");
     }
     // Applying the managed pod's manifest again fails: it adds a removed entry, and a pod's env is immutable.
     let file = world.write("pod.json", &pod("byok", BYOK, &own_key()).to_string());
@@ -221,8 +204,5 @@ fn dry_run_and_diff_match_the_created_pod() {
     let file = world.write("pod.json", &pod("managed", MANAGED, &own_key()).to_string());
     let (code, _, stderr) = world.kubectl(&["apply", "-f", &file]);
     assert_eq!(code, 1);
-    assert!(
-        stderr.contains("pod updates may not change fields other than"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("pod updates may not change fields other than"), "{stderr}");
 }

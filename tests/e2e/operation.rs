@@ -57,10 +57,7 @@ fn rolling_both_instances_over_fails_no_create() {
         }
     });
     let (created, seconds) = (world.pods().len(), started.elapsed().as_secs_f64());
-    println!(
-        "{created} pods in {seconds:.1} s, {:.0} a second",
-        created as f64 / seconds
-    );
+    println!("{created} pods in {seconds:.1} s, {:.0} a second", created as f64 / seconds);
     assert!(created > 100, "{created}");
 }
 
@@ -125,20 +122,13 @@ fn audit_finds_changed_mode_and_eviction_recreates_pods() {
     ));
     let (code, stdout, _) = audit(&[]);
     assert_eq!(code, 1);
-    assert_eq!(
-        stdout.matches("platform_managed,byok,").count(),
-        2,
-        "{stdout}"
-    );
+    assert_eq!(stdout.matches("platform_managed,byok,").count(), 2, "{stdout}");
     let (code, _, stderr) = audit(&["--evict", "--yes", "--evictions-per-minute", "600"]);
     assert_eq!(code, 1);
     assert_eq!(stderr.matches("evicted ws-acme/ws-").count(), 2, "{stderr}");
     wait_for_pods("platform_managed");
     let (code, _, stderr) = audit(&[]);
-    assert_eq!(
-        (code, stderr.as_str()),
-        (0, "2 pods audited, all in sync\n")
-    );
+    assert_eq!((code, stderr.as_str()), (0, "2 pods audited, all in sync\n"));
 }
 
 /// Runs a page's kubectl and helm commands on a new cluster. Commands that need a running pod or a user's file are
@@ -149,10 +139,8 @@ fn run_commands_of(name: &str, is_installed: bool) {
     let values = install.split("```yaml\n# values.yaml\n").nth(1).unwrap();
     let values = world.write("values.yaml", values.split("```").next().unwrap());
     let shell = |script: &str| world.tool("bash", &["-c", script]);
-    let helm_install = format!(
-        "helm install {RELEASE} {} -n {RELEASE} -f {values}",
-        chart().display()
-    );
+    let helm_install =
+        format!("helm install {RELEASE} {} -n {RELEASE} -f {values}", chart().display());
     let authority = Authority::generate();
     let ca = world.write("ca.crt", &authority.pem());
     let certificate = world.write("tls.crt", &authority.issue("localhost").0);
@@ -253,10 +241,7 @@ fn helm_release_works_and_uninstalls_cleanly() {
         ]
         .concat(),
     );
-    assert!(
-        notes.contains("WARNING: policy.proxy is not set"),
-        "{notes}"
-    );
+    assert!(notes.contains("WARNING: policy.proxy is not set"), "{notes}");
 
     // Without a kubelet, the test runs the program with the Deployment's arguments and its service account's token, and
     // points the Service to it.
@@ -300,10 +285,7 @@ fn helm_release_works_and_uninstalls_cleanly() {
     .start();
     world.wait_until_called(NAMESPACE);
     world.api.create_all([&pod("first", BYOK, &json!([]))]);
-    assert_env_matches(
-        &world.stored("first").unwrap()["spec"]["containers"][0],
-        "byok",
-    );
+    assert_env_matches(&world.stored("first").unwrap()["spec"]["containers"][0], "byok");
     let line = wait_for("an audit has covered the pod", || {
         let log = webhook.log();
         let line = log

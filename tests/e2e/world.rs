@@ -235,11 +235,7 @@ pub(crate) fn assert_env_matches(container: &Value, mode: &str) {
     };
     let context = format!("{mode}: {container}");
     assert_eq!(values("MOLECULE_LLM_BILLING_MODE"), [mode], "{context}");
-    assert_eq!(
-        values("MOLECULE_LLM_BILLING_MODE_RESOLVED"),
-        [mode],
-        "{context}"
-    );
+    assert_eq!(values("MOLECULE_LLM_BILLING_MODE_RESOLVED"), [mode], "{context}");
     if mode == "platform_managed" {
         assert_eq!(values("HF_TOKEN"), [""; 0], "{context}");
         assert_eq!(

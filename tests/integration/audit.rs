@@ -331,14 +331,12 @@ fn eviction_spares_bare_and_budgeted_pods() {
         (platform.pod_names() == ["bare", "outage", "true"]).then_some(())
     });
 
-    platform.api.delete(&format!(
-        "/apis/policy/v1/namespaces/{NAMESPACE}/poddisruptionbudgets/outage"
-    ));
+    platform
+        .api
+        .delete(&format!("/apis/policy/v1/namespaces/{NAMESPACE}/poddisruptionbudgets/outage"));
     let actions = evict(&["--yes", "--evict-bare"]);
     assert_eq!(actions, ["evicted ws-acme/bare", "evicted ws-acme/outage"]);
-    wait_for("the pods have ended", || {
-        (platform.pod_names() == ["true"]).then_some(())
-    });
+    wait_for("the pods have ended", || (platform.pod_names() == ["true"]).then_some(()));
 
     // Recreate the pods as their controllers would.
     platform.api.create_all([
@@ -347,10 +345,7 @@ fn eviction_spares_bare_and_budgeted_pods() {
         &pod("outage", OUTAGE, Some("Job/outage")),
     ]);
     let (code, stdout, stderr) = platform.audit(&["-A", "--only-drift", "--evict", "--yes"]);
-    assert_eq!(
-        (code, stdout.as_str(), stderr.as_str()),
-        (0, "", "4 pods audited, all in sync\n")
-    );
+    assert_eq!((code, stdout.as_str(), stderr.as_str()), (0, "", "4 pods audited, all in sync\n"));
 }
 
 #[test]
@@ -373,10 +368,7 @@ fn incomplete_audit_exits_with_an_error() {
     let unconfigured = platform.command(&["-A"], "/nonexistent").output().unwrap();
     let (code, _, stderr) = decode_output(&unconfigured);
     assert_eq!(code, 2);
-    assert!(
-        stderr.starts_with("error: no cluster configured: "),
-        "{stderr}"
-    );
+    assert!(stderr.starts_with("error: no cluster configured: "), "{stderr}");
 
     platform
         .postgres
@@ -472,10 +464,7 @@ fn expired_list_reports_the_audit_progress() {
     let api = ApiServer::stand_in();
     let folder = tempfile::tempdir().unwrap();
     let database = folder.path().join("modes.sqlite");
-    test_support::sqlite(
-        &database,
-        "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)",
-    );
+    test_support::sqlite(&database, "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)");
     for index in 0..501 {
         let mut pod = pod(&format!("p{index:04}"), IN_SYNC, None);
         pod["metadata"]["namespace"] = "expires".into();
@@ -557,26 +546,17 @@ fn batch_query_looks_up_many_workspaces() {
     let url = platform.postgres.url();
     for (query, parameters) in [
         (select.to_owned(), label),
-        (
-            format!("{select} AND namespace = $2"),
-            with_namespace.as_str(),
-        ),
+        (format!("{select} AND namespace = $2"), with_namespace.as_str()),
         // More columns than the mode, and an ORDER BY.
-        (
-            "SELECT llm_billing_mode, id FROM workspaces WHERE id = $1 ORDER BY 1".to_owned(),
-            label,
-        ),
+        ("SELECT llm_billing_mode, id FROM workspaces WHERE id = $1 ORDER BY 1".to_owned(), label),
         // A literal could contain $1, so each workspace gets its own query.
         (format!("{select} AND '$1' <> 'x'"), label),
     ] {
         assert_eq!(reasons(&query, parameters, &url), expected, "{query}");
     }
     // The batch query reads what the webhook reads: a mode padded with blanks is unknown.
-    let padded = reasons(
-        "SELECT llm_billing_mode::char(20) FROM workspaces WHERE id = $1",
-        label,
-        &url,
-    );
+    let padded =
+        reasons("SELECT llm_billing_mode::char(20) FROM workspaces WHERE id = $1", label, &url);
     assert_eq!(padded[2], "known platform_managed unknown_mode");
     let uncached = format!("{url}&statement-cache-capacity=0");
     assert_eq!(reasons(select, label, &uncached), expected);
@@ -594,10 +574,8 @@ fn batch_query_looks_up_many_workspaces() {
         reasons(query, label, &url);
         count() - before
     };
-    let (batched, single) = (
-        transactions(select),
-        transactions(&format!("{select} AND '$1' <> 'x'")),
-    );
+    let (batched, single) =
+        (transactions(select), transactions(&format!("{select} AND '$1' <> 'x'")));
     assert!(batched < 20, "{batched}");
     assert!(single >= 100, "{single}");
 }
@@ -674,17 +652,14 @@ fn server_audit_works_with_the_charts_permissions() {
     let webhook = start.start();
     let line = webhook.wait_for_log("\"audit\"");
     assert!(line.contains("\"audited\":4,\"drifted\":3"), "{line}");
-    let wait_for_metric = |text: &str| {
-        wait_for(text, || {
-            webhook.health("/metrics").1.contains(text).then_some(())
-        })
-    };
+    let wait_for_metric =
+        |text: &str| wait_for(text, || webhook.health("/metrics").1.contains(text).then_some(()));
     wait_for_metric("llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 1\n");
     platform.set(FLIPPED, "byok");
     wait_for_metric("llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 0\n");
-    platform.api.delete(&format!(
-        "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{RELEASE}-audit"
-    ));
+    platform
+        .api
+        .delete(&format!("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{RELEASE}-audit"));
     wait_for_metric("llm_billing_audits_total{result=\"failed\"} ");
     wait_for_metric("llm_billing_audited_pods 4\n");
     webhook.wait_for_log("the metrics keep the last complete audit's results");
@@ -761,10 +736,7 @@ fn audit_job_needs_each_permission_of_the_chart() {
                 Some(&pod(name, workspace, Some(owner))),
             );
         }
-        platform.set(
-            FLIPPED,
-            ["byok", "disabled"][usize::from(resource != "pods")],
-        );
+        platform.set(FLIPPED, ["byok", "disabled"][usize::from(resource != "pods")]);
     }
     platform.set(FLIPPED, "platform_managed");
     let (code, _, stderr) = audit();
@@ -805,9 +777,9 @@ fn namespace_scope_audit_needs_permission_to_list_namespaces() {
     let line = webhook.wait_for_log("\"audit\"");
     assert!(line.contains("\"audited\":1,\"drifted\":1"), "{line}");
     let role = format!("/apis/rbac.authorization.k8s.io/v1/clusterroles/{RELEASE}-audit");
-    platform.api.change(&role, |role| {
-        role["rules"][0]["resources"] = json!(["pods"])
-    });
+    platform
+        .api
+        .change(&role, |role| role["rules"][0]["resources"] = json!(["pods"]));
     let line = webhook.wait_for_log("cannot list the namespaces");
     assert!(line.contains("is forbidden"), "{line}");
 
@@ -819,10 +791,7 @@ fn namespace_scope_audit_needs_permission_to_list_namespaces() {
     .command(webhook.folder.path());
     let (code, _, stderr) = decode_output(&command.output().unwrap());
     assert_eq!(code, 2);
-    assert!(
-        stderr.starts_with("error: see --audit-namespace-selector: "),
-        "{stderr}"
-    );
+    assert!(stderr.starts_with("error: see --audit-namespace-selector: "), "{stderr}");
 }
 
 #[test]
@@ -856,26 +825,16 @@ fn cluster_object_is_reviewed_like_a_manifest() {
     let (code, stdout, stderr) = review(&["-n", NAMESPACE, "pod/true"]);
     assert_eq!(
         (code, stdout.as_str(), stderr.as_str()),
-        (
-            0,
-            "",
-            "Pod ws-acme/true: platform_managed (workspace_override, override)\n"
-        )
+        (0, "", "Pod ws-acme/true: platform_managed (workspace_override, override)\n")
     );
     let (code, stdout, _) = review(&["-n", NAMESPACE, "po/old", "-o", "json"]);
     assert_eq!(code, 1);
     let after: Value = serde_json::from_str(&stdout).unwrap();
-    assert_eq!(
-        after["spec"]["containers"][0]["env"][0]["value"],
-        "platform_managed"
-    );
+    assert_eq!(after["spec"]["containers"][0]["env"][0]["value"], "platform_managed");
     assert_eq!(after["metadata"].get("managedFields"), None);
     let (code, stdout, _) = review(&["-n", NAMESPACE, "deployment/ws", "-o", "patch"]);
     assert_eq!(code, 1);
-    assert!(
-        stdout.contains("/spec/template/spec/containers/0/env"),
-        "{stdout}"
-    );
+    assert!(stdout.contains("/spec/template/spec/containers/0/env"), "{stdout}");
     let (code, _, stderr) = review(&["-n", NAMESPACE, "pod/none"]);
     assert_eq!(code, 2);
     assert!(
@@ -885,10 +844,7 @@ fn cluster_object_is_reviewed_like_a_manifest() {
         "{stderr}"
     );
     for (arguments, expected) in [
-        (
-            vec!["service/x"],
-            "expected KIND/NAME, with a kind of pod, deployment",
-        ),
+        (vec!["service/x"], "expected KIND/NAME, with a kind of pod, deployment"),
         (vec!["pod"], "expected KIND/NAME"),
         (vec!["pod/a/b"], "expected KIND/NAME"),
         (vec!["pod/x", "-f", "y"], "cannot be used with"),
@@ -971,18 +927,13 @@ fn sweep_queries_once_per_page_in_bounded_memory() {
     while child.try_wait().unwrap().is_none() {
         let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let size = line.map_or(0, |line| {
-            line.trim().trim_end_matches(" kB").parse().unwrap()
-        });
+        let size = line.map_or(0, |line| line.trim().trim_end_matches(" kB").parse().unwrap());
         peak = std::cmp::max(peak, size);
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     let elapsed = started.elapsed();
     let (code, _, stderr) = decode_output(&child.wait_with_output().unwrap());
-    assert_eq!(
-        (code, stderr),
-        (0, format!("{pods} pods audited, all in sync\n"))
-    );
+    assert_eq!((code, stderr), (0, format!("{pods} pods audited, all in sync\n")));
     // This includes the transactions of the counting psql.
     let queries = count() - before;
     println!(

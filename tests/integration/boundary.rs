@@ -141,11 +141,7 @@ fn imported_modules(
             let begins = !before.ends_with(continues) && !before.ends_with("pub(in ");
             if begins && (keyword != "self::" || is_folder) {
                 let mut paths = Vec::new();
-                read_paths(
-                    &mut &text[start + keyword.len()..],
-                    root.to_vec(),
-                    &mut paths,
-                );
+                read_paths(&mut &text[start + keyword.len()..], root.to_vec(), &mut paths);
                 let longest = |path: Module| {
                     (0..=path.len())
                         .rev()

@@ -117,10 +117,7 @@ fn chart_passes_strict_lint() {
 fn rendered_objects_match_the_kubernetes_types() {
     for settings in MATRIX {
         for object in render(settings) {
-            let name = format!(
-                "{settings:?}: {} {}",
-                object["kind"], object["metadata"]["name"]
-            );
+            let name = format!("{settings:?}: {} {}", object["kind"], object["metadata"]["name"]);
             let Some(read) = typed(&object) else { continue };
             assert_eq!(lost(&object, &read), Vec::<String>::new(), "{name}");
         }
@@ -205,10 +202,7 @@ fn real_api_server_accepts_rendered_objects() {
             if typed(&object).is_none() {
                 continue;
             }
-            let path = format!(
-                "{}?dryRun=All&fieldValidation=Strict",
-                collection_of(&object)
-            );
+            let path = format!("{}?dryRun=All&fieldValidation=Strict", collection_of(&object));
             let (status, answer) = api.request("POST", &path, Some(&object));
             assert_eq!(status, 201, "{settings:?}: {answer}");
         }
@@ -221,15 +215,9 @@ fn unusable_settings_are_refused_with_the_remedy() {
         (&[], "no database is given: set database.existingSecret"),
         (&[DATABASE, "database.sqlite.enabled=true"], "are both set"),
         (&["database.sqlite.enabled=true"], "set replicas=1"),
-        (
-            &[DATABASE, "scope=namespace"],
-            "set namespaceSelector.matchLabels",
-        ),
+        (&[DATABASE, "scope=namespace"], "set namespaceSelector.matchLabels"),
         (&[DATABASE, "policy.unlabelled=deny"], "set scope=namespace"),
-        (
-            &[DATABASE, "tls.mode=provided"],
-            "set tls.provided.secretName",
-        ),
+        (&[DATABASE, "tls.mode=provided"], "set tls.provided.secretName"),
         (
             &[
                 DATABASE,
@@ -238,24 +226,15 @@ fn unusable_settings_are_refused_with_the_remedy() {
             ],
             "less than twice tls.selfManaged.lifetime",
         ),
-        (
-            &[DATABASE, "tls.mode=self-signed"],
-            "'self-managed', 'cert-manager', 'provided'",
-        ),
+        (&[DATABASE, "tls.mode=self-signed"], "'self-managed', 'cert-manager', 'provided'"),
         (&[DATABASE, "scope=everywhere"], "'labelled', 'namespace'"),
-        (
-            &[DATABASE, "webhook.failurePolicy=fail"],
-            "'Fail', 'Ignore'",
-        ),
+        (&[DATABASE, "webhook.failurePolicy=fail"], "'Fail', 'Ignore'"),
         (&[DATABASE, "webhook.timeoutSeconds=31"], "timeoutSeconds"),
         (&[DATABASE, "replicas=0"], "replicas"),
         (&[DATABASE, "replica=3"], "replica"),
         (&[DATABASE, "database.url=postgres://u:p@h/d"], "url"),
         (&[DATABASE, "policy.envfrom=deny"], "envfrom"),
-        (
-            &[DATABASE, "policy.lookup.onError=allow"],
-            "value must be 'deny'",
-        ),
+        (&[DATABASE, "policy.lookup.onError=allow"], "value must be 'deny'"),
     ];
     for (settings, expected) in table {
         let error = render_error(settings);
@@ -366,10 +345,7 @@ fn only_self_managed_tls_gets_token_and_permissions() {
         let objects = render(&[DATABASE, &mode, "tls.provided.secretName=tls"]);
         let spec = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"];
         assert_eq!(spec["automountServiceAccountToken"], has_token, "{mode}");
-        assert_eq!(
-            of_kind(&objects, "ServiceAccount")["automountServiceAccountToken"],
-            false
-        );
+        assert_eq!(of_kind(&objects, "ServiceAccount")["automountServiceAccountToken"], false);
         let kinds: BTreeSet<&str> = objects
             .iter()
             .map(|object| object["kind"].as_str().unwrap())
@@ -443,10 +419,7 @@ fn each_alert_has_a_runbook_section_and_data() {
         .map(|rule| {
             let name = rule["alert"].as_str().unwrap();
             let link = rule["annotations"]["runbook_url"].as_str().unwrap();
-            assert!(
-                link.ends_with(&format!("#{}", name.to_lowercase())),
-                "{link}"
-            );
+            assert!(link.ends_with(&format!("#{}", name.to_lowercase())), "{link}");
             name.to_owned()
         })
         .collect();
@@ -474,11 +447,7 @@ fn plain_manifests_match_the_rendered_chart() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut render = Command::new(root.join("scripts/manifests"));
     let output = with_tools(render.arg("-"), Path::new("")).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let committed = fs::read_to_string(root.join("manifests/install.yaml")).unwrap();
     assert!(
         String::from_utf8(output.stdout).unwrap() == committed,

@@ -32,22 +32,10 @@ fn valid_setup_is_reported_line_by_line() {
     ]);
     assert_eq!((code, stderr.as_str()), (0, ""), "{report}");
     let lines: Vec<&str> = report.lines().collect();
-    assert_eq!(
-        lines[0],
-        format!("ok    policy       {}", path("policy.yaml"))
-    );
-    assert!(
-        lines[1].starts_with("ok    certificate  valid for "),
-        "{report}"
-    );
-    assert!(
-        lines[2].starts_with("ok    database     postgres://localhost:"),
-        "{report}"
-    );
-    assert!(
-        lines[2].ends_with(" answers the policy's query"),
-        "{report}"
-    );
+    assert_eq!(lines[0], format!("ok    policy       {}", path("policy.yaml")));
+    assert!(lines[1].starts_with("ok    certificate  valid for "), "{report}");
+    assert!(lines[2].starts_with("ok    database     postgres://localhost:"), "{report}");
+    assert!(lines[2].ends_with(" answers the policy's query"), "{report}");
     assert_eq!(lines.len(), 3);
 }
 
@@ -68,11 +56,8 @@ fn check_without_flags_reports_the_skipped_checks() {
 fn all_errors_are_reported_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    fs::write(
-        path("policy.yaml"),
-        format!("workspaceLabel: {WORKSPACE_LABEL}\nvendorKey: []\n"),
-    )
-    .unwrap();
+    fs::write(path("policy.yaml"), format!("workspaceLabel: {WORKSPACE_LABEL}\nvendorKey: []\n"))
+        .unwrap();
     let (code, report, _) = run(&[
         "check",
         "--policy",
@@ -96,10 +81,7 @@ fn all_errors_are_reported_at_once() {
     assert_eq!(report, expected);
     let (code, report, _) = run(&["check", "--database-url", "sqlite:///nonexistent/file"]);
     assert_eq!(code, 2);
-    assert!(
-        report.contains("error database     cannot query the database: "),
-        "{report}"
-    );
+    assert!(report.contains("error database     cannot query the database: "), "{report}");
 }
 
 #[test]

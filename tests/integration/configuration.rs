@@ -97,10 +97,7 @@ fn rows(root: &Value, defaults: &Value, schema: &Value, path: &str, text: &mut S
                 Some(default) => format!("`{default}`"),
             };
             let meaning = meaning(root, alternative, field);
-            *text += &format!(
-                "| `{path}` | {} | {default} | {meaning} |\n",
-                values(root, field)
-            );
+            *text += &format!("| `{path}` | {} | {default} | {meaning} |\n", values(root, field));
             let items = resolved(root, field);
             if kind(items) == Some("array") {
                 rows(root, defaults, &items["items"], &format!("{path}[]."), text);
@@ -171,17 +168,11 @@ fn program_and_each_command_have_a_man_page() {
     for name in commands(&[]) {
         let (code, page, _) = run(&["man", &name]);
         assert_eq!(code, 0, "{name}");
-        assert!(
-            page.contains(&format!(".TH llm-billing-webhook-{name} 1")),
-            "{page}"
-        );
+        assert!(page.contains(&format!(".TH llm-billing-webhook-{name} 1")), "{page}");
     }
     let (code, _, stderr) = run(&["man", "none"]);
     assert_eq!(
         (code, stderr.as_str()),
-        (
-            2,
-            "error: there is no command \"none\"; see: llm-billing-webhook help\n"
-        )
+        (2, "error: there is no command \"none\"; see: llm-billing-webhook help\n")
     );
 }

@@ -22,10 +22,7 @@ fn rows(vectors: &[Value]) -> String {
         .iter()
         .filter(|vector| vector["stored"]["row"] == true);
     let row = |vector: &Value| {
-        let (id, mode) = (
-            quoted(&vector["workspace_id"]),
-            quoted(&vector["stored"]["mode"]),
-        );
+        let (id, mode) = (quoted(&vector["workspace_id"]), quoted(&vector["stored"]["mode"]));
         format!("INSERT INTO workspaces VALUES ({id}, {mode});")
     };
     with_row.map(row).collect()
@@ -51,18 +48,8 @@ fn assert_every_vector_passes(vectors: &[Value], database_url: &str, broken_url:
         assert_expected(vector, &first);
         if vector["expect"]["error"].is_null() {
             let again = defaulted(&patched(&review, &first));
-            assert_eq!(
-                patch_of(&webhook.mutate(&again)),
-                json!([]),
-                "{}",
-                vector["name"]
-            );
-            assert_eq!(
-                webhook.validate(&again)["response"]["allowed"],
-                true,
-                "{}",
-                vector["name"]
-            );
+            assert_eq!(patch_of(&webhook.mutate(&again)), json!([]), "{}", vector["name"]);
+            assert_eq!(webhook.validate(&again)["response"]["allowed"], true, "{}", vector["name"]);
         }
     }
 }
@@ -82,9 +69,5 @@ fn every_vector_passes_on_sqlite() {
     let file = folder.path().join("vectors.sqlite");
     test_support::sqlite(&file, &(SCHEMA.to_owned() + &rows(&vectors)));
     let url = |file: &Path| format!("sqlite://{}", file.display());
-    assert_every_vector_passes(
-        &vectors,
-        &url(&file),
-        &url(&folder.path().join("missing.sqlite")),
-    );
+    assert_every_vector_passes(&vectors, &url(&file), &url(&folder.path().join("missing.sqlite")));
 }

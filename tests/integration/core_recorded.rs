@@ -81,19 +81,13 @@ fn dry_run_gets_the_same_answer() {
 fn mode_change_updates_a_patched_pod() {
     let policy = Policy::parse(PROXY).unwrap();
     let review = &recorded_reviews()["claude-code-pod"];
-    let managed = patched(
-        review,
-        &answer(&policy, &stored("platform_managed"), review),
-    );
+    let managed = patched(review, &answer(&policy, &stored("platform_managed"), review));
     let byok = patched(&managed, &answer(&policy, &stored("byok"), &managed));
     let object = &byok["request"]["object"];
     let env = test_support::env_map(&object["spec"]["containers"][0]);
     assert_eq!(env["MOLECULE_LLM_BILLING_MODE"], "byok");
     assert_eq!(env["MOLECULE_LLM_BILLING_MODE_RESOLVED"], "byok");
-    assert_eq!(
-        object["metadata"]["annotations"]["molecule.ai/llm-billing-mode"],
-        "byok"
-    );
+    assert_eq!(object["metadata"]["annotations"]["molecule.ai/llm-billing-mode"], "byok");
     // By the contract, byok does not remove the proxy's variables.
     assert!(env.contains_key("MOLECULE_LLM_BASE_URL"));
 }
@@ -111,10 +105,7 @@ fn decoded_review_matches_kubes_own_types() {
         assert_eq!(own.uid.as_str(), kubes.uid, "{name}");
         assert_eq!(own.namespace(), kubes.namespace.unwrap(), "{name}");
         assert_eq!(text(&own.name), kubes.name, "{name}");
-        assert_eq!(
-            text(&own.sub_resource),
-            kubes.sub_resource.unwrap_or_default()
-        );
+        assert_eq!(text(&own.sub_resource), kubes.sub_resource.unwrap_or_default());
         assert_eq!(own.dry_run, Some(kubes.dry_run), "{name}");
         let operation = format!("{:?}", kubes.operation).to_uppercase();
         assert_eq!(own.operation.as_str(), operation, "{name}");

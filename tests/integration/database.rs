@@ -103,18 +103,13 @@ fn next_pod_gets_the_committed_mode() {
     let webhook = start(PROXY, &postgres.url());
     let pod = pod(ID, &json!([]));
     let assert_resolved = |mode: &str, reason: &str| {
-        assert_eq!(
-            resolved(&webhook, &pod),
-            (mode.to_owned(), reason.to_owned())
-        )
+        assert_eq!(resolved(&webhook, &pod), (mode.to_owned(), reason.to_owned()))
     };
     assert_resolved("platform_managed", "workspace_not_found");
     postgres.execute(&format!("INSERT INTO workspaces VALUES ('{ID}', NULL)"));
     assert_resolved("platform_managed", "no_override");
     for mode in ["byok", "disabled", "platform_managed", "byok"] {
-        postgres.execute(&format!(
-            "UPDATE workspaces SET llm_billing_mode = '{mode}'"
-        ));
+        postgres.execute(&format!("UPDATE workspaces SET llm_billing_mode = '{mode}'"));
         assert_resolved(mode, "override");
     }
     postgres.execute("DELETE FROM workspaces");
@@ -137,10 +132,7 @@ fn query_and_parameters_come_from_the_policy() {
         let mut pod = pod(&ID.to_uppercase(), &json!([]));
         for (tenant, mode) in [("acme", "disabled"), ("other", "byok")] {
             pod["metadata"]["labels"]["tenant"] = tenant.into();
-            assert_eq!(
-                resolved(&webhook, &pod),
-                (mode.to_owned(), "override".to_owned())
-            );
+            assert_eq!(resolved(&webhook, &pod), (mode.to_owned(), "override".to_owned()));
         }
     }
 }
@@ -187,27 +179,18 @@ fn refused_query_fails_check_and_start() {
             ),
             (
                 "query: SELECT 1 FROM nowhere WHERE id = $1",
-                either(
-                    "relation \"nowhere\" does not exist",
-                    "no such table: nowhere",
-                ),
+                either("relation \"nowhere\" does not exist", "no such table: nowhere"),
             ),
             (
                 "query: SELEKT $1",
-                either(
-                    "syntax error at or near \"SELEKT\"",
-                    "near \"SELEKT\": syntax error",
-                ),
+                either("syntax error at or near \"SELEKT\"", "near \"SELEKT\": syntax error"),
             ),
             (
                 "query: SELECT llm_billing_mode FROM workspaces WHERE id = $1 AND price = $2",
                 "it takes 2 parameters, and lookup.parameters has 1".to_owned(),
             ),
         ];
-        table.push((
-            two,
-            "it takes 1 parameters, and lookup.parameters has 2".to_owned(),
-        ));
+        table.push((two, "it takes 1 parameters, and lookup.parameters has 2".to_owned()));
         if kind.is_postgres() {
             table.push((text, "operator does not exist: uuid = text".to_owned()));
         }
@@ -270,10 +253,7 @@ fn pods_are_answered_before_the_database_is_up() {
         ),
     );
     webhook.wait_until_ready();
-    assert_eq!(
-        resolved(&webhook, &pod),
-        ("byok".to_owned(), "override".to_owned())
-    );
+    assert_eq!(resolved(&webhook, &pod), ("byok".to_owned(), "override".to_owned()));
     // A later database failure does not make the pod unready.
     std::fs::remove_file(&file).unwrap();
     assert_eq!(webhook.health("/readyz").0, 200);
@@ -289,10 +269,7 @@ fn on_error_deny_refuses_with_503_during_outage() {
     let message = response["status"]["message"].as_str().unwrap();
     assert!(message.starts_with("LOOKUP_FAILED: "), "{message}");
     // A pod that needs no lookup is admitted.
-    assert_eq!(
-        webhook.mutate(&create(&pod("", &json!([]))))["response"]["allowed"],
-        true
-    );
+    assert_eq!(webhook.mutate(&create(&pod("", &json!([]))))["response"]["allowed"], true);
 }
 
 #[test]
@@ -311,10 +288,7 @@ fn lookup_respects_policy_and_api_server_timeouts() {
         let answer: Value =
             serde_json::from_str(&response.body_mut().read_to_string().unwrap()).unwrap();
         // Without the time-out, the query would return byok.
-        assert_eq!(
-            answer["response"]["auditAnnotations"]["reason"],
-            "lookup_error"
-        );
+        assert_eq!(answer["response"]["auditAnnotations"]["reason"], "lookup_error");
     };
     let policy_limited = start(&slow("300ms"), &postgres.url());
     admit(&policy_limited, "/mutate?timeout=30s");
@@ -389,9 +363,7 @@ fn assert_survives_stale_connections(postgres: &Postgres, webhook: Webhook) {
     );
     postgres.execute(terminate);
     assert_byok();
-    wait_for("the server ends the idle session", || {
-        sessions(postgres).is_empty().then_some(())
-    });
+    wait_for("the server ends the idle session", || sessions(postgres).is_empty().then_some(()));
     assert_byok();
     let log = webhook.stop_and_read_log();
     assert!(!log.contains("lookup failed"), "{log}");
@@ -448,11 +420,7 @@ fn timeout_below_a_second_counts_as_a_second() {
     let postgres = Postgres::with(&load::schema());
     let webhook = start(&slow_policy("0.3"), &postgres.url());
     let review = create(&pod(ID, &json!([]))).to_string();
-    let mut response = webhook.post(
-        "/mutate?timeout=50ms",
-        "application/json",
-        review.as_bytes(),
-    );
+    let mut response = webhook.post("/mutate?timeout=50ms", "application/json", review.as_bytes());
     let answer: Value =
         serde_json::from_str(&response.body_mut().read_to_string().unwrap()).unwrap();
     assert_eq!(answer["response"]["auditAnnotations"]["mode"], "byok");
@@ -508,10 +476,7 @@ fn sqlite_is_opened_read_only() {
     // The PostgreSQL tests use a role that may only SELECT; SQLite has no roles.
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("read-only.sqlite");
-    test_support::sqlite(
-        &file,
-        "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)",
-    );
+    test_support::sqlite(&file, "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)");
     let before = std::fs::read(&file).unwrap();
     let webhook = start(
         "lookup: {query: \"INSERT INTO workspaces VALUES ($1, 'byok') RETURNING llm_billing_mode\"}",
@@ -539,10 +504,7 @@ fn rotated_password_is_read_from_the_file() {
     .start();
     let assert_byok = || {
         let pod = pod(ID, &json!([]));
-        assert_eq!(
-            resolved(&webhook, &pod),
-            ("byok".to_owned(), "override".to_owned())
-        );
+        assert_eq!(resolved(&webhook, &pod), ("byok".to_owned(), "override".to_owned()));
     };
     assert_byok();
     for password in ["second", "third", "fourth"] {
@@ -555,22 +517,12 @@ fn rotated_password_is_read_from_the_file() {
         assert_byok();
     }
     // An invalid URL is logged without its content, and the URL in use stays.
-    std::fs::write(
-        &file,
-        "postgres://rotated:fifth-password@localhost:notaport/x",
-    )
-    .unwrap();
+    std::fs::write(&file, "postgres://rotated:fifth-password@localhost:notaport/x").unwrap();
     let line = webhook.wait_for_log("the old one stays");
-    assert!(
-        line.contains("cannot use the database URL: it is malformed"),
-        "{line}"
-    );
+    assert!(line.contains("cannot use the database URL: it is malformed"), "{line}");
     assert_byok();
     let log = webhook.stop_and_read_log();
-    assert!(
-        !log.contains("-password") && !log.contains("lookup failed"),
-        "{log}"
-    );
+    assert!(!log.contains("-password") && !log.contains("lookup failed"), "{log}");
     postgres.execute("DROP OWNED BY rotated; DROP ROLE rotated");
 }
 
@@ -624,42 +576,26 @@ fn conflicting_url_flags_and_missing_file_are_errors() {
 fn database_certificate_is_verified_by_ca_and_name() {
     let authority = Authority::generate();
     let cluster = Cluster::with_certificate(&authority.issue("localhost"));
-    let postgres = Postgres::on(
-        &cluster,
-        "CREATE TABLE workspaces (id uuid, llm_billing_mode text)",
-    );
+    let postgres =
+        Postgres::on(&cluster, "CREATE TABLE workspaces (id uuid, llm_billing_mode text)");
     let folder = tempfile::tempdir().unwrap();
     let ca = |name: &str, authority: &Authority| {
         let file = folder.path().join(name);
         std::fs::write(&file, authority.pem()).unwrap();
         format!("?sslmode=verify-full&sslrootcert={}", file.display())
     };
-    let (valid, invalid) = (
-        ca("ca.crt", &authority),
-        ca("other.crt", &Authority::generate()),
-    );
+    let (valid, invalid) = (ca("ca.crt", &authority), ca("other.crt", &Authority::generate()));
     let url = postgres.url_via(cluster.port());
     let by_name = url.replace("127.0.0.1", "localhost");
     let missing = "?sslmode=verify-full&sslrootcert=/nonexistent/ca.crt".to_owned();
     for (url, code, expected) in [
         (by_name.clone() + &valid, 0, "ok    database"),
         (by_name.clone() + &invalid, 2, "invalid peer certificate: "),
-        (
-            url + &valid,
-            2,
-            "certificate not valid for name \"127.0.0.1\"",
-        ),
-        (
-            by_name + &missing,
-            2,
-            "such as sslrootcert or a socket, is missing: No such file",
-        ),
+        (url + &valid, 2, "certificate not valid for name \"127.0.0.1\""),
+        (by_name + &missing, 2, "such as sslrootcert or a socket, is missing: No such file"),
     ] {
         let report = check(PROXY, &url);
-        assert!(
-            report.0 == code && report.1.contains(expected),
-            "{expected}: {report:?}"
-        );
+        assert!(report.0 == code && report.1.contains(expected), "{expected}: {report:?}");
     }
 }
 
@@ -745,9 +681,7 @@ fn full_pooler_or_ended_session_is_transient() {
     webhook.wait_until_ready();
     drop(first);
     assert_byok(&webhook);
-    wait_for("the pooler ends the idle session", || {
-        is_closed_by_peer(pooler.port()).then_some(())
-    });
+    wait_for("the pooler ends the idle session", || is_closed_by_peer(pooler.port()).then_some(()));
     assert_byok(&webhook);
     let log = webhook.stop_and_read_log();
     assert!(!log.contains("lookup"), "{log}");
@@ -769,9 +703,6 @@ fn query_that_casts_text_does_not_block_readiness() {
     let webhook = start(&policy, &postgres.url());
     webhook.wait_until_ready();
     assert_eq!(resolved(&webhook, &pod("7", &json!([]))).0, "byok");
-    assert_eq!(
-        resolved(&webhook, &pod("seven", &json!([]))).1,
-        "lookup_error"
-    );
+    assert_eq!(resolved(&webhook, &pod("seven", &json!([]))).1, "lookup_error");
     webhook.wait_for_log("cannot use the pod's parameters");
 }

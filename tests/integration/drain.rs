@@ -42,10 +42,7 @@ fn request_in_flight_at_sigterm_is_answered() {
 fn draining_webhook_answers_until_the_delay_ends() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("drain.sqlite");
-    test_support::sqlite(
-        &file,
-        "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)",
-    );
+    test_support::sqlite(&file, "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)");
     let database_url = &format!("sqlite://{}", file.display());
     let arguments = &["--drain-delay", "2s"];
     let mut webhook = Start {
@@ -58,10 +55,7 @@ fn draining_webhook_answers_until_the_delay_ends() {
     webhook.wait_until_ready();
     webhook.signal("TERM");
     webhook.wait_for_log("\"draining\"");
-    assert_eq!(
-        webhook.health("/readyz"),
-        (503, "not ready: draining\n".to_owned())
-    );
+    assert_eq!(webhook.health("/readyz"), (503, "not ready: draining\n".to_owned()));
     assert_eq!(webhook.health("/livez").0, 200);
     webhook.client = webhook.authority.client();
     let review = create(&pod(ID, &json!([])));

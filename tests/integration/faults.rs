@@ -96,20 +96,14 @@ fn restart_or_killed_backend_causes_no_wrong_answer() {
     let postgres = Postgres::on(&cluster, &schema());
     let url = postgres.url_via(cluster.port());
     let faults: [(&str, &dyn Fn()); 4] = [
-        ("restart, fast", &|| {
-            cluster.pg_ctl(&["restart", "--mode=fast"])
-        }),
-        ("restart, immediate", &|| {
-            cluster.pg_ctl(&["restart", "--mode=immediate"])
-        }),
+        ("restart, fast", &|| cluster.pg_ctl(&["restart", "--mode=fast"])),
+        ("restart, immediate", &|| cluster.pg_ctl(&["restart", "--mode=immediate"])),
         ("backends terminated", &|| {
             postgres.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader'",
             )
         }),
-        ("a backend killed with signal 9", &|| {
-            cluster.kill_backend("reader")
-        }),
+        ("a backend killed with signal 9", &|| cluster.kill_backend("reader")),
     ];
     for program in Program::for_each_on_error(&url) {
         program.client.assert_correct();
@@ -207,9 +201,7 @@ fn only_a_few_lookups_wait_during_an_outage() {
             let failed = || count("timeout") + count("unavailable");
             program.client.run_during(name, 64, || {
                 fault(&|| {
-                    wait_for("the second deadline passes", || {
-                        (failed() >= 64 + 16).then_some(())
-                    });
+                    wait_for("the second deadline passes", || (failed() >= 64 + 16).then_some(()));
                 });
             });
             program.client.assert_correct();

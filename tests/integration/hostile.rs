@@ -20,10 +20,7 @@ fn start() -> Webhook {
 
 /// Asserts that a new client gets an answer.
 fn assert_serves(webhook: &Webhook) {
-    let url = format!(
-        "https://localhost:{}/mutate?timeout=5s",
-        webhook.address.port()
-    );
+    let url = format!("https://localhost:{}/mutate?timeout=5s", webhook.address.port());
     let review = create(&pod("", &json!([]))).to_string();
     let mut response = webhook
         .authority

@@ -54,19 +54,13 @@ fn send(webhook: &Webhook, request: &[u8]) -> (String, String) {
 
 fn posted(webhook: &Webhook, path: &str, content_type: &str, body: &[u8]) -> (u16, String) {
     let mut response = webhook.post(path, content_type, body);
-    (
-        response.status().as_u16(),
-        response.body_mut().read_to_string().unwrap(),
-    )
+    (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
 }
 
 /// Asserts that a well-formed request still gets an answer.
 fn assert_serves(webhook: &Webhook) {
     let small = create(&json!({"metadata": {}})).to_string();
-    assert_eq!(
-        posted(webhook, "/mutate", "application/json", small.as_bytes()).0,
-        200
-    );
+    assert_eq!(posted(webhook, "/mutate", "application/json", small.as_bytes()).0, 200);
 }
 
 #[test]
@@ -84,19 +78,11 @@ fn malformed_body_gets_a_status_and_a_sentence() {
     let table: [(Vec<u8>, u16, String); 10] = [
         (Vec::new(), 400, not_json("line 1, column 0")),
         (b"not json".to_vec(), 400, not_json("line 1, column 2")),
-        (
-            b"{\"kind\": \"\xff\xfe\"}".to_vec(),
-            400,
-            not_json("line 1, column 11"),
-        ),
+        (b"{\"kind\": \"\xff\xfe\"}".to_vec(), 400, not_json("line 1, column 11")),
         (deep.into_bytes(), 422, not_a_review.to_owned()),
         (b"null".to_vec(), 422, not_a_review.to_owned()),
         (b"[]".to_vec(), 422, not_a_review.to_owned()),
-        (
-            review("v1", "Pod").into_bytes(),
-            422,
-            not_a_review.to_owned(),
-        ),
+        (review("v1", "Pod").into_bytes(), 422, not_a_review.to_owned()),
         (
             review("admission.k8s.io/v1beta1", "AdmissionReview").into_bytes(),
             422,
@@ -128,10 +114,7 @@ fn wrong_method_path_or_content_type_is_rejected() {
     let (webhook, _folder) = start(&[]);
     let url = |path: &str| format!("https://localhost:{}{path}", webhook.address.port());
     let text = |mut response: ureq::http::Response<ureq::Body>| {
-        (
-            response.status().as_u16(),
-            response.body_mut().read_to_string().unwrap(),
-        )
+        (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
     };
     let media_type = "the content type is not supported; send application/json\n".to_owned();
     let body = create(&pod(ID, &json!([]))).to_string().into_bytes();
@@ -143,11 +126,7 @@ fn wrong_method_path_or_content_type_is_rejected() {
         );
     }
     for content_type in ["application/json", "Application/JSON; charset=utf-8"] {
-        assert_eq!(
-            posted(&webhook, "/mutate", content_type, &body).0,
-            200,
-            "{content_type}"
-        );
+        assert_eq!(posted(&webhook, "/mutate", content_type, &body).0, 200, "{content_type}");
     }
     let compressed = webhook
         .client
@@ -159,10 +138,7 @@ fn wrong_method_path_or_content_type_is_rejected() {
 
     let get = webhook.client.get(url("/mutate")).call().unwrap();
     assert_eq!(get.headers()["allow"], "POST");
-    assert_eq!(
-        text(get),
-        (405, "GET is not supported here; use POST\n".to_owned())
-    );
+    assert_eq!(text(get), (405, "GET is not supported here; use POST\n".to_owned()));
     let not_found = "not found; use POST /mutate or POST /validate\n".to_owned();
     for path in ["/", "/metrics", "/readyz", "/mutate/", "/mutate/x"] {
         assert_eq!(
@@ -202,16 +178,10 @@ fn unusable_request_with_uid_gets_an_admission_response() {
 fn invalid_http_gets_answer_or_closed_connection() {
     let (webhook, _folder) = start(&["--max-body-bytes", "1000"]);
     // A Content-Length over the limit is rejected before the body is sent.
-    let too_long = send(
-        &webhook,
-        format!("{HEAD}Content-Length: 99999999999\r\n\r\n").as_bytes(),
-    );
+    let too_long = send(&webhook, format!("{HEAD}Content-Length: 99999999999\r\n\r\n").as_bytes());
     assert_eq!(
         too_long,
-        (
-            "413".to_owned(),
-            "the body is larger than 1000 bytes; see --max-body-bytes".to_owned()
-        )
+        ("413".to_owned(), "the body is larger than 1000 bytes; see --max-body-bytes".to_owned())
     );
     // A chunked body is rejected once it exceeds the limit.
     let chunk = format!("400\r\n{}\r\n", " ".repeat(0x400));
@@ -221,10 +191,7 @@ fn invalid_http_gets_answer_or_closed_connection() {
     );
     assert_eq!(
         chunked,
-        (
-            "413".to_owned(),
-            "the body is larger than 1000 bytes; see --max-body-bytes".to_owned()
-        )
+        ("413".to_owned(), "the body is larger than 1000 bytes; see --max-body-bytes".to_owned())
     );
     assert_eq!(send(&webhook, b"garbage\r\n\r\n").0, "400");
     // The server stops reading an oversized head, so a client that is still sending may miss the answer.
@@ -319,10 +286,7 @@ fn unusual_pods_keep_everything_outside_the_plan() {
                 .filter(is_unmanaged)
                 .cloned()
                 .collect();
-            assert_eq!(
-                json!(unmanaged),
-                container.get("env").cloned().unwrap_or(json!([]))
-            );
+            assert_eq!(json!(unmanaged), container.get("env").cloned().unwrap_or(json!([])));
         }
     }
 }

@@ -67,10 +67,7 @@ fn documented() -> Series {
             .split(", ")
             .map(|label| label.trim_matches('`').to_owned());
         let labels = labels.filter(|label| !label.is_empty()).collect();
-        (
-            cells[0].trim_matches('`').to_owned(),
-            (cells[1].to_owned(), labels),
-        )
+        (cells[0].trim_matches('`').to_owned(), (cells[1].to_owned(), labels))
     };
     rows.map(row).collect()
 }
@@ -85,10 +82,7 @@ fn exposed(text: &str) -> Series {
             "info" => "_info",
             _ => "",
         };
-        series.insert(
-            format!("{name}{ending}"),
-            (kind.to_owned(), BTreeSet::new()),
-        );
+        series.insert(format!("{name}{ending}"), (kind.to_owned(), BTreeSet::new()));
     }
     for line in text.lines().filter(|line| !line.starts_with('#')) {
         let (name, labels) = line.split_once(['{', ' ']).unwrap();
@@ -134,10 +128,7 @@ fn prometheus_scrapes_every_documented_series() {
     let mut prometheus = Command::new("prometheus");
     let mut child = with_tools(&mut prometheus, Path::new(""))
         .arg(format!("--config.file={}", file.display()))
-        .arg(format!(
-            "--storage.tsdb.path={}",
-            folder.path().join("data").display()
-        ))
+        .arg(format!("--storage.tsdb.path={}", folder.path().join("data").display()))
         .arg(format!("--web.listen-address=127.0.0.1:{port}"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -73,12 +73,7 @@ fn dev_servers_curl_line_gets_its_patch() {
         "ANTHROPIC_BASE_URL": format!("{proxy}/anthropic/v1"),
         "MODEL": "opus",
     });
-    assert_eq!(
-        json!(env_map(
-            &after["request"]["object"]["spec"]["containers"][0]
-        )),
-        expected
-    );
+    assert_eq!(json!(env_map(&after["request"]["object"]["spec"]["containers"][0])), expected);
     // The file stays, so that the next start keeps edits to it.
     assert!(folder.path().join("llm-billing-dev.sqlite").exists());
 }

@@ -33,11 +33,7 @@ fn assert_same_answers_as_in_process(webhook: &Webhook, mode: &str) {
         assert_eq!(first, answer(&policy, &stored(mode), review), "{name}");
         let again = defaulted(&patched(review, &first));
         assert_eq!(patch_of(&webhook.mutate(&again)), json!([]), "{name}");
-        assert_eq!(
-            webhook.validate(&again)["response"]["allowed"],
-            true,
-            "{name}"
-        );
+        assert_eq!(webhook.validate(&again)["response"]["allowed"], true, "{name}");
     }
 }
 

@@ -80,15 +80,9 @@ fn run_at_trace_level_shows_no_secret() {
         let refused = webhook.validate(&review);
         assert_eq!(refused["response"]["allowed"], false);
         assert_no_secret("the refusal", &refused.to_string());
-        assert_no_secret(
-            "the refusal of a wrong type",
-            &webhook.mutate(&broken).to_string(),
-        );
+        assert_no_secret("the refusal of a wrong type", &webhook.mutate(&broken).to_string());
         let mut bad = webhook.post("/mutate", "application/json", not_json.as_bytes());
-        assert_no_secret(
-            "the answer to a bad request",
-            &bad.body_mut().read_to_string().unwrap(),
-        );
+        assert_no_secret("the answer to a bad request", &bad.body_mut().read_to_string().unwrap());
         let metrics = webhook.health("/metrics").1;
         assert_no_secret("the metrics", &metrics);
         // The policy's checksum would confirm a guessed token.
@@ -158,18 +152,12 @@ fn errors_quote_no_secret() {
         vec![
             "check".to_owned(),
             "--policy".to_owned(),
-            write(
-                "syntax.yaml",
-                &format!("proxy:\n  usageToken: {{value: {TOKEN}\n  baseUrl: x"),
-            ),
+            write("syntax.yaml", &format!("proxy:\n  usageToken: {{value: {TOKEN}\n  baseUrl: x")),
         ],
         vec![
             "check".to_owned(),
             "--policy".to_owned(),
-            write(
-                "beside.yaml",
-                &format!("proxy:\n  usageToken: {{value: {TOKEN}}}\n  wrong: x"),
-            ),
+            write("beside.yaml", &format!("proxy:\n  usageToken: {{value: {TOKEN}}}\n  wrong: x")),
         ],
         vec![
             "review".to_owned(),

@@ -99,14 +99,9 @@ fn recorded_review_gets_the_webhooks_patch() {
         let (code, patch, _) = review(&recorded.to_string(), &["--mode", "byok", "-o", "patch"]);
         let policy = llm_billing_webhook::core::policy::Policy::parse(PROXY).unwrap();
         let stored = test_support::in_process::stored("byok");
-        let expected = test_support::patch_of(&test_support::in_process::answer(
-            &policy, &stored, &recorded,
-        ));
-        assert_eq!(
-            serde_json::from_str::<Value>(&patch).unwrap(),
-            expected,
-            "{name}"
-        );
+        let expected =
+            test_support::patch_of(&test_support::in_process::answer(&policy, &stored, &recorded));
+        assert_eq!(serde_json::from_str::<Value>(&patch).unwrap(), expected, "{name}");
         assert_eq!(code, i32::from(expected != json!([])), "{name}");
     }
 }
@@ -138,10 +133,7 @@ items:
         .unwrap();
     assert_eq!(patches.len(), 3);
     assert_eq!(patches[..2], [json!([]), json!([])]);
-    assert_eq!(
-        patches[2][0]["path"],
-        "/spec/jobTemplate/spec/template/spec/containers/0/env"
-    );
+    assert_eq!(patches[2][0]["path"], "/spec/jobTemplate/spec/template/spec/containers/0/env");
     assert_eq!(
         stderr,
         "Service team/beside: makes no pods, and stays as it is\n\
@@ -278,14 +270,8 @@ spec:
 #[test]
 fn unusable_input_is_reported_with_its_location() {
     let table = [
-        (
-            "a: [",
-            "error: cannot read FILE: line 1, column 4: this is not valid YAML\n",
-        ),
-        (
-            "{\"a\": x]",
-            "error: cannot read FILE: line 1, column 7: this is not valid JSON\n",
-        ),
+        ("a: [", "error: cannot read FILE: line 1, column 4: this is not valid YAML\n"),
+        ("{\"a\": x]", "error: cannot read FILE: line 1, column 7: this is not valid JSON\n"),
         (
             "",
             "error: FILE has no object that makes pods; expected a Pod, a workload, a List or an AdmissionReview of pods\n",
@@ -307,11 +293,7 @@ fn unusable_input_is_reported_with_its_location() {
         let (_folder, path) = files("manifest", text);
         let (code, stdout, stderr) = run(&["review", "-f", &path, "--mode", "byok"]);
         assert_eq!(
-            (
-                code,
-                stdout.as_str(),
-                stderr.replace(&path, "FILE").as_str()
-            ),
+            (code, stdout.as_str(), stderr.replace(&path, "FILE").as_str()),
             (2, "", expected),
             "{text}"
         );
@@ -327,17 +309,12 @@ fn unusable_input_is_reported_with_its_location() {
             "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, labels: {{molecule.ai/workspace-id: ''}}}}, spec: {{containers: [{{env: [{{name: A, value: {value}}}]}}]}}}}"
         )
     };
-    let (code, stdout, _) = review(
-        &format!("{}\n---\n{}\n", pod("wrong", "1"), pod("right", "one")),
-        &[],
-    );
+    let (code, stdout, _) =
+        review(&format!("{}\n---\n{}\n", pod("wrong", "1"), pod("right", "one")), &[]);
     assert_eq!(code, 2);
     assert!(stdout.starts_with("--- Pod default/right\n"), "{stdout}");
     let (_, _, stderr) = run(&["review", "-f", "x", "--mode", "BYOK"]);
-    assert!(
-        stderr.contains("expected one of platform_managed, byok, disabled"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("expected one of platform_managed, byok, disabled"), "{stderr}");
 }
 
 #[test]

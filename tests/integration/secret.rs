@@ -189,18 +189,12 @@ fn replicas_starting_at_once_agree_on_one_authority() {
     let authorities = cluster.secret("ca.crt").unwrap();
     assert_eq!(count_certificates(&authorities), 1);
     for configuration in [CONFIGURATION, GUARD] {
-        assert_eq!(
-            cluster.ca_bundle(configuration).as_ref(),
-            Some(&authorities)
-        );
+        assert_eq!(cluster.ca_bundle(configuration).as_ref(), Some(&authorities));
     }
     for replica in &replicas {
         assert!(replica.is_trusted_by(&authorities));
         let metrics = replica.health("/metrics").1;
-        assert!(
-            metrics.contains("llm_billing_certificate_expiry_timestamp_seconds "),
-            "{metrics}"
-        );
+        assert!(metrics.contains("llm_billing_certificate_expiry_timestamp_seconds "), "{metrics}");
     }
 }
 
@@ -214,10 +208,7 @@ fn pods_are_created_throughout_ca_rotations() {
     let created = cluster.create_during(|| {
         // Three successive authorities, each of which has signed a certificate.
         while authorities.len() < 3 || certificates.len() < 4 {
-            assert!(
-                started.elapsed() < Duration::from_secs(120),
-                "{authorities:?}"
-            );
+            assert!(started.elapsed() < Duration::from_secs(120), "{authorities:?}");
             let (Some(bundle), Some(certificate)) =
                 (cluster.secret("ca.crt"), cluster.secret("tls.crt"))
             else {
@@ -263,12 +254,10 @@ fn deleted_or_damaged_objects_are_restored_without_downtime() {
         cluster
             .api
             .change(SECRET, |secret| secret["data"] = json!({"ours": "eA=="}));
-        wait_until_restored("its content is back", &|bundle| {
-            bundle.contains(authorities.trim())
-        });
-        cluster.api.change(SECRET, |secret| {
-            secret["data"]["tls.crt"] = "bm9uZQ==".into()
-        });
+        wait_until_restored("its content is back", &|bundle| bundle.contains(authorities.trim()));
+        cluster
+            .api
+            .change(SECRET, |secret| secret["data"]["tls.crt"] = "bm9uZQ==".into());
         wait_until_restored("the certificate is back", &|_| {
             cluster
                 .secret("tls.crt")
@@ -469,10 +458,7 @@ fn each_permission_of_the_chart_is_needed() {
             "Role",
             "/apis/rbac.authorization.k8s.io/v1/namespaces/llm-billing-webhook/roles/llm-billing-webhook",
         ),
-        (
-            "ClusterRole",
-            "/apis/rbac.authorization.k8s.io/v1/clusterroles/llm-billing-webhook",
-        ),
+        ("ClusterRole", "/apis/rbac.authorization.k8s.io/v1/clusterroles/llm-billing-webhook"),
     ];
     let cluster = Cluster::install();
     let mut permission_count = 0;
@@ -495,14 +481,8 @@ fn each_permission_of_the_chart_is_needed() {
                 });
                 let error = cluster.run_until_forbidden(verb.as_str().unwrap());
                 let verb = verb.as_str().unwrap();
-                assert!(
-                    error.contains("is forbidden"),
-                    "{rule} without {verb}: {error}"
-                );
-                assert!(
-                    error.contains(rule["resources"][0].as_str().unwrap()),
-                    "{error}"
-                );
+                assert!(error.contains("is forbidden"), "{rule} without {verb}: {error}");
+                assert!(error.contains(rule["resources"][0].as_str().unwrap()), "{error}");
                 cluster
                     .api
                     .change(path, |role| role["rules"] = rules.clone().into());
@@ -633,10 +613,7 @@ fn contradictory_flags_and_missing_cluster_are_reported() {
     };
     let shared = &["--tls-secret", "s", "--tls-dns-name", "w.ns.svc"];
     let table: [(&[&str], &str); 4] = [
-        (
-            &["--tls-secret", "s"],
-            "error: no DNS name is given; set --tls-dns-name",
-        ),
+        (&["--tls-secret", "s"], "error: no DNS name is given; set --tls-dns-name"),
         (
             &[
                 shared,

@@ -47,9 +47,7 @@ fn changed_files_are_served_without_a_restart() {
     };
     replace("tls.key", &key);
     replace("tls.crt", &certificate);
-    wait_for("the new certificate is served", || {
-        is_trusted(&webhook, &next).then_some(())
-    });
+    wait_for("the new certificate is served", || is_trusted(&webhook, &next).then_some(()));
     assert!(!is_trusted(&webhook, &webhook.authority));
     webhook.wait_for_log("certificate reloaded");
     assert!(
@@ -122,10 +120,7 @@ fn unusable_pair_keeps_the_old_one_served() {
     let (certificate, _) = Authority::generate().issue("localhost");
     fs::write(webhook.folder.path().join("tls.crt"), certificate).unwrap();
     let line = webhook.wait_for_log("the old one stays");
-    assert!(
-        line.contains("certificate and key cannot be used together"),
-        "{line}"
-    );
+    assert!(line.contains("certificate and key cannot be used together"), "{line}");
     assert!(is_trusted(&webhook, &webhook.authority));
     fs::remove_file(webhook.folder.path().join("tls.crt")).unwrap();
     let line = webhook.wait_for_log("cannot read ");
@@ -150,18 +145,12 @@ fn client_ca_admits_only_its_own_clients() {
     let call = |own: Option<&(String, String)>| webhook.authority.client_with(own).get(&url).call();
     assert!(call(None).is_err());
     assert!(call(Some(&Authority::generate().issue("api-server"))).is_err());
-    assert_eq!(
-        call(Some(&clients.issue("api-server"))).unwrap().status(),
-        405
-    );
+    assert_eq!(call(Some(&clients.issue("api-server"))).unwrap().status(), 405);
 
     webhook.client = webhook
         .authority
         .client_with(Some(&clients.issue("api-server")));
-    assert_eq!(
-        webhook.mutate(&create(&pod("", &json!([]))))["response"]["allowed"],
-        false
-    );
+    assert_eq!(webhook.mutate(&create(&pod("", &json!([]))))["response"]["allowed"], false);
 }
 
 #[test]
@@ -182,10 +171,7 @@ fn serve_exits_when_the_certificate_is_unusable() {
         (
             path("missing"),
             path("key"),
-            format!(
-                "cannot load the certificate: cannot read {}: No such file",
-                path("missing")
-            ),
+            format!("cannot load the certificate: cannot read {}: No such file", path("missing")),
         ),
         (
             path("empty"),
@@ -217,16 +203,10 @@ fn serve_exits_when_the_certificate_is_unusable() {
         let (code, stdout, stderr) =
             run(&[&serve[..], &["--tls-cert", &certificate, "--tls-key", &key]].concat());
         assert_eq!((code, stdout.as_str()), (2, ""));
-        assert!(
-            stderr.starts_with(&format!("error: {expected}")),
-            "{stderr}"
-        );
+        assert!(stderr.starts_with(&format!("error: {expected}")), "{stderr}");
     }
     let without_key = run(&[&serve[..], &["--tls-cert", &path("crt")]].concat()).2;
-    assert_eq!(
-        without_key,
-        "error: --tls-cert and --tls-key belong together; set both\n"
-    );
+    assert_eq!(without_key, "error: --tls-cert and --tls-key belong together; set both\n");
     let without_certificate = run(&serve).2;
     assert_eq!(
         without_certificate,

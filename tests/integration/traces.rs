@@ -103,18 +103,12 @@ fn start(database_url: &str, environment: &[(&str, &str)]) -> Webhook {
 }
 
 fn review() -> Value {
-    create(&pod(
-        BYOK,
-        &json!([{"name": "OPENAI_API_KEY", "value": KEY}]),
-    ))
+    create(&pod(BYOK, &json!([{"name": "OPENAI_API_KEY", "value": KEY}])))
 }
 
 /// Sends a review with a `traceparent` header, as a tracing API server does.
 fn send(webhook: &Webhook, trace: &str, sampled: &str) {
-    let url = format!(
-        "https://localhost:{}/mutate?timeout=10s",
-        webhook.address.port()
-    );
+    let url = format!("https://localhost:{}/mutate?timeout=10s", webhook.address.port());
     let response = webhook
         .client
         .post(&url)
@@ -217,10 +211,7 @@ fn environment_overrides_the_service_name() {
     let postgres = Postgres::with(&schema());
     for (names, expected) in [
         (vec![("OTEL_SERVICE_NAME", "own")], "own"),
-        (
-            vec![("OTEL_RESOURCE_ATTRIBUTES", "service.name=other")],
-            "other",
-        ),
+        (vec![("OTEL_RESOURCE_ATTRIBUTES", "service.name=other")], "other"),
         (vec![("OTEL_SERVICE_NAME", "")], "llm-billing-webhook"),
     ] {
         let (collector, endpoint) = Collector::start();

@@ -60,10 +60,7 @@ fn failed_lookup_refuses_a_possibly_correct_pod() {
         ..Start::default()
     }
     .start();
-    let review = create(&pod(
-        load::BYOK,
-        &json!([{"name": "XAI_API_KEY", "value": "own"}]),
-    ));
+    let review = create(&pod(load::BYOK, &json!([{"name": "XAI_API_KEY", "value": "own"}])));
     let settled = patched(&review, &webhook.mutate(&review));
     postgres.execute("ALTER TABLE workspaces RENAME TO gone");
     let answer = webhook.validate(&settled);

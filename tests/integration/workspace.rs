@@ -15,15 +15,9 @@ fn workspace_mode_is_listed_and_resolved_until_cleared() {
     let confirmation = |mode: &str| {
         format!("workspace {ID} is set to {mode}; it applies to pods created from now on\n")
     };
-    assert_eq!(
-        call(&["workspace", "list"]),
-        (0, String::new(), String::new())
-    );
+    assert_eq!(call(&["workspace", "list"]), (0, String::new(), String::new()));
     for mode in ["byok", "disabled", "platform_managed"] {
-        assert_eq!(
-            call(&["workspace", "set", ID, mode]),
-            (0, String::new(), confirmation(mode))
-        );
+        assert_eq!(call(&["workspace", "set", ID, mode]), (0, String::new(), confirmation(mode)));
         assert_eq!(call(&["workspace", "list"]).1, format!("{ID}  {mode}\n"));
         let answer = format!("mode:   {mode}\nsource: workspace_override\nreason: override\n");
         assert_eq!(call(&["resolve", ID]), (0, answer, String::new()));
@@ -40,10 +34,7 @@ fn workspace_mode_is_listed_and_resolved_until_cleared() {
     };
     let resolved = |id: &str| call(&["resolve", id, "-o", "json"]);
     assert_eq!(resolved(ID), (0, answer("no_override"), String::new()));
-    assert_eq!(
-        resolved("99999999-9999-9999-9999-999999999999").1,
-        answer("workspace_not_found")
-    );
+    assert_eq!(resolved("99999999-9999-9999-9999-999999999999").1, answer("workspace_not_found"));
     assert_eq!(resolved("no-uuid").1, answer("invalid_workspace_id"));
     assert_eq!(resolved("").1, answer("missing_workspace_id"));
 }
@@ -151,10 +142,7 @@ fn completions_are_printed_for_each_shell() {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let (code, script, stderr) = run(&["completions", shell]);
         assert_eq!((code, stderr.as_str()), (0, ""));
-        assert!(
-            script.contains("llm-billing-webhook") && script.contains("workspace"),
-            "{shell}"
-        );
+        assert!(script.contains("llm-billing-webhook") && script.contains("workspace"), "{shell}");
     }
     let mut child = test_support::program::program(&["completions", "zsh"])
         .stdout(std::process::Stdio::piped())

@@ -413,11 +413,7 @@ mod tests {
         assert!(renewed.ca_certificates == bundle.ca_certificates);
         assert!(renewed.ca_key == bundle.ca_key);
         assert!(renewed.certificate != bundle.certificate && renewed.key != bundle.key);
-        assert!(accepts(
-            &bundle.ca_certificates,
-            &renewed,
-            START + 150 * DAY
-        ));
+        assert!(accepts(&bundle.ca_certificates, &renewed, START + 150 * DAY));
     }
 
     #[test]
@@ -520,20 +516,14 @@ mod tests {
         let mut bundle = first();
         let other = spec(&["w.ns.svc", "other.ns.svc"]);
         for (spec, changes) in [(&other, true), (&service(), false), (&other, false)] {
-            assert!(
-                spec.next(&bundle, START, false).unwrap().is_none(),
-                "not propagated"
-            );
+            assert!(spec.next(&bundle, START, false).unwrap().is_none(), "not propagated");
             let next = spec.next(&bundle, START, true).unwrap();
             assert_eq!(next.is_some(), changes);
             bundle = next.unwrap_or(bundle);
         }
         assert_eq!(count(&bundle), 1);
         let leaf = CertificateDer::from_pem_slice(bundle.certificate.as_bytes()).unwrap();
-        assert_eq!(
-            names(&leaf).unwrap(),
-            ["other.ns.svc", "w.ns.svc", "w.ns.svc.cluster.local"]
-        );
+        assert_eq!(names(&leaf).unwrap(), ["other.ns.svc", "w.ns.svc", "w.ns.svc.cluster.local"]);
         // A renewal has only the names of the replica that renews.
         let renewed = other
             .next(&bundle, START + 61 * DAY, true)

@@ -354,9 +354,7 @@ fn fields(bundle: &CertificateBundle) -> [(&'static str, &String); 4] {
 fn parse_bundle(secret: &Secret) -> CertificateBundle {
     let text = |field: &str| {
         let bytes = secret.data.as_ref().and_then(|data| data.get(field));
-        bytes.map_or(String::new(), |bytes| {
-            String::from_utf8_lossy(&bytes.0).into_owned()
-        })
+        bytes.map_or(String::new(), |bytes| String::from_utf8_lossy(&bytes.0).into_owned())
     };
     CertificateBundle {
         ca_certificates: text("ca.crt"),

@@ -112,10 +112,7 @@ impl ApiServer {
         let body = body.map_or(String::new(), Value::to_string);
         let mut response = self.client.run(request.body(body).unwrap()).unwrap();
         let text = response.body_mut().read_to_string().unwrap();
-        (
-            response.status().as_u16(),
-            serde_json::from_str(&text).unwrap(),
-        )
+        (response.status().as_u16(), serde_json::from_str(&text).unwrap())
     }
 
     /// Returns an object by its path, or `None` if it does not exist.

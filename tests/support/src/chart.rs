@@ -51,11 +51,7 @@ pub fn render(settings: &[&str]) -> Vec<Value> {
 pub fn render_with_hooks(settings: &[&str]) -> Vec<Value> {
     let chart = chart();
     let output = helm(&template(chart.to_str().unwrap(), settings));
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     objects(&String::from_utf8(output.stdout).unwrap())
 }
 

@@ -36,10 +36,8 @@ impl ControlPlane {
     /// Starts etcd and the API server, and waits until it is ready.
     pub fn start(assets: &Path) -> Self {
         let [store, peers, port] = [free_port(), free_port(), free_port()];
-        let (store, peers) = (
-            format!("http://127.0.0.1:{store}"),
-            format!("http://127.0.0.1:{peers}"),
-        );
+        let (store, peers) =
+            (format!("http://127.0.0.1:{store}"), format!("http://127.0.0.1:{peers}"));
         let mut plane = Self {
             url: format!("https://127.0.0.1:{port}"),
             assets: assets.to_owned(),

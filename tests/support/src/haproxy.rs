@@ -30,10 +30,7 @@ impl Slot {
     /// Starts a webhook on these ports.
     pub fn start(self, authority: &Authority, policy: &str, database_url: &str) -> Webhook {
         let Self(webhook, health) = self;
-        let (webhook, health) = (
-            format!("127.0.0.1:{webhook}"),
-            format!("127.0.0.1:{health}"),
-        );
+        let (webhook, health) = (format!("127.0.0.1:{webhook}"), format!("127.0.0.1:{health}"));
         let start = Start {
             policy,
             database_url,
@@ -82,9 +79,7 @@ listen webhook
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
-        wait_for("HAProxy listens", || {
-            TcpStream::connect(("127.0.0.1", port)).ok()
-        });
+        wait_for("HAProxy listens", || TcpStream::connect(("127.0.0.1", port)).ok());
         Self {
             child,
             port,

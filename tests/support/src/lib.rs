@@ -98,11 +98,7 @@ pub fn pod(workspace: &str, env: &Value) -> Value {
 /// Returns the patch in an answer, or `[]` if there is none.
 pub fn patch_of(answer: &Value) -> Value {
     let response = &answer["response"];
-    assert_eq!(
-        response.get("patchType").is_some(),
-        response.get("patch").is_some(),
-        "{answer}"
-    );
+    assert_eq!(response.get("patchType").is_some(), response.get("patch").is_some(), "{answer}");
     let Some(patch) = response["patch"].as_str() else {
         return json!([]);
     };
@@ -201,21 +197,12 @@ pub fn review_of(vector: &Value) -> Value {
 /// Asserts that an answer is what its vector expects.
 pub fn assert_expected(vector: &Value, answer: &Value) {
     let (name, expect, response) = (&vector["name"], &vector["expect"], &answer["response"]);
-    assert_eq!(
-        response["auditAnnotations"]["mode"], expect["mode"],
-        "{name}"
-    );
-    assert_eq!(
-        response["auditAnnotations"]["source"], expect["source"],
-        "{name}"
-    );
+    assert_eq!(response["auditAnnotations"]["mode"], expect["mode"], "{name}");
+    assert_eq!(response["auditAnnotations"]["source"], expect["source"], "{name}");
     if let Some(code) = expect["error"].as_str() {
         assert_eq!(response["allowed"], false, "{name}");
         let message = response["status"]["message"].as_str().unwrap();
-        assert!(
-            message.starts_with(&format!("{code}: ")),
-            "{name}: {message}"
-        );
+        assert!(message.starts_with(&format!("{code}: ")), "{name}: {message}");
         assert_eq!(patch_of(answer), json!([]), "{name}");
         return;
     }

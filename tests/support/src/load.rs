@@ -78,9 +78,7 @@ impl LoadClient {
         let (port, seconds) = (self.port, API_SERVER_TIMEOUT.as_secs());
         let mut response = self
             .client
-            .post(format!(
-                "https://localhost:{port}/mutate?timeout={seconds}s"
-            ))
+            .post(format!("https://localhost:{port}/mutate?timeout={seconds}s"))
             .header("content-type", "application/json")
             .send(create(&pod(BYOK, &json!([]))).to_string())?;
         let text = response.body_mut().read_to_string()?;

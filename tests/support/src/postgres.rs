@@ -96,10 +96,7 @@ impl Cluster {
             let answer = cluster.psql("postgres", "SELECT 1").output().unwrap();
             answer.status.success().then_some(())
         });
-        cluster.execute(
-            "postgres",
-            &format!("CREATE ROLE reader LOGIN PASSWORD '{PASSWORD}'"),
-        );
+        cluster.execute("postgres", &format!("CREATE ROLE reader LOGIN PASSWORD '{PASSWORD}'"));
         Arc::new(cluster)
     }
 
@@ -161,11 +158,7 @@ impl Cluster {
 
     fn execute(&self, database: &str, statements: &str) {
         let output = self.psql(database, statements).output().unwrap();
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
     fn psql(&self, database: &str, statements: &str) -> Command {
@@ -206,10 +199,7 @@ impl Postgres {
         let name = format!("test_{}", NEXT.fetch_add(1, Ordering::Relaxed));
         cluster.execute("postgres", &format!("CREATE DATABASE {name}"));
         cluster.execute(&name, schema);
-        cluster.execute(
-            &name,
-            "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader",
-        );
+        cluster.execute(&name, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader");
         Self {
             cluster: Arc::clone(cluster),
             name,
@@ -241,10 +231,7 @@ impl Postgres {
 
     /// Returns the read-only role's URL through this port on loopback.
     pub fn url_via(&self, port: u16) -> String {
-        format!(
-            "postgres://reader:{PASSWORD}@127.0.0.1:{port}/{}",
-            self.name
-        )
+        format!("postgres://reader:{PASSWORD}@127.0.0.1:{port}/{}", self.name)
     }
 
     /// Returns the URL over the Unix socket with another password.
@@ -294,11 +281,7 @@ impl PgBouncer {
             path("users").display(),
         );
         fs::write(path("users"), format!("\"reader\" \"{PASSWORD}\"\n")).unwrap();
-        fs::write(
-            path("pgbouncer.ini"),
-            settings.replace("\n             ", "\n"),
-        )
-        .unwrap();
+        fs::write(path("pgbouncer.ini"), settings.replace("\n             ", "\n")).unwrap();
         for name in ["users", "pgbouncer.ini", ""] {
             restrict_to_postgres(&path(name));
         }
@@ -308,9 +291,7 @@ impl PgBouncer {
             .current_dir(folder.path())
             .spawn()
             .unwrap();
-        wait_for("PgBouncer listens", || {
-            TcpStream::connect(("127.0.0.1", port)).ok()
-        });
+        wait_for("PgBouncer listens", || TcpStream::connect(("127.0.0.1", port)).ok());
         Self {
             child,
             port,

@@ -55,11 +55,7 @@ pub fn run(arguments: &[&str]) -> (i32, String, String) {
 /// Returns exit code, stdout and stderr.
 pub fn decode_output(output: &Output) -> (i32, String, String) {
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
-    (
-        output.status.code().unwrap(),
-        text(&output.stdout),
-        text(&output.stderr),
-    )
+    (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
 }
 
 /// A certificate authority for one test.
@@ -92,10 +88,7 @@ impl Authority {
             .unwrap();
         let now = i64::try_from(now.as_secs()).unwrap();
         params.not_after = time::OffsetDateTime::from_unix_timestamp(now + seconds).unwrap();
-        (
-            params.signed_by(&key, &*self.0).unwrap().pem(),
-            key.serialize_pem(),
-        )
+        (params.signed_by(&key, &*self.0).unwrap().pem(), key.serialize_pem())
     }
 
     /// Returns a client that trusts this authority alone.
@@ -197,10 +190,7 @@ impl Start<'_> {
         });
         let listening = wait_for("the program listens", || {
             let log = log.lock().unwrap();
-            assert!(
-                child.try_wait().unwrap().is_none(),
-                "ended during start:\n{log}"
-            );
+            assert!(child.try_wait().unwrap().is_none(), "ended during start:\n{log}");
             let line = log.lines().find(|line| line.contains("\"listening\""))?;
             serde_json::from_str::<Value>(line).ok()
         });
@@ -347,10 +337,7 @@ impl Webhook {
             .get(format!("http://{}{path}", self.health))
             .call()
             .unwrap();
-        (
-            response.status().as_u16(),
-            response.body_mut().read_to_string().unwrap(),
-        )
+        (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
     }
 
     /// Returns everything logged so far.
@@ -375,9 +362,7 @@ impl Webhook {
 
     /// Waits until `/readyz` returns 200.
     pub fn wait_until_ready(&self) {
-        wait_for("the webhook is ready", || {
-            (self.health("/readyz").0 == 200).then_some(())
-        });
+        wait_for("the webhook is ready", || (self.health("/readyz").0 == 200).then_some(()));
     }
 
     /// Sends a signal, such as `TERM`.
@@ -427,10 +412,7 @@ pub fn wait_for<T>(what: &str, mut poll: impl FnMut() -> Option<T>) -> T {
         if let Some(value) = poll() {
             return value;
         }
-        assert!(
-            started.elapsed() < TIMEOUT,
-            "timed out waiting until {what}"
-        );
+        assert!(started.elapsed() < TIMEOUT, "timed out waiting until {what}");
         std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -80,11 +80,7 @@ async fn answer(
         }
     };
     let status = StatusCode::from_u16(status).unwrap();
-    (
-        status,
-        [("content-type", "application/json")],
-        object.to_string(),
-    )
+    (status, [("content-type", "application/json")], object.to_string())
 }
 
 type Failure = (u16, &'static str, String);
@@ -151,11 +147,7 @@ impl Request {
         }
         let missing = |target: &Target| {
             let name = target.name.clone().unwrap_or_default();
-            (
-                404,
-                "NotFound",
-                format!("{} {name:?} not found", target.resource),
-            )
+            (404, "NotFound", format!("{} {name:?} not found", target.resource))
         };
         match self.method.as_str() {
             "GET" if self.target.name.is_none() => self.list(&store.lock().unwrap()),
@@ -252,10 +244,7 @@ impl Request {
         } = &self.target;
         let start = match &self.target.namespace {
             Some(_) => format!("{whole}/"),
-            None => format!(
-                "{}/namespaces/",
-                whole.trim_end_matches(&format!("/{resource}"))
-            ),
+            None => format!("{}/namespaces/", whole.trim_end_matches(&format!("/{resource}"))),
         };
         let is_one = |path: &str| match (&self.target.namespace, path.strip_prefix(&start)) {
             (Some(_), Some(name)) => !name.contains('/'),
@@ -341,11 +330,7 @@ impl Request {
         let options = &self.body["deleteOptions"];
         let uid = &options["preconditions"]["uid"];
         if uid.is_string() && *uid != stored.object["metadata"]["uid"] {
-            return Err((
-                409,
-                "Conflict",
-                "the UID in the precondition is another one".to_owned(),
-            ));
+            return Err((409, "Conflict", "the UID in the precondition is another one".to_owned()));
         }
         let budgets = format!("/apis/policy/v1/namespaces/{namespace}/poddisruptionbudgets/");
         let labels = &stored.object["metadata"]["labels"];
@@ -449,13 +434,8 @@ impl Request {
             .iter()
             .flat_map(|configuration| configuration["webhooks"].as_array().unwrap());
         for webhook in webhooks {
-            let failed = |cause: String| {
-                (
-                    500,
-                    "InternalError",
-                    format!("failed calling webhook: {cause}"),
-                )
-            };
+            let failed =
+                |cause: String| (500, "InternalError", format!("failed calling webhook: {cause}"));
             let client = &webhook["clientConfig"];
             let authorities = STANDARD.decode(client["caBundle"].as_str().unwrap_or_default());
             let authorities = String::from_utf8(authorities.unwrap()).unwrap();
