@@ -8,6 +8,8 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::{HeaderName, header};
 use axum::routing::post;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use k8s_openapi::api::core::v1::{Container, EnvVar, Pod};
 use kube::core::admission::{AdmissionRequest, AdmissionResponse, AdmissionReview};
 use sqlx::PgPool;
@@ -68,7 +70,11 @@ async fn mutate(
     ]
     .map(|(key, value)| (key.to_owned(), value.to_owned()))
     .into();
-    let response = serde_json::to_string(&response.into_review()).expect("it is JSON");
+    // kube serializes a patch as a list of numbers (kube-rs/kube#1781), which no API server takes.
+    let patch = response.patch.take().map(|patch| STANDARD.encode(patch));
+    let mut review = serde_json::to_value(response.into_review()).expect("it is JSON");
+    review["response"]["patch"] = patch.into();
+    let response = review.to_string();
     info!(
         uid = request.uid,
         operation = ?request.operation,
