@@ -1,5 +1,5 @@
 //! Writes JSON strings, objects and arrays directly into a string. serde_json takes several times as many instructions
-//! for patches, responses and log lines (docs/performance.md). Their content is in patch.rs, response.rs and
+//! for patches, responses and log lines (docs/decisions.md). Their content is in patch.rs, response.rs and
 //! telemetry/json.rs.
 
 use std::fmt::{Display, Write};

@@ -324,7 +324,7 @@ impl Database {
         }
     }
 
-    /// Validates the policy's query by executing it with sample parameters.
+    /// Validates the policy's query by executing it with sample parameters. Takes no admission's permit.
     ///
     /// # Errors
     /// See [`Self::lookup`].
@@ -342,17 +342,22 @@ impl Database {
             Parameter::Namespace => ParameterValue::Text("default".to_owned()),
         };
         let parameters: Vec<ParameterValue> = self.parameters.iter().map(sample).collect();
+        let count = parameters.len();
         // PostgreSQL ignores surplus parameters, so their number is compared.
         match self.count_parameters().await {
-            Some(expected) if expected != parameters.len() => Err(LookupError::Refused(format!(
-                "it takes {expected} parameters, and lookup.parameters has {}",
-                parameters.len()
+            Some(expected) if expected != count => Err(LookupError::Refused(format!(
+                "it takes {expected} parameters, and lookup.parameters has {count}"
             ))),
-            _ => match self.lookup(parameters, None).await {
-                // The query is valid; only the sample is unusable, for example for a cast to a number.
-                Ok(_) | Err(LookupError::Unusable(_)) => Ok(()),
-                Err(error) => Err(error),
-            },
+            _ => {
+                let database = Arc::clone(self);
+                let deadline = Instant::now() + self.timeout;
+                let sample = async move { database.execute_single(&parameters, deadline).await };
+                match in_own_task(sample).await {
+                    // The query is valid; only the sample is unusable, for example for a cast to a number.
+                    Ok(_) | Err(LookupError::Unusable(_)) => Ok(()),
+                    Err(error) => Err(error),
+                }
+            }
         }
     }
 
