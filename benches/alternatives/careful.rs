@@ -22,7 +22,7 @@ use tracing::info;
 use crate::lookup;
 use crate::rules::{
     MODE_ANNOTATION, RUNTIME_LABEL, SOURCE, SOURCE_ANNOTATION, VENDOR_KEYS, WORKSPACE_LABEL,
-    required,
+    is_vendor_key, required,
 };
 
 struct Careful {
@@ -148,7 +148,7 @@ pub(crate) fn routes(pool: PgPool) -> Router {
         pool,
         claude_code: variables("claude-code"),
         others: variables(""),
-        masks: VENDOR_KEYS.map(mask).into(),
+        masks: VENDOR_KEYS.iter().map(mask).collect(),
     };
     let routes = Router::new().route("/mutate", post(mutate));
     routes.with_state(Arc::new(careful))
@@ -263,8 +263,7 @@ fn plan<'a>(
         return;
     };
     for (index, entry) in entries.iter().enumerate().rev() {
-        if VENDOR_KEYS.contains(&entry.name.as_ref())
-            || required.iter().any(|variable| variable.name == entry.name)
+        if is_vendor_key(&entry.name) || required.iter().any(|variable| variable.name == entry.name)
         {
             operations.push(Operation {
                 op: "remove",

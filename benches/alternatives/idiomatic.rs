@@ -18,7 +18,7 @@ use tracing::info;
 use crate::lookup;
 use crate::rules::{
     MODE_ANNOTATION, RUNTIME_LABEL, SOURCE, SOURCE_ANNOTATION, VENDOR_KEYS, WORKSPACE_LABEL,
-    required,
+    is_vendor_key, required,
 };
 
 pub(crate) fn routes(pool: PgPool) -> Router {
@@ -99,7 +99,7 @@ fn change(container: &mut Container, required: &[EnvVar]) {
         sources.any(|source| name.starts_with(source.prefix.as_deref().unwrap_or_default()))
     };
     let masks = VENDOR_KEYS
-        .into_iter()
+        .iter()
         .filter(|name| may_come_from_source(name) && !is_required(name))
         .map(|name| EnvVar {
             name: name.to_owned(),
@@ -108,6 +108,6 @@ fn change(container: &mut Container, required: &[EnvVar]) {
         });
     let masks: Vec<EnvVar> = masks.collect();
     let env = container.env.get_or_insert_default();
-    env.retain(|entry| !VENDOR_KEYS.contains(&entry.name.as_str()) && !is_required(&entry.name));
+    env.retain(|entry| !is_vendor_key(&entry.name) && !is_required(&entry.name));
     env.splice(0..0, required.iter().cloned().chain(masks));
 }

@@ -1,38 +1,24 @@
-//! The policy of tests/fixtures/policy.yaml for platform_managed, as constants.
+//! The policy of tests/fixtures/policy.yaml for platform_managed, with the names of the default policy.
 
+use std::sync::LazyLock;
+
+pub(crate) use llm_billing_webhook::core::pod::{MODE_ANNOTATION, SOURCE_ANNOTATION};
+use llm_billing_webhook::core::policy::Policy;
 use serde_json::{Value, json};
+pub(crate) use test_support::{RUNTIME_LABEL, WORKSPACE_LABEL};
 
-pub(crate) const WORKSPACE_LABEL: &str = "molecule.ai/workspace-id";
-pub(crate) const RUNTIME_LABEL: &str = "molecule.ai/runtime";
-pub(crate) const MODE_ANNOTATION: &str = "molecule.ai/llm-billing-mode";
-pub(crate) const SOURCE_ANNOTATION: &str = "molecule.ai/llm-billing-source";
 pub(crate) const SOURCE: &str = "workspace_override";
 
-pub(crate) const VENDOR_KEYS: [&str; 23] = [
-    "AI_GATEWAY_API_KEY",
-    "ANTHROPIC_API_KEY",
-    "ANTHROPIC_AUTH_TOKEN",
-    "ARCEEAI_API_KEY",
-    "CLAUDE_CODE_OAUTH_TOKEN",
-    "CODEX_AUTH_JSON",
-    "DASHSCOPE_API_KEY",
-    "DEEPSEEK_API_KEY",
-    "GEMINI_API_KEY",
-    "GLM_API_KEY",
-    "HERMES_CUSTOM_API_KEY",
-    "HERMES_CUSTOM_BASE_URL",
-    "HF_TOKEN",
-    "KIMI_API_KEY",
-    "KIMI_CN_API_KEY",
-    "MINIMAX_API_KEY",
-    "MINIMAX_CN_API_KEY",
-    "NOUS_API_KEY",
-    "OPENAI_API_KEY",
-    "OPENAI_BASE_URL",
-    "OPENROUTER_API_KEY",
-    "XAI_API_KEY",
-    "ZAI_API_KEY",
-];
+/// The default policy's vendor keys.
+pub(crate) static VENDOR_KEYS: LazyLock<Vec<String>> = LazyLock::new(|| {
+    let policy = Policy::parse("").expect("an empty policy is valid");
+    let masks = policy.vendor_keys.masks().iter();
+    masks.map(|mask| mask.name().to_owned()).collect()
+});
+
+pub(crate) fn is_vendor_key(name: &str) -> bool {
+    VENDOR_KEYS.iter().any(|key| key == name)
+}
 
 /// Returns the env entries that a container of this runtime must have.
 pub(crate) fn required(runtime: &str) -> Vec<Value> {

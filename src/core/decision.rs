@@ -266,7 +266,7 @@ impl<'a> Pending<'a> {
 }
 
 /// Rejects a pod that `Mutate` would refuse, or whose containers must still change. After a failed lookup the env may
-/// match the workspace's real mode, so the failed lookup is the reason, whatever the plan for the fallback says.
+/// match the workspace's real mode, so the failed lookup is the reason, even if the fallback's plan is a refusal.
 fn validate(planned: Result<Plan<'_>, Refusal>, reason: Reason) -> Outcome {
     Outcome::Refused(match planned {
         Ok(plan) if plan.containers.is_empty() => return Outcome::Unchanged,

@@ -450,3 +450,25 @@ where
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::policy::Policy;
+
+    #[tokio::test]
+    async fn check_takes_no_permit_of_a_lookup() {
+        let policy = Policy::parse("").unwrap();
+        let source = UrlSource::Given("sqlite://nowhere.sqlite".into());
+        let database = Database::connect_lazily(source, &policy.lookup).unwrap();
+        let permits: Vec<_> = (0..MAX_LOOKUPS)
+            .map(|_| database.limiter.acquire().unwrap())
+            .collect();
+        let parameters = vec![ParameterValue::Uuid(SAMPLE_ID)];
+        let is_overloaded = |result| matches!(result, Err(LookupError::Overloaded));
+        assert!(is_overloaded(database.lookup(parameters.clone(), None).await.map(drop)));
+        assert!(!is_overloaded(database.check().await));
+        drop(permits);
+        assert!(!is_overloaded(database.lookup(parameters, None).await.map(drop)));
+    }
+}

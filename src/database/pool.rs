@@ -27,13 +27,19 @@ const MAX_RETRY_INTERVAL: Duration = Duration::from_millis(160);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A pool of connections to one database. No `Debug`: the options hold a password.
-pub(super) struct Pool<C: Connection>(deadpool::managed::Pool<Connector<C>>);
+pub(super) struct Pool<C: Connection> {
+    pool: deadpool::managed::Pool<Connector<C>>,
+    idle_timeout: Duration,
+}
 
 /// A connection acquired from the pool, returned on drop.
 pub(super) type Acquired<C> = Object<Connector<C>>;
 
-/// Opens connections with these options.
-pub(super) struct Connector<C: Connection>(C::Options);
+/// Opens connections, and decides which ones are too old to be reused.
+pub(super) struct Connector<C: Connection> {
+    options: C::Options,
+    max_lifetime: Duration,
+}
 
 impl<C> Manager for Connector<C>
 where
@@ -45,24 +51,15 @@ where
 
     async fn create(&self) -> Result<C, sqlx::Error> {
         // Boxed: the future is large and seldom needed, and would enlarge every lookup's future.
-        Box::pin(self.0.connect()).await
+        Box::pin(self.options.connect()).await
     }
 
     async fn recycle(&self, _: &mut C, metrics: &Metrics) -> RecycleResult<sqlx::Error> {
-        if is_too_old(metrics) {
+        if metrics.age() >= self.max_lifetime {
             return Err(RecycleError::message("too old"));
         }
         Ok(())
     }
-}
-
-fn is_too_old(metrics: &Metrics) -> bool {
-    metrics.age() >= MAX_LIFETIME
-}
-
-/// Reports whether an idle connection must be closed.
-fn is_expired(metrics: &Metrics) -> bool {
-    is_too_old(metrics) || metrics.last_used() >= IDLE_TIMEOUT
 }
 
 impl<C> Pool<C>
@@ -72,11 +69,20 @@ where
 {
     /// Creates a pool without opening a connection.
     pub(super) fn new(options: C::Options) -> Self {
-        let pool = deadpool::managed::Pool::builder(Connector(options))
+        Self::with_limits(options, IDLE_TIMEOUT, MAX_LIFETIME)
+    }
+
+    fn with_limits(options: C::Options, idle_timeout: Duration, max_lifetime: Duration) -> Self {
+        let connector = Connector {
+            options,
+            max_lifetime,
+        };
+        let pool = deadpool::managed::Pool::builder(connector)
             .max_size(MAX_CONNECTIONS)
             .queue_mode(QueueMode::Lifo)
             .build();
-        Self(pool.unwrap_or_else(|_| unreachable!("only time-outs need a runtime")))
+        let pool = pool.unwrap_or_else(|_| unreachable!("only time-outs need a runtime"));
+        Self { pool, idle_timeout }
     }
 
     /// Returns the most recently used connection, or a new one. Retries transient errors until the deadline.
@@ -88,7 +94,7 @@ where
         let acquiring = async {
             let mut interval = RETRY_INTERVAL;
             loop {
-                match self.0.get().await {
+                match self.pool.get().await {
                     Ok(connection) => return Ok(connection),
                     Err(PoolError::Backend(error)) if is_transient(&error) => failure = error,
                     Err(PoolError::Backend(error)) => return Err(error),
@@ -103,7 +109,7 @@ where
     }
 
     pub(super) fn connections(&self) -> Connections {
-        let status = self.0.status();
+        let status = self.pool.status();
         Connections {
             // Beyond the limit, callers wait for a connection that is in use.
             used: (status.size - status.available + status.waiting).min(MAX_CONNECTIONS),
@@ -113,7 +119,11 @@ where
 
     /// Closes connections past their lifetime or idle time-out.
     pub(super) async fn close_old(&self) {
-        self.close(is_expired).await;
+        let max_lifetime = self.pool.manager().max_lifetime;
+        self.close(|metrics| {
+            metrics.age() >= max_lifetime || metrics.last_used() >= self.idle_timeout
+        })
+        .await;
     }
 
     /// Closes all idle connections.
@@ -122,7 +132,7 @@ where
     }
 
     async fn close(&self, predicate: impl Fn(&Metrics) -> bool) {
-        let removed = self.0.retain(|_, metrics| !predicate(&metrics)).removed;
+        let removed = self.pool.retain(|_, metrics| !predicate(&metrics)).removed;
         let closing = async {
             for connection in removed {
                 // If this fails, dropping the connection closes the socket.
@@ -135,8 +145,6 @@ where
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant as StdInstant;
-
     use sqlx::Executor;
     use sqlx::sqlite::{SqliteConnectOptions, SqliteConnection};
 
@@ -199,24 +207,22 @@ mod tests {
 
     #[tokio::test]
     async fn connection_is_closed_when_old_or_long_idle() {
-        let minute = Duration::from_mins(1);
-        // age, time since the last use, whether it is reused, whether it stays open while idle
-        for (age, idle, is_reused, stays_open) in [
-            (MAX_LIFETIME - minute, IDLE_TIMEOUT - minute, true, true),
-            (MAX_LIFETIME - minute, IDLE_TIMEOUT, true, false),
-            (MAX_LIFETIME, minute, false, false),
+        let never = Duration::MAX;
+        // limits; whether an idle connection survives close_old, and is reused
+        for (idle_timeout, max_lifetime, kept, reused) in [
+            (never, never, true, true),
+            (Duration::ZERO, never, false, true),
+            (never, Duration::ZERO, false, false),
         ] {
-            let ago = |time| StdInstant::now() - time;
-            let metrics = Metrics {
-                created: ago(age),
-                recycled: Some(ago(idle)),
-                recycle_count: 1,
-            };
-            let connector = Connector::<SqliteConnection>(SqliteConnectOptions::new());
-            let mut connection = connector.create().await.unwrap();
-            let recycled = connector.recycle(&mut connection, &metrics).await;
-            assert_eq!(recycled.is_ok(), is_reused, "{age:?} {idle:?}");
-            assert_eq!(!is_expired(&metrics), stays_open, "{age:?} {idle:?}");
+            let options = SqliteConnectOptions::new();
+            let pool = Pool::with_limits(options, idle_timeout, max_lifetime);
+            let mark = "CREATE TABLE mark (id INTEGER)";
+            acquire(&pool).await.unwrap().execute(mark).await.unwrap();
+            // A new connection has its own in-memory database, without the table.
+            let again = acquire(&pool).await.unwrap().execute(mark).await;
+            assert_eq!(again.is_err(), reused, "{idle_timeout:?} {max_lifetime:?}");
+            pool.close_old().await;
+            assert_eq!(counts(&pool), (0, usize::from(kept)), "{idle_timeout:?} {max_lifetime:?}");
         }
     }
 }

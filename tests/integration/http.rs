@@ -222,11 +222,11 @@ fn invalid_http_gets_answer_or_closed_connection() {
 fn client_still_sending_gets_its_answer_first() {
     let (webhook, _folder) = start(&["--max-body-bytes", "1000"]);
     let sentence = "the body is larger than 1000 bytes; see --max-body-bytes\n".to_owned();
+    let nowhere = "not found; use POST /mutate or POST /validate\n".to_owned();
     for _ in 0..20 {
-        assert_eq!(
-            posted(&webhook, "/mutate", "application/json", &[b' '; 3_000_000]),
-            (413, sentence.clone())
-        );
+        let posted = |path| posted(&webhook, path, "application/json", &[b' '; 3_000_000]);
+        assert_eq!(posted("/mutate"), (413, sentence.clone()));
+        assert_eq!(posted("/nowhere"), (404, nowhere.clone()));
     }
     // A client that never stops sending is disconnected.
     let mut endless = webhook.connect();

@@ -433,3 +433,27 @@ fn set_ca_bundle(found: &mut DynamicObject, ca_certificates: &str) -> bool {
     }
     is_changed
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn failed_reconciliation_forgets_what_was_published() {
+        let address = "http://127.0.0.1:1".parse().unwrap();
+        let client = Client::try_from(kube::Config::new(address)).unwrap();
+        let config = SharedSecretConfig {
+            namespace: "ns".to_owned(),
+            secret: "s".to_owned(),
+            mutating: Vec::new(),
+            validating: Vec::new(),
+            client_ca: None,
+        };
+        let day = Duration::from_hours(24);
+        let spec = CertificateSpec::new(vec!["w.ns.svc".to_owned()], day, 2 * day).unwrap();
+        let mut secret = SharedSecret::new(&client, config, spec);
+        secret.published = Some(("ca".to_owned(), Instant::now()));
+        assert!(secret.reconcile().await.is_err());
+        assert!(secret.published.is_none());
+    }
+}
