@@ -15,6 +15,7 @@ RUN mkdir src tests/support/src \
     && echo 'fn main() {}' > src/main.rs \
     && touch src/lib.rs tests/support/src/lib.rs \
     && cargo build --release --locked --bin llm-billing-webhook
+COPY build.rs ./
 COPY src src
 # Cargo compares modification times, and the sources may be older than the empty program.
 RUN touch src/main.rs src/lib.rs \

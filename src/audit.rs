@@ -105,6 +105,8 @@ pub struct AuditedPod {
     pub findings: Vec<Finding>,
     /// Details of the findings: names, never values.
     pub details: Vec<String>,
+    /// The Secrets of its namespace that its proxy variables refer to, each as `NAME (key KEY)`.
+    pub secrets: BTreeSet<String>,
 }
 
 /// Why a sweep ended early.
@@ -361,6 +363,7 @@ fn audited(
         mode_in_env,
         findings,
         details,
+        secrets,
     } = audit(policy, decision, pod);
     // A pod refused for its missing label has no resolution.
     let missing = Resolution::fallback(Reason::MissingWorkspaceId);
@@ -381,5 +384,6 @@ fn audited(
         mode_in_env,
         findings: findings.into_iter().collect(),
         details,
+        secrets,
     }
 }

@@ -17,6 +17,7 @@ use tracing_appender::non_blocking::ErrorCounter;
 use crate::core::admission::AdmissionTarget;
 use crate::core::audit::{Finding, Report};
 use crate::core::decision::{Decision, Labels, NONE, Webhook};
+use crate::core::plan::Plan;
 use crate::core::resolution::BillingMode;
 
 /// Labels of an admission.
@@ -62,6 +63,13 @@ struct ConnectionLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct WarningLabels {
     /// The name of a [`crate::core::warning::WarningKind`].
+    kind: &'static str,
+}
+
+/// Labels of a removed variable.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RemovedLabels {
+    /// The name of a [`crate::core::restrictions::Class`].
     kind: &'static str,
 }
 
@@ -195,6 +203,7 @@ pub struct Metrics {
     certificate_expiry: Gauge<f64, AtomicU64>,
     in_flight: Gauge,
     warnings: Family<WarningLabels, Counter>,
+    removed: Family<RemovedLabels, Counter>,
     connections: Family<ConnectionLabels, Gauge>,
     /// The audits' metrics, exposed only if audits run.
     pub audits: AuditMetrics,
@@ -228,6 +237,7 @@ impl Metrics {
         let certificate_expiry = Gauge::default();
         let in_flight = Gauge::default();
         let warnings = Family::default();
+        let removed = Family::default();
         let connections = Family::default();
         registry.register("admissions", "Admission requests answered", admissions.clone());
         registry.register_with_unit(
@@ -260,6 +270,11 @@ impl Metrics {
         );
         registry.register("warnings", "Warnings returned, by kind", warnings.clone());
         registry.register(
+            "removed_variables",
+            "Env entries removed or replaced in patches of platform_managed pods, by kind",
+            removed.clone(),
+        );
+        registry.register(
             "database_connections",
             "Connections to the database, by state",
             connections.clone(),
@@ -290,6 +305,7 @@ impl Metrics {
             certificate_expiry,
             in_flight,
             warnings,
+            removed,
             connections,
             audits,
         }
@@ -312,6 +328,10 @@ impl Metrics {
         for warning in decision.warnings() {
             let kind = warning.kind.as_str();
             self.warnings.get_or_create(&WarningLabels { kind }).inc();
+        }
+        for class in decision.plan.iter().flat_map(Plan::removed) {
+            let kind = class.as_str();
+            self.removed.get_or_create(&RemovedLabels { kind }).inc();
         }
         let Labels {
             mode,

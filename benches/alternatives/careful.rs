@@ -21,8 +21,8 @@ use tracing::info;
 
 use crate::lookup;
 use crate::rules::{
-    MODE_ANNOTATION, RUNTIME_LABEL, SOURCE, SOURCE_ANNOTATION, VENDOR_KEYS, WORKSPACE_LABEL,
-    is_vendor_key, required,
+    MODE_ANNOTATION, REMOVED, RUNTIME_LABEL, SOURCE, SOURCE_ANNOTATION, WORKSPACE_LABEL,
+    is_removed, required,
 };
 
 struct Careful {
@@ -148,7 +148,7 @@ pub(crate) fn routes(pool: PgPool) -> Router {
         pool,
         claude_code: variables("claude-code"),
         others: variables(""),
-        masks: VENDOR_KEYS.iter().map(mask).collect(),
+        masks: REMOVED.iter().map(mask).collect(),
     };
     let routes = Router::new().route("/mutate", post(mutate));
     routes.with_state(Arc::new(careful))
@@ -263,8 +263,7 @@ fn plan<'a>(
         return;
     };
     for (index, entry) in entries.iter().enumerate().rev() {
-        if is_vendor_key(&entry.name) || required.iter().any(|variable| variable.name == entry.name)
-        {
+        if is_removed(&entry.name) || required.iter().any(|variable| variable.name == entry.name) {
             operations.push(Operation {
                 op: "remove",
                 path: format!("{path}/{index}"),

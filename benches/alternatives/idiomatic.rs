@@ -17,8 +17,8 @@ use tracing::info;
 
 use crate::lookup;
 use crate::rules::{
-    MODE_ANNOTATION, RUNTIME_LABEL, SOURCE, SOURCE_ANNOTATION, VENDOR_KEYS, WORKSPACE_LABEL,
-    is_vendor_key, required,
+    MODE_ANNOTATION, REMOVED, RUNTIME_LABEL, SOURCE, SOURCE_ANNOTATION, WORKSPACE_LABEL,
+    is_removed, required,
 };
 
 pub(crate) fn routes(pool: PgPool) -> Router {
@@ -98,7 +98,7 @@ fn change(container: &mut Container, required: &[EnvVar]) {
         let mut sources = container.env_from.iter().flatten();
         sources.any(|source| name.starts_with(source.prefix.as_deref().unwrap_or_default()))
     };
-    let masks = VENDOR_KEYS
+    let masks = REMOVED
         .iter()
         .filter(|name| may_come_from_source(name) && !is_required(name))
         .map(|name| EnvVar {
@@ -108,6 +108,6 @@ fn change(container: &mut Container, required: &[EnvVar]) {
         });
     let masks: Vec<EnvVar> = masks.collect();
     let env = container.env.get_or_insert_default();
-    env.retain(|entry| !is_vendor_key(&entry.name) && !is_required(&entry.name));
+    env.retain(|entry| !is_removed(&entry.name) && !is_required(&entry.name));
     env.splice(0..0, required.iter().cloned().chain(masks));
 }

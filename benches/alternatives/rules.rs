@@ -1,5 +1,6 @@
 //! The policy of tests/fixtures/policy.yaml for platform_managed, with the names of the default policy.
 
+use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
 pub(crate) use llm_billing_webhook::core::pod::{MODE_ANNOTATION, SOURCE_ANNOTATION};
@@ -9,15 +10,18 @@ pub(crate) use test_support::{RUNTIME_LABEL, WORKSPACE_LABEL};
 
 pub(crate) const SOURCE: &str = "workspace_override";
 
-/// The default policy's vendor keys.
-pub(crate) static VENDOR_KEYS: LazyLock<Vec<String>> = LazyLock::new(|| {
+/// The variables that the default policy removes.
+pub(crate) static REMOVED: LazyLock<BTreeSet<String>> = LazyLock::new(|| {
     let policy = Policy::parse("").expect("an empty policy is valid");
-    let masks = policy.vendor_keys.masks().iter();
-    masks.map(|mask| mask.name().to_owned()).collect()
+    let restrictions = policy.restrictions.all().iter();
+    let removed = restrictions.filter(|restriction| restriction.is_removed);
+    removed
+        .map(|restriction| restriction.name().to_owned())
+        .collect()
 });
 
-pub(crate) fn is_vendor_key(name: &str) -> bool {
-    VENDOR_KEYS.iter().any(|key| key == name)
+pub(crate) fn is_removed(name: &str) -> bool {
+    REMOVED.contains(name)
 }
 
 /// Returns the env entries that a container of this runtime must have.
@@ -25,7 +29,7 @@ pub(crate) fn required(runtime: &str) -> Vec<Value> {
     let literal = |name: &str, value: &str| json!({"name": name, "value": value});
     let token = |name: &str| json!({"name": name, "valueFrom": {"secretKeyRef": {"name": "molecule-llm-proxy", "key": "usage-token"}}});
     let openai = "https://proxy.example.test/openai/v1";
-    let anthropic = "https://proxy.example.test/anthropic/v1";
+    let anthropic = "https://proxy.example.test/anthropic";
     let mut required = vec![
         literal("MOLECULE_LLM_BILLING_MODE", "platform_managed"),
         literal("MOLECULE_LLM_BILLING_MODE_RESOLVED", "platform_managed"),

@@ -13,7 +13,7 @@ use kube::Client;
 use serde_json::json;
 
 use super::args::{DatabaseArgs, PolicyArgs};
-use super::terminal::{is_coloured, note, print};
+use super::terminal::{aligned, is_coloured, note, print};
 use crate::audit::{AuditedPod, Namespaces, Selection, SweepError, sweep};
 use crate::cluster::{self, Evicted, PodName};
 use crate::core::audit::{Finding, Report};
@@ -58,7 +58,7 @@ pub(super) struct AuditArgs {
         default_value = "table"
     )]
     output: Output,
-    /// Adds source, reason and details to the table
+    /// Adds source, reason, details and the Secrets of the proxy variables to the table
     #[arg(long, env = "LLM_BILLING_WIDE")]
     wide: bool,
     /// Shows only pods whose env does not match
@@ -247,9 +247,9 @@ const COLUMNS: [&str; 7] = [
     "ENV",
     "FINDINGS",
 ];
-const WIDE_COLUMNS: [&str; 3] = ["SOURCE", "REASON", "DETAILS"];
+const WIDE_COLUMNS: [&str; 4] = ["SOURCE", "REASON", "DETAILS", "SECRETS"];
 
-fn cells(pod: &AuditedPod) -> [String; 10] {
+fn cells(pod: &AuditedPod) -> [String; 11] {
     let or_dash = |text: &str| {
         if text.is_empty() {
             "-".to_owned()
@@ -268,6 +268,7 @@ fn cells(pod: &AuditedPod) -> [String; 10] {
         pod.source.as_str().to_owned(),
         pod.reason.as_str().to_owned(),
         or_dash(&pod.details.join("; ")),
+        or_dash(&pod.secrets.iter().cloned().collect::<Vec<_>>().join("; ")),
     ]
 }
 
@@ -290,24 +291,12 @@ fn table(pods: &[AuditedPod], wide: bool, colour: bool) -> String {
         pods.iter()
             .map(|pod| cells(pod).into_iter().take(columns).collect()),
     );
-    let mut widths = vec![0; columns];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().max(*width);
-        }
-    }
     let mut text = String::new();
-    for (index, row) in rows.iter().enumerate() {
-        let padded = row
-            .iter()
-            .zip(&widths)
-            .map(|(cell, &width)| format!("{cell:<width$}"));
-        let line = padded.collect::<Vec<_>>().join("  ");
+    for (index, line) in aligned(&rows).iter().enumerate() {
         let is_drifted = index > 0
             && pods
                 .get(index - 1)
                 .is_some_and(|pod| !pod.findings.is_empty());
-        let line = line.trim_end();
         text += &match (colour, index, is_drifted) {
             (true, 0, _) => format!("\x1b[1m{line}\x1b[0m\n"),
             (true, _, true) => format!("\x1b[31m{line}\x1b[0m\n"),

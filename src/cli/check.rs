@@ -88,7 +88,7 @@ fn check_policy(args: &PolicyArgs, report: &mut Report) -> Option<Policy> {
         None => report.line("ok", "policy", "the default one; --policy is not set"),
     }
     for warning in policy.warnings() {
-        report.line("warn", "policy", warning);
+        report.line("warn", "policy", &warning);
     }
     Some(policy.into())
 }

@@ -21,7 +21,7 @@ pub(super) const DEV_DATABASE: &str = "sqlite://llm-billing-dev.sqlite";
 pub(super) const DEV_POLICY: &str = "
 proxy:
   baseUrl: https://llm-proxy.example.test/openai/v1
-  anthropicBaseUrl: https://llm-proxy.example.test/anthropic/v1
+  anthropicBaseUrl: https://llm-proxy.example.test/anthropic
   usageToken: {secretKeyRef: {name: molecule-llm-proxy, key: usage-token}}
 ";
 

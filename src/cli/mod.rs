@@ -2,6 +2,7 @@
 
 mod args;
 mod audit;
+mod catalogue;
 mod check;
 mod dev;
 mod policy;
@@ -53,6 +54,8 @@ enum Command {
     Workspace(workspace::WorkspaceCommand),
     /// Validates policy, certificate and database before a rollout. Exit codes: 0 valid, 2 error
     Check(check::CheckArgs),
+    /// Prints the variables by which agent programs find credentials, endpoints and other backends
+    Catalogue(catalogue::CatalogueArgs),
     /// Prints the default policy, or the policy file's JSON schema
     #[command(subcommand)]
     Policy(policy::PolicyCommand),
@@ -77,6 +80,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Resolve(args) => workspace::resolve(args).await,
         Command::Workspace(command) => workspace::workspace(command).await,
         Command::Check(args) => check::check(args).await,
+        Command::Catalogue(args) => catalogue::catalogue(&args),
         Command::Policy(command) => policy::policy(&command),
         Command::Completions { shell } => completions(shell),
         Command::Man { command } => man(command.as_deref()),

@@ -296,6 +296,9 @@ async fn patch_of(
     let (source, reason) = (resolution.source.as_str(), resolution.reason.as_str());
     let mode = resolution.mode;
     note(&format!("{title}: {mode} ({source}, {reason})"))?;
+    for secret in plan.secrets() {
+        note(&format!("{title}: needs Secret {secret} in namespace {}", subject.namespace))?;
+    }
     Ok(serde_json::from_str(&patch(plan, subject.root()).json)?)
 }
 

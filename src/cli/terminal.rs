@@ -34,3 +34,21 @@ fn ignore_broken_pipe(written: io::Result<()>) -> io::Result<()> {
         written => written,
     }
 }
+
+/// Returns one line per row, with aligned columns.
+pub(super) fn aligned(rows: &[Vec<String>]) -> Vec<String> {
+    let mut widths = Vec::new();
+    for row in rows {
+        widths.resize(row.len().max(widths.len()), 0);
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    let line = |row: &Vec<String>| {
+        let cells = row.iter().zip(&widths);
+        let padded = cells.map(|(cell, &width)| format!("{cell:<width$}"));
+        let line = padded.collect::<Vec<_>>().join("  ");
+        line.trim_end().to_owned()
+    };
+    rows.iter().map(line).collect()
+}

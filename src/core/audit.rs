@@ -10,6 +10,7 @@ use super::plan::{ContainerPlan, Plan};
 use super::pod::{Container, ContainerList, Pod, Text};
 use super::policy::Policy;
 use super::resolution::{BillingMode, MODE_VARIABLE, RESOLVED_VARIABLE, Resolution, Source};
+use super::restrictions::Class;
 
 /// A reason why a running pod is out of sync.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -19,6 +20,8 @@ pub enum Finding {
     WrongMode,
     /// A platform_managed container has a vendor key that the proxy did not set, or its envFrom could set one.
     VendorKey,
+    /// The same for another variable that the catalogue's rules remove.
+    BypassVariable,
     /// A platform_managed container lacks a proxy variable or has another value for it.
     ProxyVariable,
     /// The pod was created with the fallback mode, and the database now has another mode.
@@ -31,9 +34,10 @@ pub enum Finding {
 
 impl Finding {
     /// Every finding.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::WrongMode,
         Self::VendorKey,
+        Self::BypassVariable,
         Self::ProxyVariable,
         Self::FallbackInForce,
         Self::NotSeen,
@@ -46,6 +50,7 @@ impl Finding {
         match self {
             Self::WrongMode => "wrong_mode",
             Self::VendorKey => "vendor_key",
+            Self::BypassVariable => "bypass_variable",
             Self::ProxyVariable => "proxy_variable",
             Self::FallbackInForce => "fallback_in_force",
             Self::NotSeen => "not_seen",
@@ -63,6 +68,8 @@ pub struct Verdict {
     pub findings: BTreeSet<Finding>,
     /// Details of the findings: names only, no values.
     pub details: Vec<String>,
+    /// The Secrets that the proxy variables refer to, each as `NAME (key KEY)`.
+    pub secrets: BTreeSet<String>,
 }
 
 /// Returns the verdict on a running pod, given the webhook's decision about it.
@@ -84,6 +91,11 @@ pub fn audit(policy: &Policy, decision: &Decision<'_>, pod: &Pod<'_>) -> Verdict
         mode_in_env: mode_in_env(pod),
         findings,
         details,
+        secrets: decision
+            .plan
+            .as_ref()
+            .map(Plan::secrets)
+            .unwrap_or_default(),
     }
 }
 
@@ -139,10 +151,12 @@ fn finding(plan: &ContainerPlan<'_>, name: &str, policy: &Policy) -> Finding {
         .add
         .iter()
         .any(|variable| variable.name() == name && variable.is_mask());
-    if policy.vendor_keys.contains(name) && (is_present || is_masked) {
-        Finding::VendorKey
-    } else {
-        Finding::ProxyVariable
+    let restriction = policy.restrictions.find(name);
+    let removed = restriction.filter(|(_, restriction)| restriction.is_removed);
+    match removed.filter(|_| is_present || is_masked) {
+        Some((_, restriction)) if restriction.class == Class::VendorKey => Finding::VendorKey,
+        Some(_) => Finding::BypassVariable,
+        None => Finding::ProxyVariable,
     }
 }
 
@@ -272,7 +286,7 @@ mod tests {
         own_key[4] = variable("OPENAI_API_KEY", "sk-own");
         let mut other_url = managed();
         other_url[2] = variable("MOLECULE_LLM_BASE_URL", "http://other");
-        let table: [(&LookupOutcome, Value, &[Finding], &[&str]); 10] = [
+        let table: [(&LookupOutcome, Value, &[Finding], &[&str]); 11] = [
             (&managed_mode, pod(CHOSEN, &managed()), &[], &[]),
             (&byok, pod(("byok", "workspace_override"), &mode("byok")), &[], &[]),
             (
@@ -280,6 +294,12 @@ mod tests {
                 pod(CHOSEN, &with(variable("HF_TOKEN", "x"))),
                 &[Finding::VendorKey],
                 &[r#"container "agent": HF_TOKEN"#],
+            ),
+            (
+                &managed_mode,
+                pod(CHOSEN, &with(variable("CLAUDE_CODE_USE_BEDROCK", "1"))),
+                &[Finding::BypassVariable],
+                &[r#"container "agent": CLAUDE_CODE_USE_BEDROCK"#],
             ),
             (
                 &managed_mode,
@@ -335,10 +355,15 @@ mod tests {
     fn audit_covers_env_from_and_debug_containers() {
         let lookup = row(BillingMode::PlatformManaged);
         let mut running = pod(CHOSEN, &managed());
-        running["spec"]["containers"][0]["envFrom"] =
-            json!([{"prefix": "HF_", "secretRef": {"name": "s"}}]);
-        let expected = BTreeSet::from([Finding::VendorKey]);
-        assert_eq!(verdict(PROXY, &lookup, &running).findings, expected);
+        for (prefix, finding) in [
+            ("HF_TOKE", Finding::VendorKey),
+            ("CLAUDE_CODE_USE_B", Finding::BypassVariable),
+        ] {
+            running["spec"]["containers"][0]["envFrom"] =
+                json!([{"prefix": prefix, "secretRef": {"name": "s"}}]);
+            let expected = BTreeSet::from([finding]);
+            assert_eq!(verdict(PROXY, &lookup, &running).findings, expected);
+        }
         let mut running = pod(CHOSEN, &managed());
         running["spec"]["ephemeralContainers"] = json!([{"name": "debugger"}]);
         let verdict = verdict(PROXY, &lookup, &running);

@@ -4,6 +4,7 @@
 
 use super::admission::{AdmissionTarget, Decoded, Request};
 use super::identity::{Identity, ParameterValue, identify};
+use super::placeholders::Placeholders;
 use super::plan::{Plan, Scope, plan};
 use super::pod::Pod;
 use super::policy::Policy;
@@ -248,8 +249,16 @@ impl<'a> Pending<'a> {
     }
 
     fn decide(self, resolution: Resolution) -> Decision<'a> {
-        let PodTarget { pod, scope, .. } = self.target;
-        let planned = plan(self.policy, self.workspace, resolution, pod, scope);
+        let PodTarget {
+            pod,
+            namespace,
+            scope,
+        } = self.target;
+        let placeholders = Placeholders {
+            workspace_id: self.workspace,
+            namespace,
+        };
+        let planned = plan(self.policy, placeholders, resolution, pod, scope);
         let (outcome, plan) = match (self.webhook, planned) {
             (Webhook::Validate, planned) => (validate(planned, resolution.reason), None),
             (Webhook::Mutate, Err(refusal)) => (Outcome::Refused(refusal), None),

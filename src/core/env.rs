@@ -27,34 +27,42 @@ pub struct Variable {
     value: Value,
     /// The variable as an env entry, rendered once.
     entry: Box<RawValue>,
+    is_mask: bool,
 }
 
 impl Variable {
-    /// Creates a variable and renders its env entry.
+    /// Creates a variable and renders its env entry. An empty value is left out, as the API server leaves it out.
     pub(super) fn new(name: &str, value: Value) -> Self {
         #[derive(Serialize)]
         struct Entry<'a> {
             name: &'a str,
             #[serde(flatten)]
-            value: &'a Value,
+            value: Option<&'a Value>,
         }
         let entry = Entry {
             name,
-            value: &value,
+            value: (!value.is_empty()).then_some(&value),
         };
         let entry = to_raw_value(&entry).unwrap_or_else(|_| unreachable!("all keys are strings"));
-        let name = name.to_owned();
-        Self { name, value, entry }
+        Self {
+            name: name.to_owned(),
+            value,
+            entry,
+            is_mask: false,
+        }
+    }
+
+    /// Creates an entry that hides an envFrom variable of the same name.
+    pub(super) fn mask(name: &str, value: Value) -> Self {
+        Self {
+            is_mask: true,
+            ..Self::new(name, value)
+        }
     }
 
     /// Returns the variable as an env entry of a pod, in JSON.
     pub(super) fn entry(&self) -> &str {
         self.entry.get()
-    }
-
-    /// Creates an entry with an empty value, which hides an envFrom variable of the same name.
-    pub(super) fn mask(name: &str) -> Self {
-        Self::new(name, Value::Literal(String::new()))
     }
 
     /// Returns the name.
@@ -63,9 +71,13 @@ impl Variable {
         &self.name
     }
 
-    /// Reports whether the value is an empty literal.
-    pub(super) fn is_mask(&self) -> bool {
-        matches!(&self.value, Value::Literal(text) if text.is_empty())
+    pub(super) const fn value(&self) -> &Value {
+        &self.value
+    }
+
+    /// Reports whether the entry hides an envFrom variable.
+    pub(super) const fn is_mask(&self) -> bool {
+        self.is_mask
     }
 
     /// Reports whether an entry of the same name has the value. An absent value counts as empty.
@@ -76,6 +88,13 @@ impl Variable {
             (Value::Source(source), Some(from)) => text.is_empty() && source.matches(from),
             (Value::Literal(_), Some(_)) | (Value::Source(_), None) => false,
         }
+    }
+}
+
+impl Value {
+    /// Reports whether the value is an empty literal.
+    pub(super) const fn is_empty(&self) -> bool {
+        matches!(self, Self::Literal(text) if text.is_empty())
     }
 }
 
@@ -121,6 +140,41 @@ impl EnvSource {
     }
 }
 
+/// The variables that a container must have, each name once.
+#[derive(Default)]
+pub struct Required<'a> {
+    /// The mode and the proxy variables.
+    pub variables: Vec<Cow<'a, Variable>>,
+    /// The masks of what envFrom could set, sorted by name. There can be hundreds.
+    pub masks: Vec<Cow<'a, Variable>>,
+}
+
+impl<'a> Required<'a> {
+    fn position(&self, name: &str) -> Option<usize> {
+        let variables = self.variables.iter();
+        variables
+            .map(|one| one.name())
+            .position(|one| one == name)
+            .or_else(|| {
+                let index = self
+                    .masks
+                    .binary_search_by(|mask| mask.name().cmp(name))
+                    .ok()?;
+                Some(self.variables.len() + index)
+            })
+    }
+
+    /// Reports whether a variable of this name is required.
+    #[must_use]
+    pub fn contains(&self, name: &str) -> bool {
+        self.position(name).is_some()
+    }
+
+    fn all(&self) -> impl Iterator<Item = &Cow<'a, Variable>> {
+        self.variables.iter().chain(&self.masks)
+    }
+}
+
 /// The changes that bring an env list in sync.
 #[derive(Clone, Default)]
 pub struct Changes<'a> {
@@ -145,18 +199,18 @@ impl Changes<'_> {
 #[must_use]
 pub(super) fn reconcile<'a>(
     entries: &[EnvEntry<'_>],
-    required: &[Cow<'a, Variable>],
+    required: &Required<'a>,
     is_forbidden: impl Fn(&str) -> bool,
 ) -> Changes<'a> {
-    let mut met = vec![false; required.len()];
+    let all: Vec<&Cow<'a, Variable>> = required.all().collect();
+    let mut met = vec![false; all.len()];
     let mut remove = Vec::new();
     let mut others = Vec::new();
     for (index, entry) in entries.iter().enumerate() {
         let name = entry.name.as_str();
-        let requirement = required
-            .iter()
-            .zip(&mut met)
-            .find(|(variable, _)| variable.name() == name);
+        let position = required.position(name);
+        let requirement =
+            position.and_then(|position| all.get(position).zip(met.get_mut(position)));
         let remains = match requirement {
             Some((variable, met)) => {
                 let is_first_match = !*met && variable.is_met_by(entry);
@@ -173,7 +227,7 @@ pub(super) fn reconcile<'a>(
             remove.push(index);
         }
     }
-    let unmet = required.iter().zip(met).filter(|(_, met)| !met);
+    let unmet = all.into_iter().zip(met).filter(|(_, met)| !met);
     Changes {
         remove,
         add: unmet.map(|(variable, _)| variable.clone()).collect(),
@@ -231,12 +285,16 @@ mod tests {
     fn reconcile_keeps_one_correct_entry_per_required_variable() {
         let source: EnvSource =
             serde_saphyr::from_str("{secretKeyRef: {name: s, key: k}}").unwrap();
-        let required = [
-            literal("A", "1"),
-            Variable::mask("B"),
-            Variable::new("C", Value::Source(source)),
-        ]
-        .map(Cow::Owned);
+        let required = Required {
+            variables: vec![
+                Cow::Owned(literal("A", "1")),
+                Cow::Owned(Variable::new("C", Value::Source(source))),
+            ],
+            masks: vec![Cow::Owned(Variable::mask(
+                "B",
+                Value::Literal(String::new()),
+            ))],
+        };
         let c = r#"{"name":"C","valueFrom":{"secretKeyRef":{"name":"s","key":"k"}}}"#;
         // Entries before C's, indices to remove, names to add.
         let table: [(&str, &[usize], &[&str]); 9] = [

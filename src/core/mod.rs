@@ -8,12 +8,14 @@
 
 pub mod admission;
 pub mod audit;
+pub mod catalogue;
 mod compact_json;
 pub mod decision;
 pub mod env;
 pub mod identity;
 pub mod json;
 pub mod patch;
+pub mod placeholders;
 pub mod plan;
 pub mod pod;
 pub mod policy;
@@ -22,6 +24,6 @@ pub mod proxy;
 pub mod refusal;
 pub mod resolution;
 pub mod response;
-pub mod vendor_keys;
+pub mod restrictions;
 pub mod warning;
 pub mod workload;

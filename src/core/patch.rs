@@ -1,5 +1,5 @@
-//! Writes a plan as a JSON patch (RFC 6902) with the fewest operations. No operation repeats an unchanged value,
-//! because the API server writes patches to its audit log.
+//! Writes a plan as a JSON patch (RFC 6902) with few operations. No operation repeats an unchanged value, because the
+//! API server writes patches to its audit log.
 
 use std::borrow::Cow;
 
@@ -54,6 +54,10 @@ pub fn patch(plan: &Plan<'_>, root: &str) -> Patch {
 const ADD: &str = r#"{"op":"add","path":""#;
 const REPLACE: &str = r#"{"op":"replace","path":""#;
 const REMOVE: &str = r#"{"op":"remove","path":""#;
+const MOVE: &str = r#"{"op":"move","from":""#;
+
+/// The operations that moving takes besides one for each remaining entry.
+const MOVE_OPERATIONS: usize = 3;
 
 impl Patch {
     fn container(&mut self, root: &str, plan: &ContainerPlan<'_>) {
@@ -68,6 +72,11 @@ impl Patch {
         };
         if remove.len() == entries.len() {
             return self.write(REPLACE, &env, None, Some(Content::Entries(add)));
+        }
+        // Hundreds of masks before a few entries: move the entries instead of adding each mask by itself.
+        let remaining = entries.len() - remove.len();
+        if add.len() > 2 * (remaining + MOVE_OPERATIONS) {
+            return self.move_entries(&env, plan);
         }
         // Variables are added at the head, so they can replace entries that are removed there. Other entries are
         // removed from the end, so that earlier indices stay valid.
@@ -84,6 +93,21 @@ impl Patch {
             let op = if index < replaced { REPLACE } else { ADD };
             self.write(op, &env, Some(index), Some(Content::Entry(variable)));
         }
+    }
+
+    /// Writes the added variables as a new list, and moves the remaining entries behind them.
+    fn move_entries(&mut self, env: &str, plan: &ContainerPlan<'_>) {
+        let before = [env, "Before"].concat();
+        self.write_move(env, None, &before);
+        self.write(ADD, env, None, Some(Content::Entries(&plan.changes.add)));
+        let last = [env, "/-"].concat();
+        let indices = 0..plan.container.entries().len();
+        let remaining = indices.filter(|index| plan.changes.remove.binary_search(index).is_err());
+        // Each move shortens the list.
+        for (moved, index) in remaining.enumerate() {
+            self.write_move(&before, Some(index - moved), &last);
+        }
+        self.write(REMOVE, &before, None, None);
     }
 
     fn annotations(&mut self, root: &str, plan: &Plan<'_>) {
@@ -107,23 +131,36 @@ impl Patch {
     /// Writes an operation on `path`, a JSON pointer (RFC 6901), or on an entry of the list there. The path needs no
     /// escaping for JSON.
     fn write(&mut self, op: &str, path: &str, entry: Option<usize>, content: Option<Content<'_>>) {
+        self.begin(op, path, entry);
         let out = &mut self.json;
-        if self.operations > 0 {
-            out.push(',');
-        }
-        self.operations += 1;
-        out.push_str(op);
-        out.push_str(path);
-        if let Some(index) = entry {
-            out.push('/');
-            out.push_str(itoa::Buffer::new().format(index));
-        }
         if let Some(content) = content {
             out.push_str("\",\"value\":");
             content.write(out);
             out.push('}');
         } else {
             out.push_str("\"}");
+        }
+    }
+
+    /// Writes an operation that moves what is at `from`, or an entry of the list there, to `path`.
+    fn write_move(&mut self, from: &str, entry: Option<usize>, path: &str) {
+        self.begin(MOVE, from, entry);
+        self.json.push_str("\",\"path\":\"");
+        self.json.push_str(path);
+        self.json.push_str("\"}");
+    }
+
+    fn begin(&mut self, op: &str, pointer: &str, entry: Option<usize>) {
+        let out = &mut self.json;
+        if self.operations > 0 {
+            out.push(',');
+        }
+        self.operations += 1;
+        out.push_str(op);
+        out.push_str(pointer);
+        if let Some(index) = entry {
+            out.push('/');
+            out.push_str(itoa::Buffer::new().format(index));
         }
     }
 }
@@ -160,17 +197,23 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::core::placeholders::Placeholders;
     use crate::core::plan::{Scope, plan};
     use crate::core::policy::Policy;
     use crate::core::resolution::{BillingMode, Resolution};
+
+    const NOWHERE: Placeholders<'_> = Placeholders {
+        workspace_id: "",
+        namespace: "",
+    };
 
     /// Returns the operations for a byok pod.
     fn patch(pod: &Value, root: &str) -> Value {
         let text = pod.to_string();
         let pod = serde_json::from_str(&text).unwrap();
         let policy = Policy::parse("").unwrap();
-        let plan =
-            plan(&policy, "", Resolution::chosen(BillingMode::Byok), &pod, Scope::Pod).unwrap();
+        let plan = plan(&policy, NOWHERE, Resolution::chosen(BillingMode::Byok), &pod, Scope::Pod)
+            .unwrap();
         serde_json::from_str(&super::patch(&plan, root).json).unwrap()
     }
 
@@ -246,6 +289,68 @@ mod tests {
         for (env, expected) in table {
             assert_eq!(env_patch(&env), expected, "{env}");
         }
+    }
+
+    #[test]
+    fn many_masks_move_the_remaining_entries() {
+        let keys: Vec<String> = (0..10).map(|index| format!("KEY_{index}")).collect();
+        let policy = json!({
+            "vendorKeys": keys,
+            "catalogue": {"credential": "ignore", "endpoint": "ignore", "route": "ignore", "header": "ignore", "config": "ignore"},
+            "proxy": {"baseUrl": "u", "usageToken": {"value": "t"}},
+        });
+        let policy = Policy::parse(&policy.to_string()).unwrap();
+        let operations = |env: Value| {
+            let container = json!({"env": env, "envFrom": [{"secretRef": {"name": "s"}}]});
+            let mut pod = json!({"metadata": {}, "spec": {"containers": [container]}});
+            let text = pod.to_string();
+            let decoded = serde_json::from_str(&text).unwrap();
+            let managed = Resolution::chosen(BillingMode::PlatformManaged);
+            let plan = plan(&policy, NOWHERE, managed, &decoded, Scope::Pod).unwrap();
+            let patch = super::patch(&plan, "").json;
+            let patch: json_patch::Patch = serde_json::from_str(&patch).unwrap();
+            json_patch::patch(&mut pod, &patch).unwrap();
+            let container = &pod["spec"]["containers"][0];
+            assert_eq!(container.as_object().unwrap().len(), 2, "{container}");
+            let env = container["env"].as_array().unwrap();
+            let names: Vec<String> = env
+                .iter()
+                .map(|entry| entry["name"].as_str().unwrap().to_owned())
+                .collect();
+            (
+                patch
+                    .0
+                    .iter()
+                    .map(|operation| operation.to_string())
+                    .collect::<Vec<_>>(),
+                names,
+            )
+        };
+        let entry = |name: &str| json!({"name": name, "value": "x"});
+        let (patch, names) =
+            operations(json!([entry("KEY_1"), entry("A"), entry("KEY_2"), entry("B")]));
+        let added = patch.get(1).unwrap();
+        assert!(added.starts_with(r#"{"op":"add","path":"/spec/containers/0/env","value":[{"name":"MOLECULE_LLM_BILLING_MODE""#), "{added}");
+        let moves = [&patch[..1], &patch[2..5]].concat();
+        assert_eq!(
+            moves,
+            [
+                r#"{"op":"move","from":"/spec/containers/0/env","path":"/spec/containers/0/envBefore"}"#,
+                r#"{"op":"move","from":"/spec/containers/0/envBefore/1","path":"/spec/containers/0/env/-"}"#,
+                r#"{"op":"move","from":"/spec/containers/0/envBefore/2","path":"/spec/containers/0/env/-"}"#,
+                r#"{"op":"remove","path":"/spec/containers/0/envBefore"}"#,
+            ]
+        );
+        assert_eq!((patch.len(), names.len()), (6, 18));
+        assert_eq!(names[16..], ["A", "B"]);
+        // 16 variables are added: with 5 or more remaining entries, each is added by itself.
+        let others = |count: usize| {
+            (0..count)
+                .map(|index| entry(&format!("O{index}")))
+                .collect()
+        };
+        assert_eq!(operations(others(4)).0.len(), 4 + MOVE_OPERATIONS + 1);
+        assert_eq!(operations(others(5)).0.len(), 16 + 1);
     }
 
     #[test]

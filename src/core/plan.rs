@@ -5,13 +5,17 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
-use super::env::{Changes, Value, Variable, could_set, reconcile};
-use super::pod::{Container, ContainerList, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text};
+use super::catalogue::{self, Mask};
+use super::env::{Changes, Required, Value, Variable, could_set, reconcile};
+use super::placeholders::Placeholders;
+use super::pod::{
+    Container, ContainerList, EnvEntry, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text,
+};
 use super::policy::Policy;
-use super::policy_file::EnvFromRule;
+use super::policy_file::{EnvFromRule, EnvSource};
 use super::refusal::Refusal;
 use super::resolution::{BillingMode, MODE_VARIABLE, RESOLVED_VARIABLE, Reason, Resolution};
-use super::vendor_keys::VendorKeys;
+use super::restrictions::{Class, Restriction, Restrictions};
 use super::warning::{Warning, warn_about_container};
 
 /// The containers that a plan covers.
@@ -36,6 +40,9 @@ pub struct Plan<'a> {
     pub annotations_parent: AnnotationsParent,
     /// Warnings for the user, without env values.
     pub warnings: Vec<Warning>,
+    /// The proxy variables that the containers need; empty if no container needs them.
+    proxy: Vec<Cow<'a, Variable>>,
+    restrictions: &'a Restrictions,
 }
 
 /// The changes that one container's env needs.
@@ -96,6 +103,34 @@ impl Plan<'_> {
         self.containers.is_empty() && self.annotations.is_empty()
     }
 
+    /// Returns the Secrets that the proxy variables refer to, each as `NAME (key KEY)`.
+    #[must_use]
+    pub fn secrets(&self) -> BTreeSet<String> {
+        let secret = |variable: &Cow<'_, Variable>| match variable.value() {
+            Value::Source(EnvSource::SecretKeyRef(reference)) => {
+                Some(format!("{} (key {})", reference.name.as_str(), reference.key.as_str()))
+            }
+            Value::Source(_) | Value::Literal(_) => None,
+        };
+        self.proxy.iter().filter_map(secret).collect()
+    }
+
+    /// Returns the class of each restricted entry that is removed or replaced.
+    pub fn removed(&self) -> impl Iterator<Item = Class> {
+        let containers = self.containers.iter();
+        let removed = containers.flat_map(|plan| {
+            let entries = plan.container.entries();
+            plan.changes
+                .remove
+                .iter()
+                .filter_map(|&index| entries.get(index))
+        });
+        removed.filter_map(|entry| {
+            let (_, restriction) = self.restrictions.find(entry.name.as_str())?;
+            restriction.is_removed.then_some(restriction.class)
+        })
+    }
+
     /// Returns the containers and variables that are out of sync, for a refusal: names only, no values.
     #[must_use]
     pub fn findings(&self) -> String {
@@ -132,28 +167,34 @@ impl Plan<'_> {
     }
 }
 
-/// Plans the changes to a pod. `workspace` is the workspace id in its label.
+/// Plans the changes to a pod. `placeholders` are the workspace id in its label, and its namespace.
 ///
 /// # Errors
-/// Returns [`Refusal::MissingPlatformProxy`] or [`Refusal::EnvFromVendorKey`].
+/// Returns [`Refusal::MissingPlatformProxy`], [`Refusal::InvalidReference`] or [`Refusal::EnvFromVendorKey`].
 pub fn plan<'a>(
     policy: &'a Policy,
-    workspace: &str,
+    placeholders: Placeholders<'_>,
     resolution: Resolution,
     pod: &'a Pod<'a>,
     scope: Scope<'_>,
 ) -> Result<Plan<'a>, Refusal> {
-    let rules = Rules::new(policy, workspace, resolution.mode, pod)?;
+    let rules = Rules::new(policy, placeholders, resolution.mode, pod)?;
     let mut warnings = Vec::new();
     if resolution.reason == Reason::LookupError {
         warnings.push(Warning::lookup_failed());
     }
+    let is_new_pod = matches!(scope, Scope::Pod);
+    if is_new_pod && resolution.mode == BillingMode::Byok && !could_have_credential(policy, pod) {
+        warnings.push(Warning::missing_byok_credential());
+    }
+    let mut needs_proxy = false;
     let mut containers = Vec::new();
     for (list, index, container) in scope.containers(pod) {
         let required = rules.variables_for(container)?;
-        let keys = rules.vendor_keys;
-        let changes = reconcile(container.entries(), &required, |name| keys.contains(name));
-        warn_about_container(keys, container, &required, &changes, &mut warnings);
+        needs_proxy |= !rules.excludes(container);
+        let restrictions = rules.restrictions;
+        let changes = reconcile(container.entries(), &required, |name| restrictions.removes(name));
+        warn_about_container(restrictions, container, &required, &changes, &mut warnings);
         if !changes.is_empty() {
             containers.push(ContainerPlan {
                 list,
@@ -172,7 +213,33 @@ pub fn plan<'a>(
         annotations,
         annotations_parent,
         warnings,
+        proxy: if needs_proxy { rules.proxy } else { Vec::new() },
+        restrictions: rules.restrictions,
     })
+}
+
+/// Reports whether anything in a pod could bring a vendor's credential: a variable of the policy's vendor keys or of the
+/// catalogue, a variable of a Secret or ConfigMap, envFrom, or a volume.
+fn could_have_credential(policy: &Policy, pod: &Pod<'_>) -> bool {
+    let is_credential = |entry: &EnvEntry<'_>| {
+        let name = entry.name.as_str();
+        let is_known = policy.restrictions.find(name).is_some() || catalogue::find(name).is_some();
+        let from = entry.value_from.as_ref();
+        is_known
+            || from
+                .is_some_and(|from| from.field_ref.is_none() && from.resource_field_ref.is_none())
+    };
+    let mut containers = [ContainerList::Init, ContainerList::Main]
+        .into_iter()
+        .flat_map(|list| pod.containers(list));
+    pod.has_own_volume()
+        || containers.any(|container| {
+            container
+                .env_from
+                .as_ref()
+                .is_some_and(|sources| !sources.is_empty())
+                || container.entries().iter().any(is_credential)
+        })
 }
 
 impl Scope<'_> {
@@ -232,8 +299,8 @@ fn plan_annotations(
     (wrong.collect(), parent)
 }
 
-/// Only `platform_managed` removes vendor keys.
-static NO_VENDOR_KEYS: VendorKeys = VendorKeys::NONE;
+/// Only `platform_managed` restricts variables.
+static NO_RESTRICTIONS: Restrictions = Restrictions::NONE;
 
 /// The rules for every container of a pod.
 struct Rules<'a> {
@@ -241,14 +308,14 @@ struct Rules<'a> {
     proxy: Vec<Cow<'a, Variable>>,
     /// The containers that get no proxy variables.
     excluded: Option<&'a BTreeSet<String>>,
-    vendor_keys: &'a VendorKeys,
+    restrictions: &'a Restrictions,
     env_from: EnvFromRule,
 }
 
 impl<'a> Rules<'a> {
     fn new(
         policy: &'a Policy,
-        workspace: &str,
+        placeholders: Placeholders<'_>,
         mode: BillingMode,
         pod: &Pod<'_>,
     ) -> Result<Self, Refusal> {
@@ -256,51 +323,87 @@ impl<'a> Rules<'a> {
             mode: mode_variables(mode),
             proxy: Vec::new(),
             excluded: None,
-            vendor_keys: &NO_VENDOR_KEYS,
+            restrictions: &NO_RESTRICTIONS,
             env_from: policy.env_from,
         };
         if mode == BillingMode::PlatformManaged {
             let runtime = pod.label(policy.runtime_label.as_str()).unwrap_or_default();
             let proxy = policy.proxy.as_ref().ok_or(Refusal::MissingPlatformProxy)?;
-            let variables = proxy.variables(runtime, workspace);
+            let variables = proxy.variables(runtime, placeholders)?;
             rules.proxy = variables.ok_or(Refusal::MissingPlatformProxy)?;
             rules.excluded = Some(&proxy.exclude_containers);
-            rules.vendor_keys = &policy.vendor_keys;
+            rules.restrictions = &policy.restrictions;
         }
         Ok(rules)
     }
 
-    /// Returns the variables that a container must have: mode, proxy, and masks of vendor keys that envFrom could set.
-    fn variables_for(&self, container: &Container<'_>) -> Result<Vec<Cow<'a, Variable>>, Refusal> {
-        let is_excluded = self
-            .excluded
-            .is_some_and(|excluded| excluded.contains(container.name.as_str()));
+    fn excludes(&self, container: &Container<'_>) -> bool {
+        self.excluded
+            .is_some_and(|excluded| excluded.contains(container.name.as_str()))
+    }
+
+    /// Returns the variables that a container must have: mode, proxy, and masks of removed variables that envFrom could
+    /// set.
+    fn variables_for(&self, container: &Container<'_>) -> Result<Required<'a>, Refusal> {
         let mut variables: Vec<_> = self.mode.iter().map(Cow::Borrowed).collect();
-        if !is_excluded {
+        if !self.excludes(container) {
             variables.extend_from_slice(&self.proxy);
         }
-        let sources = container.env_from.as_deref().unwrap_or_default();
-        let is_needed = |mask: &&Variable| {
-            let is_set = |key: &str| variables.iter().any(|variable| variable.name() == key);
-            could_set(sources, mask.name()) && !is_set(mask.name())
+        let mut required = Required {
+            variables,
+            masks: Vec::new(),
         };
-        let masks = self.vendor_keys.masks().iter();
-        let masks: Vec<&Variable> = masks.filter(is_needed).collect();
-        match self.env_from {
-            EnvFromRule::Ignore => {}
-            EnvFromRule::Mask => variables.extend(masks.into_iter().map(Cow::Borrowed)),
-            EnvFromRule::Deny if masks.is_empty() => {}
-            EnvFromRule::Deny => {
-                let names: Vec<&str> = masks.into_iter().map(Variable::name).collect();
-                let mut keys = String::new();
-                summarize_names(&mut keys, &names);
-                return Err(Refusal::EnvFromVendorKey {
-                    container: container.name.as_str().to_owned(),
-                    keys,
-                });
-            }
+        let sources = container.env_from.as_deref().unwrap_or_default();
+        if self.env_from == EnvFromRule::Ignore || sources.is_empty() {
+            return Ok(required);
         }
-        Ok(variables)
+        let variables = required.variables.iter();
+        let set: Vec<usize> = variables
+            .filter_map(|variable| self.restrictions.find(variable.name()))
+            .map(|(index, _)| index)
+            .collect();
+        let all = self.restrictions.all().iter().enumerate();
+        let hidden = all.filter(|(index, restriction)| {
+            restriction.is_removed && !set.contains(index) && could_set(sources, restriction.name())
+        });
+        let hidden: Vec<&Restriction> = hidden.map(|(_, restriction)| restriction).collect();
+        if self.env_from == EnvFromRule::Deny && !hidden.is_empty() {
+            let names: Vec<&str> = hidden.into_iter().map(Restriction::name).collect();
+            let mut keys = String::new();
+            summarize_names(&mut keys, &names);
+            return Err(Refusal::EnvFromVendorKey {
+                container: container.name.as_str().to_owned(),
+                keys,
+            });
+        }
+        required.masks = hidden
+            .into_iter()
+            .map(|restriction| mask(restriction, &required.variables))
+            .collect();
+        Ok(required)
+    }
+}
+
+/// Returns the entry that hides a variable. Programs that reject an empty value get the value that the container's proxy
+/// variables have for that vendor. The token is used only in a container whose Anthropic clients call the proxy.
+fn mask<'a>(restriction: &'a Restriction, variables: &[Cow<'a, Variable>]) -> Cow<'a, Variable> {
+    let value = |name: &str| {
+        let mut variables = variables.iter();
+        variables
+            .find(|variable| variable.name() == name)
+            .map(|variable| variable.value())
+    };
+    let value = match restriction.mask {
+        Mask::Literal(_) => None,
+        Mask::OpenAiBaseUrl => value("OPENAI_BASE_URL").or_else(|| value("MOLECULE_LLM_BASE_URL")),
+        Mask::AnthropicBaseUrl => {
+            value("ANTHROPIC_BASE_URL").or_else(|| value("MOLECULE_LLM_ANTHROPIC_BASE_URL"))
+        }
+        Mask::AnthropicToken => value("ANTHROPIC_BASE_URL").and(value("ANTHROPIC_API_KEY")),
+    };
+    match value {
+        None => Cow::Borrowed(&restriction.literal),
+        Some(value) => Cow::Owned(Variable::mask(restriction.name(), value.clone())),
     }
 }
 
@@ -343,7 +446,14 @@ mod tests {
     use super::*;
     use crate::core::patch::patch;
 
+    const NOWHERE: Placeholders<'_> = Placeholders {
+        workspace_id: "",
+        namespace: "",
+    };
     const PROXY: &str = "proxy: {baseUrl: u, anthropicBaseUrl: a, usageToken: {value: t}";
+
+    const NO_CATALOGUE: &str = "catalogue: {credential: ignore, endpoint: ignore, route: ignore, \
+                                header: ignore, config: ignore, shared: ignore}";
 
     fn policy(fields: &str, proxy_fields: &str) -> Policy {
         Policy::parse(&format!("{fields}\n{PROXY}{proxy_fields}}}")).unwrap()
@@ -357,8 +467,13 @@ mod tests {
     fn env_after(policy: &Policy, container: &Value) -> Result<Vec<String>, Refusal> {
         let text = with_container(container);
         let pod = serde_json::from_str(&text).unwrap();
-        let plan =
-            plan(policy, "", Resolution::chosen(BillingMode::PlatformManaged), &pod, Scope::Pod)?;
+        let plan = plan(
+            policy,
+            NOWHERE,
+            Resolution::chosen(BillingMode::PlatformManaged),
+            &pod,
+            Scope::Pod,
+        )?;
         let patch = patch(&plan, "").json;
         let mut after: Value = serde_json::from_str(&text).unwrap();
         json_patch::patch(&mut after, &serde_json::from_str::<json_patch::Patch>(&patch).unwrap())
@@ -385,7 +500,9 @@ mod tests {
     fn env_from_rule_masks_denies_or_ignores_keys() {
         let policy = |rule: &str| {
             policy(
-                &format!("envFrom: {rule}\nvendorKeys: [OPENAI_API_KEY, XAI_API_KEY, XAI_TOKEN]"),
+                &format!(
+                    "{NO_CATALOGUE}\nenvFrom: {rule}\nvendorKeys: [OPENAI_API_KEY, XAI_API_KEY, XAI_TOKEN]"
+                ),
                 "",
             )
         };
@@ -425,7 +542,7 @@ mod tests {
 
     #[test]
     fn excluded_container_gets_no_proxy_variables() {
-        let policy = policy("", ", excludeContainers: [c]");
+        let policy = policy(NO_CATALOGUE, ", excludeContainers: [c]");
         let env = json!([{"name": "OPENAI_API_KEY", "value": "x"}, {"name": "OPENAI_BASE_URL"}, {"name": "KEEP", "value": "1"}]);
         let after = |name: &str| env_after(&policy, &json!({"name": name, "env": env})).unwrap();
         assert_eq!(after("c"), ["KEEP=1"]);
@@ -440,6 +557,116 @@ mod tests {
     }
 
     #[test]
+    fn mask_has_the_proxys_value_where_programs_reject_an_empty_one() {
+        let fields = "vendorKeys: [ANTHROPIC_AUTH_TOKEN, OPENAI_API_KEY]\n\
+                      catalogue: {credential: ignore, route: ignore, header: ignore, config: ignore}";
+        let policy = policy(fields, ", excludeContainers: [excluded]");
+        let masks = |container: &str, runtime: &str| {
+            let pod = json!({
+                "metadata": {"labels": {"molecule.ai/runtime": runtime}},
+                "spec": {"containers": [{"name": container, "envFrom": [{"secretRef": {"name": "s"}}]}]},
+            });
+            let text = pod.to_string();
+            let pod = serde_json::from_str(&text).unwrap();
+            let managed = Resolution::chosen(BillingMode::PlatformManaged);
+            let plan = plan(&policy, NOWHERE, managed, &pod, Scope::Pod).unwrap();
+            let names = ["ANTHROPIC_AUTH_TOKEN", "OPENAI_API_BASE", "OPENAI_API_KEY"];
+            let entry = |name: &&str| {
+                let mut added = plan.containers[0].changes.add.iter();
+                let entry = added
+                    .find(|variable| variable.name() == *name)
+                    .unwrap()
+                    .entry();
+                entry.to_owned()
+            };
+            names.iter().map(entry).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(
+            masks("c", "claude-code"),
+            r#"{"name":"ANTHROPIC_AUTH_TOKEN","value":"t"} {"name":"OPENAI_API_BASE","value":"u"} {"name":"OPENAI_API_KEY"}"#
+        );
+        // Anthropic clients of another runtime do not call the proxy, so they get no token.
+        assert_eq!(
+            masks("c", "codex"),
+            r#"{"name":"ANTHROPIC_AUTH_TOKEN"} {"name":"OPENAI_API_BASE","value":"u"} {"name":"OPENAI_API_KEY","value":"t"}"#
+        );
+        assert_eq!(
+            masks("excluded", "claude-code"),
+            r#"{"name":"ANTHROPIC_AUTH_TOKEN"} {"name":"OPENAI_API_BASE"} {"name":"OPENAI_API_KEY"}"#
+        );
+    }
+
+    #[test]
+    fn removed_entries_and_secrets_are_listed() {
+        let policy = Policy::parse(
+            "proxy: {baseUrl: u, usageToken: {secretKeyRef: {name: 'llm-{workspace_id}', key: k}}, excludeContainers: [x]}",
+        )
+        .unwrap();
+        let listed = |container: &str, mode| {
+            let env = json!([
+                {"name": "XAI_API_KEY"}, {"name": "CLAUDE_CODE_USE_BEDROCK"}, {"name": "AWS_ACCESS_KEY_ID"},
+                {"name": "OPENAI_API_KEY", "value": "x"}, {"name": "KEEP"},
+            ]);
+            let pod = with_container(&json!({"name": container, "env": env}));
+            let pod = serde_json::from_str(&pod).unwrap();
+            let placeholders = Placeholders {
+                workspace_id: "w",
+                namespace: "",
+            };
+            let plan =
+                plan(&policy, placeholders, Resolution::chosen(mode), &pod, Scope::Pod).unwrap();
+            let classes: Vec<&str> = plan.removed().map(Class::as_str).collect();
+            (classes, plan.secrets().into_iter().collect::<Vec<_>>())
+        };
+        let removed = vec!["vendor_key", "route", "vendor_key"];
+        let secret = vec!["llm-w (key k)".to_owned()];
+        assert_eq!(listed("c", BillingMode::PlatformManaged), (removed.clone(), secret));
+        assert_eq!(listed("x", BillingMode::PlatformManaged), (removed, vec![]));
+        assert_eq!(listed("c", BillingMode::Byok), (vec![], vec![]));
+    }
+
+    #[test]
+    fn byok_pod_without_any_credential_gets_a_warning() {
+        let policy = policy("vendorKeys: [ACME_KEY]", "");
+        let is_warned = |spec: &Value, mode, scope| {
+            let pod = json!({"spec": spec}).to_string();
+            let pod = serde_json::from_str(&pod).unwrap();
+            let plan = plan(&policy, NOWHERE, Resolution::chosen(mode), &pod, scope).unwrap();
+            let kinds: Vec<&str> = plan
+                .warnings
+                .iter()
+                .map(|warning| warning.kind.as_str())
+                .collect();
+            kinds.contains(&"missing_byok_credential")
+        };
+        let with_env =
+            |entry: Value| json!({"containers": [{"env": [{"name": "A", "value": "a"}, entry]}]});
+        let from = |source: &str| json!({"name": "B", "valueFrom": {source: {}}});
+        let containers = json!([{"env": [{"name": "A", "value": "a"}], "envFrom": []}]);
+        let table = [
+            (json!({}), true),
+            (json!({"containers": containers, "initContainers": [{}]}), true),
+            (json!({"volumes": [{"name": "kube-api-access-x"}], "containers": containers}), true),
+            (with_env(from("fieldRef")), true),
+            (with_env(from("resourceFieldRef")), true),
+            (json!({"volumes": [{"name": "kube-api-access-x"}, {"name": "home"}]}), false),
+            (json!({"initContainers": [{"envFrom": [{}]}]}), false),
+            (with_env(json!({"name": "ACME_KEY"})), false),
+            (with_env(json!({"name": "AWS_BEARER_TOKEN_BEDROCK"})), false),
+            (with_env(from("secretKeyRef")), false),
+            (with_env(from("configMapKeyRef")), false),
+            (with_env(from("fileKeyRef")), false),
+        ];
+        for (spec, expected) in table {
+            assert_eq!(is_warned(&spec, BillingMode::Byok, Scope::Pod), expected, "{spec}");
+        }
+        let spec = json!({});
+        assert!(!is_warned(&spec, BillingMode::Disabled, Scope::Pod));
+        assert!(!is_warned(&spec, BillingMode::PlatformManaged, Scope::Pod));
+        assert!(!is_warned(&spec, BillingMode::Byok, Scope::NewEphemeralContainers(None)));
+    }
+
+    #[test]
     fn extra_env_contains_workspace_id_after_one_patch() {
         let policy = policy("", ", extraEnv: [{name: HEADERS, value: 'say \"{workspace_id}\"'}]");
         let id = r#"a"b\"#;
@@ -451,7 +678,11 @@ mod tests {
             let text = pod.to_string();
             let pod = serde_json::from_str(&text).unwrap();
             let managed = Resolution::chosen(BillingMode::PlatformManaged);
-            let plan = plan(&policy, id, managed, &pod, Scope::Pod).unwrap();
+            let placeholders = Placeholders {
+                workspace_id: id,
+                namespace: "",
+            };
+            let plan = plan(&policy, placeholders, managed, &pod, Scope::Pod).unwrap();
             patch(&plan, "").json
         };
         let patch: json_patch::Patch = serde_json::from_str(&patch_of(&pod)).unwrap();
@@ -473,7 +704,7 @@ mod tests {
             let pod = serde_json::from_str(&pod).unwrap();
             let plan = plan(
                 &policy,
-                "",
+                NOWHERE,
                 Resolution::chosen(BillingMode::PlatformManaged),
                 &pod,
                 Scope::Pod,
@@ -498,7 +729,7 @@ mod tests {
                 .to_string();
         let pod = serde_json::from_str(&pod).unwrap();
         let byok = Resolution::chosen(BillingMode::Byok);
-        let plan = plan(&policy, "", byok, &pod, Scope::Pod).unwrap();
+        let plan = plan(&policy, NOWHERE, byok, &pod, Scope::Pod).unwrap();
         let modes = "MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED";
         assert_eq!(plan.changed(), format!("i: {modes}; c: {modes}"));
         let listed = |names: &[&str]| {
@@ -526,7 +757,7 @@ mod tests {
         let planned = |old| {
             let scope = Scope::NewEphemeralContainers(old);
             let plan =
-                plan(&policy, "", Resolution::chosen(BillingMode::Byok), &new, scope).unwrap();
+                plan(&policy, NOWHERE, Resolution::chosen(BillingMode::Byok), &new, scope).unwrap();
             assert_eq!(plan.annotations, []);
             assert_eq!(plan.is_empty(), scope.needs_no_mode(&new));
             plan.containers

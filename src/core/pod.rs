@@ -86,6 +86,17 @@ pub struct Spec<'a> {
     /// Debug containers of a running pod.
     #[serde(borrow)]
     pub ephemeral_containers: Option<Vec<Container<'a>>>,
+    /// The volumes, of any kind.
+    #[serde(borrow)]
+    pub volumes: Option<Vec<Volume<'a>>>,
+}
+
+/// A volume of any kind.
+#[derive(Debug, Deserialize)]
+pub struct Volume<'a> {
+    /// Its name.
+    #[serde(borrow, default)]
+    pub name: Text<'a>,
 }
 
 /// A container of any list.
@@ -252,6 +263,15 @@ impl<'a> Pod<'a> {
     #[must_use]
     pub fn annotations(&self) -> Option<&Annotations<'a>> {
         self.metadata.as_ref()?.annotations.as_ref()
+    }
+
+    /// Reports whether the pod has a volume other than that of its service account's token.
+    #[must_use]
+    pub fn has_own_volume(&self) -> bool {
+        // The API server's ServiceAccount admission adds a volume of this name to most pods.
+        let is_token = |volume: &Volume<'_>| volume.name.as_str().starts_with("kube-api-access-");
+        let volumes = self.spec.as_ref().and_then(|spec| spec.volumes.as_ref());
+        volumes.is_some_and(|volumes| !volumes.iter().all(is_token))
     }
 
     /// Returns a container list; empty if it is absent.

@@ -5,9 +5,10 @@
 
 use super::policy_file::{EnvFromRule, Lookup, Name, PolicyError, PolicyFile, Unlabelled};
 use super::proxy::Proxy;
-use super::vendor_keys::VendorKeys;
+use super::restrictions::Restrictions;
 
-/// The compiled policy. Each field means what the field of the same name in [`PolicyFile`] means.
+/// The compiled policy. Each field means what the field of the same name in [`PolicyFile`] means, unless it says
+/// otherwise.
 #[derive(Clone)]
 pub struct Policy {
     /// The label that holds a pod's workspace id.
@@ -18,9 +19,9 @@ pub struct Policy {
     pub unlabelled: Unlabelled,
     /// How a workspace's mode is looked up.
     pub lookup: Lookup,
-    /// The vendor keys, each with its rendered mask.
-    pub vendor_keys: VendorKeys,
-    /// What happens to vendor keys that an envFrom source could set.
+    /// The variables that are removed on platform_managed, or get a warning: `vendorKeys`, `catalogue` and `allow`.
+    pub restrictions: Restrictions,
+    /// What happens to removed variables that an envFrom source could set.
     pub env_from: EnvFromRule,
     /// The proxy with its rendered variables; `None` if the file has none.
     pub proxy: Option<Proxy>,
@@ -39,11 +40,11 @@ impl Policy {
 impl From<PolicyFile> for Policy {
     fn from(file: PolicyFile) -> Self {
         Self {
+            restrictions: Restrictions::new(&file),
             workspace_label: file.workspace_label,
             runtime_label: file.runtime_label,
             unlabelled: file.unlabelled,
             lookup: file.lookup,
-            vendor_keys: VendorKeys::new(&file.vendor_keys),
             env_from: file.env_from,
             proxy: file.proxy.map(Proxy::from),
         }

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_saphyr::Error as YamlError;
 use thiserror::Error;
 
+use super::catalogue::{self, Kind};
+use super::placeholders::Placeholders;
 use super::resolution::{MODE_VARIABLE, RESOLVED_VARIABLE};
 
 /// The policy file with comments: every field with its default. A test keeps it equal to [`PolicyFile::default`].
@@ -31,7 +33,12 @@ pub struct PolicyFile {
     pub lookup: Lookup,
     /// Variables that a platform_managed container must not have, unless the proxy sets them.
     pub vendor_keys: BTreeSet<Name>,
-    /// What happens to vendor keys that an envFrom source of a platform_managed container could set.
+    /// What happens to the catalogue's variables on platform_managed, by kind; see `llm-billing-webhook catalogue`. No
+    /// variable that the proxy sets is removed.
+    pub catalogue: CatalogueRules,
+    /// Variables that remain on platform_managed, without a warning, although `vendorKeys` or the catalogue has them.
+    pub allow: BTreeSet<Name>,
+    /// What happens to removed variables that an envFrom source of a platform_managed container could set.
     pub env_from: EnvFromRule,
     /// The metered proxy. If absent, platform_managed pods are refused.
     pub proxy: Option<ProxySettings>,
@@ -45,6 +52,8 @@ impl Default for PolicyFile {
             unlabelled: Unlabelled::Ignore,
             lookup: Lookup::default(),
             vendor_keys: BTreeSet::from(VENDOR_KEYS.map(Name::of)),
+            catalogue: CatalogueRules::default(),
+            allow: BTreeSet::new(),
             env_from: EnvFromRule::Mask,
             proxy: None,
         }
@@ -227,15 +236,73 @@ pub enum OnError {
     Deny,
 }
 
-/// What happens to vendor keys that an envFrom source could set.
+/// What happens to the catalogue's variables on platform_managed, by kind.
+#[derive(Clone, PartialEq, Eq, Debug, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct CatalogueRules {
+    /// Keys and tokens of LLM vendors.
+    pub credential: CatalogueRule,
+    /// Base URLs, hosts and endpoints of LLM vendors. `ANTHROPIC_BASE_URL` is not removed, only warned about: the
+    /// contract keeps it. To remove it, add it to `vendorKeys`.
+    pub endpoint: CatalogueRule,
+    /// Switches that choose another backend, and their settings.
+    pub route: CatalogueRule,
+    /// Headers that are added to each call.
+    pub header: CatalogueRule,
+    /// Configuration with keys or endpoints in it, or the path of such a file.
+    pub config: CatalogueRule,
+    /// Variables that programs also use for other purposes.
+    pub shared: CatalogueRule,
+}
+
+impl Default for CatalogueRules {
+    fn default() -> Self {
+        Self {
+            credential: CatalogueRule::Remove,
+            endpoint: CatalogueRule::Remove,
+            route: CatalogueRule::Remove,
+            header: CatalogueRule::Remove,
+            config: CatalogueRule::Remove,
+            shared: CatalogueRule::Warn,
+        }
+    }
+}
+
+impl CatalogueRules {
+    /// Returns the rule of a kind.
+    pub(super) const fn rule(&self, kind: Kind) -> CatalogueRule {
+        match kind {
+            Kind::Credential => self.credential,
+            Kind::Endpoint => self.endpoint,
+            Kind::Route => self.route,
+            Kind::Header => self.header,
+            Kind::Config => self.config,
+            Kind::Shared => self.shared,
+        }
+    }
+}
+
+/// What happens to variables of one kind.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CatalogueRule {
+    /// The variables are removed.
+    Remove,
+    /// The variables are not removed, and a warning names them.
+    Warn,
+    /// The variables are not removed.
+    Ignore,
+}
+
+/// What happens to removed variables that an envFrom source could set.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum EnvFromRule {
-    /// Each key is hidden by an entry with an empty value.
+    /// Each variable is hidden by an entry of its name: empty, or with the proxy's value if programs reject an empty one.
     Mask,
     /// The pod is refused.
     Deny,
-    /// The keys are allowed.
+    /// The variables are allowed.
     Ignore,
 }
 
@@ -287,9 +354,10 @@ enum RawUsageToken {
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct SecretKey {
-    /// The Secret's name.
+    /// The Secret's name. `{workspace_id}` and `{namespace}` in it are replaced with the pod's, so that each workspace
+    /// can have its own token. A pod for which the result is not a valid name is refused.
     name: Name,
-    /// The key in it.
+    /// The key in it, with the same placeholders.
     key: Name,
 }
 
@@ -314,7 +382,7 @@ impl From<RawUsageToken> for UsageToken {
 pub struct ExtraEnv {
     /// The variable's name.
     pub name: Name,
-    /// The literal value. `{workspace_id}` in it is replaced with the workspace id.
+    /// The literal value. `{workspace_id}` and `{namespace}` in it are replaced with the pod's.
     pub value: Option<String>,
     /// The source of the value, instead of a literal.
     pub value_from: Option<EnvSource>,
@@ -340,9 +408,9 @@ pub enum EnvSource {
 #[derive(Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OptionalKey {
-    /// The object's name.
+    /// The object's name. `{workspace_id}` and `{namespace}` in it are replaced with the pod's.
     pub name: Name,
-    /// The key in it.
+    /// The key in it, with the same placeholders.
     pub key: Name,
     /// Whether the container starts if the key is missing.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -397,7 +465,30 @@ impl PolicyFile {
 
     /// Returns warnings about a valid policy, for the operator before a rollout.
     #[must_use]
-    pub fn warnings(&self) -> Vec<&'static str> {
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings: Vec<String> = self
+            .proxy_warnings()
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
+        let restricted = || {
+            let vendor_keys = self.vendor_keys.iter().map(Name::as_str);
+            vendor_keys.chain(catalogue::ROWS.iter().map(|row| row.variable))
+        };
+        for name in self.allow.iter().map(Name::as_str) {
+            if restricted().any(|restricted| restricted == name) {
+                continue;
+            }
+            let distance = |restricted: &&str| strsim::levenshtein(restricted, name);
+            let nearest = restricted().min_by_key(distance).unwrap_or_default();
+            warnings.push(format!(
+                "allow: {name} is neither in vendorKeys nor in the catalogue, so the entry has no effect; the nearest name is {nearest}"
+            ));
+        }
+        warnings
+    }
+
+    fn proxy_warnings(&self) -> Vec<&'static str> {
         let mut warnings = Vec::new();
         let Some(proxy) = &self.proxy else {
             return vec!["proxy is absent: every platform_managed pod will be refused"];
@@ -405,6 +496,13 @@ impl PolicyFile {
         if proxy.base_url.is_none() {
             warnings.push(
                 "proxy.baseUrl is absent or blank: every platform_managed pod will be refused",
+            );
+        }
+        let anthropic = proxy.anthropic_base_url.as_deref().unwrap_or_default();
+        if anthropic.trim_end_matches('/').ends_with("/v1") {
+            warnings.push(
+                "proxy.anthropicBaseUrl ends in /v1: clients of Anthropic's API append /v1/messages, so they call /v1/v1/messages; \
+                 remove /v1 from it",
             );
         }
         match &proxy.usage_token {
@@ -435,8 +533,24 @@ impl PolicyFile {
             .proxy
             .as_ref()
             .map_or(&[][..], |proxy| &proxy.extra_env);
+        let token = self
+            .proxy
+            .as_ref()
+            .and_then(|proxy| proxy.usage_token.as_ref());
+        if let Some(UsageToken::Reference(source)) = token
+            && !source.is_valid()
+        {
+            return contradiction("proxy.usageToken".to_owned(), INVALID_REFERENCE);
+        }
         for (index, extra) in extra_env.iter().enumerate() {
             let field = format!("proxy.extraEnv[{index}]");
+            if extra
+                .value_from
+                .as_ref()
+                .is_some_and(|source| !source.is_valid())
+            {
+                return contradiction(field, INVALID_REFERENCE);
+            }
             if [MODE_VARIABLE, RESOLVED_VARIABLE].contains(&extra.name.as_str()) {
                 return contradiction(
                     field,
@@ -464,6 +578,32 @@ impl PolicyFile {
             }
         }
         Ok(())
+    }
+}
+
+const INVALID_REFERENCE: &str = "refers to a Secret, ConfigMap or key with an invalid name; names are lower-case letters, \
+     digits, \"-\" and \".\", and the placeholders are {workspace_id} and {namespace}";
+
+impl EnvSource {
+    /// Returns the key of a Secret or ConfigMap that the source refers to.
+    pub(super) const fn reference(&self) -> Option<&OptionalKey> {
+        match self {
+            Self::SecretKeyRef(reference) | Self::ConfigMapKeyRef(reference) => Some(reference),
+            Self::FieldRef(_) | Self::ResourceFieldRef(_) => None,
+        }
+    }
+
+    /// Reports whether a reference is valid for some workspace id and namespace.
+    fn is_valid(&self) -> bool {
+        let sample = Placeholders {
+            workspace_id: "a",
+            namespace: "a",
+        };
+        self.reference().is_none_or(|reference| {
+            sample
+                .fill_reference(reference.name.as_str(), reference.key.as_str())
+                .is_some()
+        })
     }
 }
 
@@ -601,7 +741,7 @@ mod tests {
             .map(|line| line.strip_prefix("# ").unwrap_or(line).to_owned())
             .collect();
         let policy = PolicyFile::parse(&lines.join("\n")).unwrap();
-        assert_eq!(policy.warnings(), Vec::<&str>::new());
+        assert_eq!(policy.warnings(), Vec::<String>::new());
         let proxy = policy.proxy.unwrap();
         assert_eq!(proxy.base_url.as_deref(), Some("https://llm.example.com/openai/v1"));
         assert_eq!(proxy.extra_env.len(), 1);
@@ -709,6 +849,18 @@ mod tests {
                 "[{name: A, runtimes: [x, y]}, {name: A, runtimes: [' Y']}]",
                 "proxy.extraEnv[1] sets a variable",
             ),
+            (
+                "[{name: A, valueFrom: {secretKeyRef: {name: 'a-{workspace}', key: k}}}]",
+                "proxy.extraEnv[0] refers to a Secret, ConfigMap or key with an invalid name",
+            ),
+            (
+                "[{name: A, valueFrom: {configMapKeyRef: {name: a, key: '{namespace}/b'}}}]",
+                "proxy.extraEnv[0] refers to a Secret, ConfigMap or key with an invalid name",
+            ),
+            (
+                "[], usageToken: {secretKeyRef: {name: 'A-{workspace_id}', key: k}}",
+                "proxy.usageToken refers to a Secret, ConfigMap or key with an invalid name",
+            ),
         ];
         for (extra_env, expected) in table {
             let error = PolicyFile::parse(&format!("proxy: {{extraEnv: {extra_env}}}"))
@@ -720,12 +872,30 @@ mod tests {
         for extra_env in [
             "[{name: A, runtimes: [x]}, {name: A, runtimes: [y]}]",
             "[{name: A}, {name: B}]",
+            "[{name: A, valueFrom: {secretKeyRef: {name: 'a-{workspace_id}.{namespace}', key: 'K_{namespace}'}}}]",
         ] {
             assert!(
                 PolicyFile::parse(&format!("proxy: {{extraEnv: {extra_env}}}")).is_ok(),
                 "{extra_env}"
             );
         }
+    }
+
+    #[test]
+    fn warning_names_the_nearest_to_an_unknown_allowed_name() {
+        let policy =
+            "allow: [OPENAI_API_KEYZ, XAI_API_KEY, CLAUDE_CODE_USE_BEDROK, AWS_ACCESS_KEY_ID]";
+        let warnings = PolicyFile::parse(policy).unwrap().warnings();
+        let expected = |name: &str, nearest: &str| {
+            format!(
+                "allow: {name} is neither in vendorKeys nor in the catalogue, so the entry has no effect; the nearest name is {nearest}"
+            )
+        };
+        let expected = [
+            expected("CLAUDE_CODE_USE_BEDROK", "CLAUDE_CODE_USE_BEDROCK"),
+            expected("OPENAI_API_KEYZ", "OPENAI_API_KEY"),
+        ];
+        assert_eq!(warnings[1..], expected);
     }
 
     #[test]
@@ -757,6 +927,13 @@ mod tests {
             warnings("proxy: {baseUrl: x, usageToken: {value: t}}"),
             "proxy.usageToken is a literal"
         );
+        let with_anthropic = |url: &str| {
+            warnings(&format!("proxy: {{baseUrl: u, anthropicBaseUrl: '{url}', {token}}}"))
+        };
+        assert_eq!(with_anthropic("https://x/anthropic"), "");
+        for url in ["https://x/anthropic/v1", "https://x/v1//"] {
+            assert_eq!(with_anthropic(url), "proxy.anthropicBaseUrl ends in /v1");
+        }
         let has_token = |text: &str| PolicyFile::parse(text).unwrap().has_literal_token();
         assert!(has_token("proxy: {usageToken: {value: t}}"));
         assert!(!has_token(&format!("proxy: {{{token}}}")) && !has_token(""));

@@ -23,6 +23,15 @@ pub enum Refusal {
         /// The vendor keys' names; shortened if there are many.
         keys: String,
     },
+    /// A reference of the proxy's settings has placeholders, and the pod's workspace id or namespace makes it invalid.
+    #[error(
+        "INVALID_REFERENCE: the Secret or ConfigMap that the webhook's policy names for {variable} has no valid name for \
+         this pod's workspace id and namespace; correct the pod's label, or the reference in the policy's proxy"
+    )]
+    InvalidReference {
+        /// The name of the variable that the policy sets.
+        variable: String,
+    },
     /// The pod has no workspace label and the policy says `unlabelled: deny`.
     #[error(
         "MISSING_WORKSPACE_LABEL: the pod has no label {label:?}; set it to the workspace's id"
@@ -65,6 +74,7 @@ impl Refusal {
         match self {
             Self::MissingPlatformProxy => "MISSING_PLATFORM_PROXY",
             Self::EnvFromVendorKey { .. } => "ENV_FROM_VENDOR_KEY",
+            Self::InvalidReference { .. } => "INVALID_REFERENCE",
             Self::MissingWorkspaceLabel { .. } => "MISSING_WORKSPACE_LABEL",
             Self::LookupFailed => "LOOKUP_FAILED",
             Self::NotSettled { .. } => "ENV_NOT_SETTLED",
@@ -79,6 +89,7 @@ impl Refusal {
         match self {
             Self::MissingPlatformProxy
             | Self::EnvFromVendorKey { .. }
+            | Self::InvalidReference { .. }
             | Self::MissingWorkspaceLabel { .. }
             | Self::NotSettled { .. } => (403, "Forbidden"),
             Self::LookupFailed => (503, "ServiceUnavailable"),

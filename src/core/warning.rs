@@ -1,12 +1,12 @@
-//! Warnings for the user who creates a pod: references to removed vendor keys, and variables that could bypass the
-//! meter. plan.rs plans the containers.
+//! Warnings for the user who creates a pod: references to removed variables, variables that could bypass the meter, and
+//! missing credentials. plan.rs plans the containers.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
 
-use super::env::{Changes, Variable, references};
+use super::catalogue::Kind;
+use super::env::{Changes, Required, references};
 use super::pod::{Container, Text};
-use super::vendor_keys::VendorKeys;
+use super::restrictions::{Class, Restriction, Restrictions};
 
 /// The API server truncates longer warnings, in bytes.
 const MAX_WARNING_BYTES: usize = 256;
@@ -18,12 +18,16 @@ const MAX_WARNINGS: usize = 15;
 pub enum WarningKind {
     /// The lookup of the mode failed.
     LookupFailed,
-    /// A command, argument or env entry refers to a removed vendor key.
+    /// A command, argument or env entry refers to a removed variable.
     KeyInUse,
-    /// An env entry exposes a vendor key under another name.
+    /// An env entry exposes a vendor key or a credential of the catalogue under another name.
     KeyUnderAnotherName,
     /// A vendor's base URL is not removed.
     BaseUrl,
+    /// A variable of the catalogue is not removed.
+    Catalogue,
+    /// Nothing in a byok pod could bring a vendor's credential.
+    MissingByokCredential,
 }
 
 impl WarningKind {
@@ -35,6 +39,8 @@ impl WarningKind {
             Self::KeyInUse => "key_in_use",
             Self::KeyUnderAnotherName => "key_under_another_name",
             Self::BaseUrl => "base_url",
+            Self::Catalogue => "catalogue",
+            Self::MissingByokCredential => "missing_byok_credential",
         }
     }
 }
@@ -55,13 +61,22 @@ impl Warning {
             text: "the workspace's billing mode could not be looked up; the pod is treated as platform_managed".to_owned(),
         }
     }
+
+    pub(super) fn missing_byok_credential() -> Self {
+        Self {
+            kind: WarningKind::MissingByokCredential,
+            text: "MISSING_BYOK_CREDENTIAL: the workspace is byok and nothing in the pod can bring a vendor's credential; \
+                   add the workspace's own key, for example by secretKeyRef"
+                .to_owned(),
+        }
+    }
 }
 
-/// Adds warnings about a container's references to removed vendor keys, and its variables that could bypass the meter.
+/// Adds warnings about a container's references to removed variables, and its variables that could bypass the meter.
 pub(super) fn warn_about_container(
-    vendor_keys: &VendorKeys,
+    restrictions: &Restrictions,
     container: &Container<'_>,
-    required: &[Cow<'_, Variable>],
+    required: &Required<'_>,
     changes: &Changes<'_>,
     warnings: &mut Vec<Warning>,
 ) {
@@ -70,15 +85,15 @@ pub(super) fn warn_about_container(
         warnings.push(Warning { kind, text });
     };
     let entries = container.entries();
-    let is_required = |name: &str| required.iter().any(|variable| variable.name() == name);
     let added = |name: &str| changes.add.iter().find(|variable| variable.name() == name);
-    // A key is removed if its entry is removed or a new mask hides it, but not if it is added with another value.
+    // A variable is removed if its entry is removed or an empty mask hides it, but not if it gets another value.
     let is_removed = |name: &str| {
-        vendor_keys.contains(name)
+        restrictions.removes(name)
             && match added(name) {
-                Some(variable) => variable.is_mask(),
+                Some(variable) => variable.value().is_empty(),
                 None => {
-                    !is_required(name) && entries.iter().any(|entry| entry.name.as_str() == name)
+                    !required.contains(name)
+                        && entries.iter().any(|entry| entry.name.as_str() == name)
                 }
             }
     };
@@ -117,31 +132,38 @@ pub(super) fn warn_about_container(
                 .as_ref()
                 .or(from.config_map_key_ref.as_ref())
         });
-        if let Some(key) = key
-            .map(|key| key.key.as_str())
-            .filter(|key| vendor_keys.contains(key))
-        {
+        let key = key.map(|key| key.key.as_str()).filter(|key| {
+            let restriction = restrictions.find(key).map(|(_, restriction)| restriction);
+            restriction.is_some_and(Restriction::removes_credential)
+        });
+        if let Some(key) = key {
             let problem =
                 format!("env {name} exposes vendor key {key} under another name; not removed");
             warn(WarningKind::KeyUnderAnotherName, problem);
         }
-        if is_vendor_base_url(vendor_keys, name) {
-            let problem = format!("env {name} can make calls bypass the meter; not removed");
-            warn(WarningKind::BaseUrl, problem);
-        }
+        let class = restrictions
+            .find(name)
+            .map(|(_, restriction)| restriction.class);
+        let kind = match class {
+            Some(Class::Catalogue(Kind::Endpoint)) => WarningKind::BaseUrl,
+            Some(Class::Catalogue(_)) => WarningKind::Catalogue,
+            None if is_vendor_base_url(restrictions, name) => WarningKind::BaseUrl,
+            Some(Class::VendorKey) | None => continue,
+        };
+        warn(kind, format!("env {name} can make calls bypass the meter; not removed"));
     }
 }
 
 /// Reports whether a variable is a vendor's base URL: `X_BASE_URL` or `X_API_BASE`, where `X_API_KEY` or
-/// `X_AUTH_TOKEN` is a vendor key.
-fn is_vendor_base_url(vendor_keys: &VendorKeys, name: &str) -> bool {
+/// `X_AUTH_TOKEN` is removed.
+fn is_vendor_base_url(restrictions: &Restrictions, name: &str) -> bool {
     let vendor = name
         .strip_suffix("_BASE_URL")
         .or_else(|| name.strip_suffix("_API_BASE"));
     vendor.is_some_and(|vendor| {
         ["_API_KEY", "_AUTH_TOKEN"]
             .iter()
-            .any(|suffix| vendor_keys.contains(&format!("{vendor}{suffix}")))
+            .any(|suffix| restrictions.removes(&format!("{vendor}{suffix}")))
     })
 }
 
@@ -171,10 +193,16 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::core::placeholders::Placeholders;
     use crate::core::plan::{Scope, plan};
     use crate::core::pod::Pod;
     use crate::core::policy::Policy;
     use crate::core::resolution::{BillingMode, Reason, Resolution};
+
+    const NOWHERE: Placeholders<'_> = Placeholders {
+        workspace_id: "",
+        namespace: "",
+    };
 
     fn policy(fields: &str, proxy_fields: &str) -> Policy {
         let proxy = "proxy: {baseUrl: u, anthropicBaseUrl: a, usageToken: {value: t}";
@@ -189,10 +217,15 @@ mod tests {
     fn warnings(policy: &Policy, container: &Value) -> Vec<String> {
         let pod = with_container(container);
         let pod = serde_json::from_str(&pod).unwrap();
-        let warnings =
-            plan(policy, "", Resolution::chosen(BillingMode::PlatformManaged), &pod, Scope::Pod)
-                .unwrap()
-                .warnings;
+        let warnings = plan(
+            policy,
+            NOWHERE,
+            Resolution::chosen(BillingMode::PlatformManaged),
+            &pod,
+            Scope::Pod,
+        )
+        .unwrap()
+        .warnings;
         within_limits(&warnings)
     }
 
@@ -237,9 +270,13 @@ mod tests {
             {"name": "FINE", "valueFrom": from("secretKeyRef", "xai")},
             {"name": "ZAI_API_KEY", "valueFrom": from("secretKeyRef", "ZAI_API_KEY")},
             {"name": "ANTHROPIC_BASE_URL", "value": "https://x"},
-            {"name": "XAI_API_BASE", "value": "https://x"},
+            {"name": "ZAI_API_BASE", "value": "https://x"},
             {"name": "MY_APP_BASE_URL", "value": "https://x"},
             {"name": "HF_BASE_URL", "value": "https://x"},
+            {"name": "ACME_BASE_URL", "value": "https://x"},
+            {"name": "AWS_ACCESS_KEY_ID", "value": "x"},
+            {"name": "CREDENTIAL", "valueFrom": from("secretKeyRef", "AWS_BEARER_TOKEN_BEDROCK")},
+            {"name": "ROUTE", "valueFrom": from("secretKeyRef", "CLAUDE_CODE_USE_BEDROCK")},
         ]});
         let alias = |name: &str, key: &str| {
             format!(
@@ -253,7 +290,9 @@ mod tests {
             alias("ALIAS", "XAI_API_KEY"),
             alias("OTHER", "HF_TOKEN"),
             base("ANTHROPIC_BASE_URL"),
-            base("XAI_API_BASE"),
+            base("ZAI_API_BASE"),
+            base("AWS_ACCESS_KEY_ID"),
+            alias("CREDENTIAL", "AWS_BEARER_TOKEN_BEDROCK"),
         ];
         assert_eq!(warnings(&policy("", ""), &container), expected);
         // For Claude Code, the proxy replaces ANTHROPIC_BASE_URL.
@@ -263,12 +302,17 @@ mod tests {
         .to_string();
         let pod = serde_json::from_str(&pod).unwrap();
         let policy = policy("", "");
-        let managed =
-            plan(&policy, "", Resolution::chosen(BillingMode::PlatformManaged), &pod, Scope::Pod)
-                .unwrap();
+        let managed = plan(
+            &policy,
+            NOWHERE,
+            Resolution::chosen(BillingMode::PlatformManaged),
+            &pod,
+            Scope::Pod,
+        )
+        .unwrap();
         assert_eq!(managed.warnings, []);
-        let byok =
-            plan(&policy, "", Resolution::chosen(BillingMode::Byok), &pod, Scope::Pod).unwrap();
+        let byok = plan(&policy, NOWHERE, Resolution::chosen(BillingMode::Byok), &pod, Scope::Pod)
+            .unwrap();
         assert_eq!(byok.warnings, []);
     }
 
@@ -277,7 +321,8 @@ mod tests {
         let policy = policy("", "");
         let pod = Pod::default();
         let warnings = |reason| {
-            let plan = plan(&policy, "", Resolution::fallback(reason), &pod, Scope::Pod).unwrap();
+            let plan =
+                plan(&policy, NOWHERE, Resolution::fallback(reason), &pod, Scope::Pod).unwrap();
             within_limits(&plan.warnings)
         };
         assert_eq!(
@@ -295,13 +340,13 @@ mod tests {
         let container = json!({"name": "c", "args": ["$(HF_TOKEN)"], "env": [
             {"name": "HF_TOKEN", "value": "x"},
             {"name": "ALIAS", "valueFrom": from},
-            {"name": "XAI_BASE_URL", "value": "https://x"},
+            {"name": "ZAI_API_BASE", "value": "https://x"},
         ]});
         let text = with_container(&container);
         let pod = serde_json::from_str(&text).unwrap();
         let policy = policy("", "");
         let resolution = Resolution::fallback(Reason::LookupError);
-        let plan = plan(&policy, "", resolution, &pod, Scope::Pod).unwrap();
+        let plan = plan(&policy, NOWHERE, resolution, &pod, Scope::Pod).unwrap();
         let kinds: Vec<&str> = plan.warnings.iter().map(|one| one.kind.as_str()).collect();
         let expected = [
             "lookup_failed",
@@ -326,7 +371,7 @@ mod tests {
 
         // 256 bytes fit, 257 do not; truncation never splits a character.
         let of_length = |name: &str| {
-            let container = json!({"name": name, "env": [{"name": "XAI_BASE_URL"}]});
+            let container = json!({"name": name, "env": [{"name": "ZAI_API_BASE"}]});
             warnings(&policy, &container).remove(0)
         };
         let rest = of_length("").len();

@@ -383,6 +383,22 @@ fn values_schema_contains_the_policy_schema() {
     assert!(schema["$defs"] == definitions, "{remedy}");
 }
 
+#[test]
+fn notes_warn_about_a_versioned_anthropic_base_url() {
+    let chart = chart();
+    let notes = |url: &str| {
+        let url = format!("policy.proxy.anthropicBaseUrl={url}");
+        let arguments = ["install", "x", chart.to_str().unwrap(), "--dry-run=client"];
+        let output = helm(&[&arguments[..], &["--set", DATABASE, "--set", &url]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.split_once("\nNOTES:\n").unwrap().1.to_owned()
+    };
+    let warning = "WARNING: policy.proxy.anthropicBaseUrl ends in /v1.";
+    assert!(notes("https://x/anthropic/v1/").contains(warning));
+    assert!(!notes("https://x/anthropic").contains(warning));
+}
+
 /// Returns the rules with all of the chart's alerts.
 fn alerts() -> Value {
     let objects = render(&[

@@ -5,6 +5,7 @@
 
 mod audit;
 mod boundary;
+mod catalogue;
 mod chart;
 mod check;
 mod configuration;

@@ -38,9 +38,14 @@ fn run() -> Run {
         ..Start::default()
     }
     .start();
-    let url = json!([{"name": "XAI_BASE_URL", "value": "https://x"}]);
+    // One stays with a warning, the others are removed.
+    let env = json!([
+        {"name": "ANTHROPIC_BASE_URL", "value": "https://x"},
+        {"name": "XAI_BASE_URL", "value": "https://x"},
+        {"name": "XAI_API_KEY", "value": "x"},
+    ]);
     for workspace in [BYOK, "99999999-9999-4999-8999-999999999999"] {
-        webhook.mutate(&create(&pod(workspace, &url)));
+        webhook.mutate(&create(&pod(workspace, &env)));
     }
     let (certificate, key) = webhook.authority.issue("localhost");
     fs::write(webhook.folder.path().join("tls.key"), key).unwrap();
@@ -106,6 +111,8 @@ fn exposed_series_match_the_documentation() {
     for line in [
         "llm_billing_admissions_in_flight 0\n",
         "llm_billing_warnings_total{kind=\"base_url\"} 1\n",
+        "llm_billing_removed_variables_total{kind=\"endpoint\"} 1\n",
+        "llm_billing_removed_variables_total{kind=\"vendor_key\"} 1\n",
         "llm_billing_database_connections{state=\"used\"} 0\n",
         "llm_billing_lookup_retries_total 0\n",
         "llm_billing_build_info{version=\"0.1.0\"} 1\n",

@@ -138,7 +138,8 @@ items:
         stderr,
         "Service team/beside: makes no pods, and stays as it is\n\
          Pod team/plain: has no label molecule.ai/workspace-id, and stays as it is\n\
-         CronJob team/nightly: platform_managed (constant_fallback, missing_workspace_id)\n"
+         CronJob team/nightly: platform_managed (constant_fallback, missing_workspace_id)\n\
+         CronJob team/nightly: needs Secret molecule-llm-proxy (key usage-token) in namespace team\n"
     );
 }
 

@@ -91,3 +91,29 @@ pub fn run_in_shell(command: &str, environment: &[(&str, &str)]) -> String {
         .unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
+
+/// Asserts that a page has this many commands with output, and that each for which `is_run` holds prints what the page
+/// says. With UPDATE_DOCS set, rewrites the page instead.
+pub fn assert_transcripts(
+    path: &str,
+    count: usize,
+    environment: &[(&str, &str)],
+    is_run: impl Fn(&str) -> bool,
+) {
+    let mut text = page(path);
+    let transcripts = transcripts(&text);
+    assert_eq!(transcripts.len(), count);
+    let is_updated = std::env::var_os("UPDATE_DOCS").is_some();
+    for (command, expected) in transcripts.iter().filter(|(command, _)| is_run(command)) {
+        let output = run_in_shell(command, environment);
+        if is_updated {
+            let block = |output: &str| format!("$ {command}\n{output}");
+            text = text.replacen(&block(expected), &block(&output), 1);
+        } else {
+            assert_eq!(output, *expected, "{command}");
+        }
+    }
+    if is_updated {
+        fs::write(repository().join(path), text).unwrap();
+    }
+}
