@@ -21,14 +21,19 @@ use tracing::info;
 
 use crate::lookup;
 use crate::rules::{
-    MODE_ANNOTATION, REMOVED, RUNTIME_LABEL, SOURCE, SOURCE_ANNOTATION, WORKSPACE_LABEL,
-    is_removed, required,
+    MODE_ANNOTATION, RUNTIME_LABEL, SOURCE, SOURCE_ANNOTATION, WORKSPACE_LABEL, is_removed, masks,
+    required,
 };
 
 struct Careful {
     pool: PgPool,
-    claude_code: Vec<Variable>,
-    others: Vec<Variable>,
+    claude_code: Runtime,
+    others: Runtime,
+}
+
+/// The entries that a container of one runtime must have, and those that hide what envFrom could set.
+struct Runtime {
+    required: Vec<Variable>,
     masks: Vec<Variable>,
 }
 
@@ -142,13 +147,15 @@ pub(crate) fn routes(pool: PgPool) -> Router {
         name: entry["name"].as_str().expect("it has a name").to_owned(),
         entry: to_raw_value(entry).expect("it is JSON"),
     };
-    let variables = |runtime| required(runtime).iter().map(variable).collect();
-    let mask = |name| variable(&serde_json::json!({"name": name, "value": ""}));
+    let variables = |entries: Vec<_>| entries.iter().map(variable).collect();
+    let runtime = |runtime| Runtime {
+        required: variables(required(runtime)),
+        masks: variables(masks(runtime)),
+    };
     let careful = Careful {
         pool,
-        claude_code: variables("claude-code"),
-        others: variables(""),
-        masks: REMOVED.iter().map(mask).collect(),
+        claude_code: runtime("claude-code"),
+        others: runtime(""),
     };
     let routes = Router::new().route("/mutate", post(mutate));
     routes.with_state(Arc::new(careful))
@@ -168,7 +175,7 @@ async fn mutate(
     let mode = mode.expect("all are platform_managed");
 
     let mut operations = Vec::new();
-    let required = match labels.get(RUNTIME_LABEL).map(Cow::as_ref) {
+    let runtime = match labels.get(RUNTIME_LABEL).map(Cow::as_ref) {
         Some("claude-code") => &careful.claude_code,
         _ => &careful.others,
     };
@@ -179,7 +186,7 @@ async fn mutate(
     ] {
         for (index, container) in containers.iter().enumerate() {
             let path = format!("/spec/{list}/{index}/env");
-            plan(container, &path, required, &careful.masks, &mut operations);
+            plan(container, &path, runtime, &mut operations);
         }
     }
     let annotations = [
@@ -240,8 +247,7 @@ async fn mutate(
 fn plan<'a>(
     container: &Container<'_>,
     path: &str,
-    required: &'a [Variable],
-    masks: &'a [Variable],
+    Runtime { required, masks }: &'a Runtime,
     operations: &mut Vec<Operation<'a>>,
 ) {
     let may_come_from_source = |name: &str| {

@@ -17,8 +17,8 @@ use tracing::info;
 
 use crate::lookup;
 use crate::rules::{
-    MODE_ANNOTATION, REMOVED, RUNTIME_LABEL, SOURCE, SOURCE_ANNOTATION, WORKSPACE_LABEL,
-    is_removed, required,
+    MODE_ANNOTATION, RUNTIME_LABEL, SOURCE, SOURCE_ANNOTATION, WORKSPACE_LABEL, is_removed, masks,
+    required,
 };
 
 pub(crate) fn routes(pool: PgPool) -> Router {
@@ -44,13 +44,13 @@ async fn mutate(
     let mut changed = pod.clone();
     let runtime = labels.get(RUNTIME_LABEL).map_or("", String::as_str);
     let required = required(runtime).into_iter();
-    let required: Vec<EnvVar> = required
-        .map(|entry| serde_json::from_value(entry).expect("an env entry"))
-        .collect();
+    let variable = |entry| serde_json::from_value(entry).expect("an env entry");
+    let required: Vec<EnvVar> = required.map(variable).collect();
+    let masks: Vec<EnvVar> = masks(runtime).into_iter().map(variable).collect();
     let spec = changed.spec.as_mut().expect("it has a spec");
     let init_containers = spec.init_containers.iter_mut().flatten();
     for container in init_containers.chain(&mut spec.containers) {
-        change(container, &required);
+        change(container, &required, &masks);
     }
     let annotations = changed.metadata.annotations.get_or_insert_default();
     annotations.insert(MODE_ANNOTATION.to_owned(), mode.clone());
@@ -92,21 +92,14 @@ async fn mutate(
     ([(header::CONTENT_TYPE, "application/json")], response)
 }
 
-fn change(container: &mut Container, required: &[EnvVar]) {
+fn change(container: &mut Container, required: &[EnvVar], masks: &[EnvVar]) {
     let is_required = |name: &str| required.iter().any(|variable| variable.name == name);
     let may_come_from_source = |name: &str| {
         let mut sources = container.env_from.iter().flatten();
         sources.any(|source| name.starts_with(source.prefix.as_deref().unwrap_or_default()))
     };
-    let masks = REMOVED
-        .iter()
-        .filter(|name| may_come_from_source(name) && !is_required(name))
-        .map(|name| EnvVar {
-            name: name.to_owned(),
-            value: Some(String::new()),
-            value_from: None,
-        });
-    let masks: Vec<EnvVar> = masks.collect();
+    let is_needed = |mask: &&EnvVar| may_come_from_source(&mask.name) && !is_required(&mask.name);
+    let masks: Vec<EnvVar> = masks.iter().filter(is_needed).cloned().collect();
     let env = container.env.get_or_insert_default();
     env.retain(|entry| !is_removed(&entry.name) && !is_required(&entry.name));
     env.splice(0..0, required.iter().cloned().chain(masks));

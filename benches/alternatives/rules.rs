@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
+use llm_billing_webhook::core::catalogue::{self, Mask};
 pub(crate) use llm_billing_webhook::core::pod::{MODE_ANNOTATION, SOURCE_ANNOTATION};
 use llm_billing_webhook::core::policy::Policy;
 use serde_json::{Value, json};
@@ -22,6 +23,29 @@ pub(crate) static REMOVED: LazyLock<BTreeSet<String>> = LazyLock::new(|| {
 
 pub(crate) fn is_removed(name: &str) -> bool {
     REMOVED.contains(name)
+}
+
+/// Returns the entries that hide what an envFrom source could set in a container of this runtime.
+pub(crate) fn masks(runtime: &str) -> Vec<Value> {
+    let required = required(runtime);
+    let like = |name: &str, from: &str| {
+        let mut entry = required.iter().find(|entry| entry["name"] == from).cloned();
+        if let Some(entry) = &mut entry {
+            entry["name"] = name.into();
+        }
+        entry
+    };
+    let mask = |name: &String| {
+        let entry = match catalogue::find(name).map(|row| row.mask) {
+            Some(Mask::OpenAiBaseUrl) => like(name, "MOLECULE_LLM_BASE_URL"),
+            Some(Mask::AnthropicBaseUrl) => like(name, "MOLECULE_LLM_ANTHROPIC_BASE_URL"),
+            Some(Mask::AnthropicToken) => like(name, "ANTHROPIC_API_KEY"),
+            Some(Mask::Literal(value)) => Some(json!({"name": name, "value": value})),
+            None => None,
+        };
+        entry.unwrap_or_else(|| json!({"name": name, "value": ""}))
+    };
+    REMOVED.iter().map(mask).collect()
 }
 
 /// Returns the env entries that a container of this runtime must have.

@@ -55,6 +55,9 @@ fn main() {
     let few = bench.table(FEW);
     let many = bench.table(MANY);
     let wanted: Vec<String> = std::env::args().skip(1).collect();
+    if wanted.iter().any(|wanted| wanted == "earlier") {
+        bench.earlier(&few);
+    }
     let tables: [(&str, &dyn Fn()); 7] = [
         ("start", &|| bench.starts(&few)),
         ("instructions", &|| bench.instructions(&few)),
@@ -125,6 +128,25 @@ impl Bench {
                 format!("{:.0} ({ratio:.2})", instructions[load])
             });
             println!("| {} | {small} | {large} |", kind.name());
+        }
+    }
+
+    /// Prints the CPU of this build relative to an earlier one's.
+    fn earlier(&self, table: &Postgres) {
+        println!("\n| CPU against the earlier build's | connections | ratio |\n|---|---|---|");
+        let [webhook, earlier] =
+            [Kind::Webhook, Kind::Earlier].map(|kind| Subject::start(kind, &table.url(), FEW));
+        for (names, many) in [
+            (&["claude-code-pod"], 10_000),
+            (&["hermes-deployment-pod"], 10_000),
+            (&["large-pod-20-containers"], 20),
+        ] {
+            let load = Load::of(names, many);
+            for connections in [1, 16] {
+                let [now, before] =
+                    self.by_turns(&load, connections, [(&webhook, FEW), (&earlier, FEW)]);
+                println!("| {} | {connections} | {:.2} |", names[0], now.cpu / before.cpu);
+            }
         }
     }
 

@@ -19,6 +19,8 @@ use test_support::program::{Authority, Start, wait_for};
 pub(crate) enum Kind {
     /// The webhook.
     Webhook,
+    /// An earlier build of the webhook, which `EARLIER` names.
+    Earlier,
     /// A program in benches/alternatives, by name.
     Alternative(&'static str),
 }
@@ -29,9 +31,23 @@ impl Kind {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Webhook => "webhook",
+            Self::Earlier => "earlier webhook",
             Self::Alternative(name) => name,
         }
     }
+}
+
+/// Returns the same command for the earlier build.
+fn of_earlier(command: &Command) -> Command {
+    let mut earlier = Command::new(std::env::var_os("EARLIER").expect("EARLIER names the program"));
+    earlier.args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => earlier.env(name, value),
+            None => earlier.env_remove(name),
+        };
+    }
+    earlier
 }
 
 pub(crate) struct Subject {
@@ -84,13 +100,17 @@ impl Subject {
         fs::write(folder.path().join("tls.crt"), certificate).unwrap();
         fs::write(folder.path().join("tls.key"), key).unwrap();
         let command = match kind {
-            Kind::Webhook => {
+            Kind::Webhook | Kind::Earlier => {
                 let start = Start {
                     policy: PROXY,
                     database_url,
                     ..Start::default()
                 };
-                start.command(folder.path())
+                let command = start.command(folder.path());
+                match kind {
+                    Kind::Earlier => of_earlier(&command),
+                    _ => command,
+                }
             }
             Kind::Alternative(name) => {
                 let program =
@@ -111,7 +131,7 @@ impl Subject {
             .spawn()
             .unwrap();
         let (address, health) = wait_for("the program listens", || match kind {
-            Kind::Webhook => {
+            Kind::Webhook | Kind::Earlier => {
                 let log = read(&folder, STDERR);
                 let line = log.lines().find(|line| line.contains("\"listening\""))?;
                 let line: Value = serde_json::from_str(line).ok()?;
