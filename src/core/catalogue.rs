@@ -78,7 +78,7 @@ pub struct Row {
     pub source: &'static str,
     /// The program's version that was read.
     pub version: &'static str,
-    /// The date of that, as YYYY-MM-DD.
+    /// The date on which it was read, as YYYY-MM-DD.
     pub checked: &'static str,
 }
 

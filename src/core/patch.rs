@@ -56,7 +56,7 @@ const REPLACE: &str = r#"{"op":"replace","path":""#;
 const REMOVE: &str = r#"{"op":"remove","path":""#;
 const MOVE: &str = r#"{"op":"move","from":""#;
 
-/// The operations that moving takes besides one for each remaining entry.
+/// The operations of a move besides one for each remaining entry: move the list, add the new one, remove the old one.
 const MOVE_OPERATIONS: usize = 3;
 
 impl Patch {
@@ -73,7 +73,7 @@ impl Patch {
         if remove.len() == entries.len() {
             return self.write(REPLACE, &env, None, Some(Content::Entries(add)));
         }
-        // Hundreds of masks before a few entries: move the entries instead of adding each mask by itself.
+        // Many variables before few entries: moving the entries takes less than half the operations.
         let remaining = entries.len() - remove.len();
         if add.len() > 2 * (remaining + MOVE_OPERATIONS) {
             return self.move_entries(&env, plan);

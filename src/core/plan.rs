@@ -67,8 +67,15 @@ impl ContainerPlan<'_> {
         let removed = removed.map(|entry| entry.name.as_str());
         let added = add.iter().map(|variable| variable.name());
         let mut names = Vec::new();
-        for name in removed.chain(added) {
+        for name in removed {
             if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        // Each variable is added once, and there can be hundreds.
+        let distinct = names.len();
+        for name in added {
+            if !names.iter().take(distinct).any(|removed| *removed == name) {
                 names.push(name);
             }
         }
@@ -218,7 +225,7 @@ pub fn plan<'a>(
     })
 }
 
-/// Reports whether anything in a pod could bring a vendor's credential: a variable of the policy's vendor keys or of the
+/// Reports whether a pod has a recognizable source of a vendor's credential: a variable of the policy's vendor keys or of the
 /// catalogue, a variable of a Secret or ConfigMap, envFrom, or a volume.
 fn could_have_credential(policy: &Policy, pod: &Pod<'_>) -> bool {
     let is_credential = |entry: &EnvEntry<'_>| {

@@ -290,7 +290,7 @@ pub enum CatalogueRule {
     Remove,
     /// The variables are not removed, and a warning names them.
     Warn,
-    /// The variables are not removed.
+    /// The variables are neither removed nor warned about.
     Ignore,
 }
 
@@ -325,7 +325,7 @@ pub struct ProxySettings {
     pub usage_token: Option<UsageToken>,
     /// Additional env entries. An entry overrides the contract's variable of the same name.
     pub extra_env: Vec<ExtraEnv>,
-    /// Names of containers that get no proxy variables. Their mode is set and their vendor keys are removed.
+    /// Names of containers that get no proxy variables. Their mode is set and restricted variables are removed.
     pub exclude_containers: BTreeSet<String>,
 }
 

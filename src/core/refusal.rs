@@ -12,15 +12,15 @@ pub enum Refusal {
          set proxy.baseUrl and proxy.usageToken in the webhook's policy, or the workspace's mode to byok or disabled"
     )]
     MissingPlatformProxy,
-    /// An envFrom source could set vendor keys and the policy says `envFrom: deny`.
+    /// An envFrom source could set removed variables and the policy says `envFrom: deny`.
     #[error(
-        "ENV_FROM_VENDOR_KEY: envFrom of container {container:?} can set {keys} in a platform_managed workspace; \
-         list the variables that you need under env, or give the source a prefix that no vendor key starts with"
+        "ENV_FROM_VENDOR_KEY: envFrom of container {container:?} can set {keys}, which platform_managed removes; \
+         list the variables that you need under env, or give the source a prefix that none of these names starts with"
     )]
     EnvFromVendorKey {
         /// The container's name.
         container: String,
-        /// The vendor keys' names; shortened if there are many.
+        /// The removed variables' names; shortened if there are many.
         keys: String,
     },
     /// A reference of the proxy's settings has placeholders, and the pod's workspace id or namespace makes it invalid.

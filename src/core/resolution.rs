@@ -14,7 +14,7 @@ pub const RESOLVED_VARIABLE: &str = "MOLECULE_LLM_BILLING_MODE_RESOLVED";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BillingMode {
-    /// Calls go through the platform's metered proxy; vendor keys are removed.
+    /// Calls go through the platform's metered proxy; vendor keys and the catalogue's variables are removed.
     PlatformManaged,
     /// The workspace pays its vendor; its keys are not removed.
     Byok,

@@ -1,9 +1,12 @@
 //! The variables that are restricted on platform_managed: the policy's vendor keys and the catalogue's rows. policy_file.rs
 //! has the rules; plan.rs decides in which modes and containers they apply.
 
+use std::cmp::Ordering;
+use std::collections::BTreeSet;
+
 use super::catalogue::{self, Kind, Mask};
 use super::env::{Value, Variable};
-use super::policy_file::{CatalogueRule, PolicyFile};
+use super::policy_file::{CatalogueRule, Name, PolicyFile};
 
 /// What a restricted variable is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,15 +56,26 @@ impl Restriction {
     }
 }
 
-/// The restricted variables, sorted by name.
+/// The restricted variables.
 #[derive(Clone)]
-pub struct Restrictions(Vec<Restriction>);
+pub struct Restrictions {
+    /// Sorted by name.
+    all: Vec<Restriction>,
+    /// The indices of the names of each length. Every entry of every pod is looked up, and few names have the same length.
+    by_length: Vec<Vec<usize>>,
+    /// The policy's `allow`.
+    allowed: BTreeSet<Name>,
+}
 
-/// The contract names this variable as one that stays unless the proxy sets it, so the catalogue does not remove it.
+/// The contract keeps this variable unless the proxy sets it, so the catalogue does not remove it.
 const KEPT_BY_CONTRACT: &str = "ANTHROPIC_BASE_URL";
 
 impl Restrictions {
-    pub(super) const NONE: Self = Self(Vec::new());
+    pub(super) const NONE: Self = Self {
+        all: Vec::new(),
+        by_length: Vec::new(),
+        allowed: BTreeSet::new(),
+    };
 
     /// Compiles the policy's rules.
     pub(super) fn new(file: &PolicyFile) -> Self {
@@ -95,17 +109,40 @@ impl Restrictions {
                 .iter()
                 .all(|allowed| allowed.as_str() != one.name())
         });
-        // A vendor key comes before its catalogue rows, and is the one that remains.
+        // A vendor key comes before its catalogue rows, so it is the entry that `dedup_by` keeps.
         all.sort_by(|a, b| a.name().cmp(b.name()));
         all.dedup_by(|a, b| a.name() == b.name());
-        Self(all)
+        let longest = all.iter().map(|one| one.name().len()).max();
+        let indices = |length| {
+            let named = all
+                .iter()
+                .enumerate()
+                .filter(|(_, one)| one.name().len() == length);
+            named.map(|(index, _)| index).collect()
+        };
+        let by_length = (0..=longest.unwrap_or_default()).map(indices).collect();
+        Self {
+            all,
+            by_length,
+            allowed: file.allow.clone(),
+        }
     }
 
     /// Returns the restriction of a name and its index, if it has one.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<(usize, &Restriction)> {
-        let index = self.0.binary_search_by(|one| one.name().cmp(name)).ok()?;
-        self.0.get(index).map(|restriction| (index, restriction))
+        let named = self.by_length.get(name.len())?;
+        let compare = |index: &usize| {
+            let restriction = self.all.get(*index);
+            restriction.map_or(Ordering::Less, |restriction| restriction.name().cmp(name))
+        };
+        let index = *named.get(named.binary_search_by(compare).ok()?)?;
+        self.all.get(index).map(|restriction| (index, restriction))
+    }
+
+    /// Reports whether the policy's `allow` names the variable.
+    pub(super) fn allows(&self, name: &str) -> bool {
+        self.allowed.iter().any(|allowed| allowed.as_str() == name)
     }
 
     /// Reports whether the variable is removed.
@@ -117,7 +154,7 @@ impl Restrictions {
     /// Returns all restrictions, sorted by name.
     #[must_use]
     pub fn all(&self) -> &[Restriction] {
-        &self.0
+        &self.all
     }
 }
 

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use super::catalogue::Kind;
+use super::catalogue::{self, Kind};
 use super::env::{Changes, Required, references};
 use super::pod::{Container, Text};
 use super::restrictions::{Class, Restriction, Restrictions};
@@ -65,8 +65,8 @@ impl Warning {
     pub(super) fn missing_byok_credential() -> Self {
         Self {
             kind: WarningKind::MissingByokCredential,
-            text: "MISSING_BYOK_CREDENTIAL: the workspace is byok and nothing in the pod can bring a vendor's credential; \
-                   add the workspace's own key, for example by secretKeyRef"
+            text: "MISSING_BYOK_CREDENTIAL: the workspace is byok and the pod has no variable of a known credential, no Secret, \
+                   ConfigMap or volume; add the workspace's own key by secretKeyRef, unless its image or identity brings one"
                 .to_owned(),
         }
     }
@@ -147,16 +147,16 @@ pub(super) fn warn_about_container(
         let kind = match class {
             Some(Class::Catalogue(Kind::Endpoint)) => WarningKind::BaseUrl,
             Some(Class::Catalogue(_)) => WarningKind::Catalogue,
-            None if is_vendor_base_url(restrictions, name) => WarningKind::BaseUrl,
+            None if is_unlisted_base_url(restrictions, name) => WarningKind::BaseUrl,
             Some(Class::VendorKey) | None => continue,
         };
         warn(kind, format!("env {name} can make calls bypass the meter; not removed"));
     }
 }
 
-/// Reports whether a variable is a vendor's base URL: `X_BASE_URL` or `X_API_BASE`, where `X_API_KEY` or
-/// `X_AUTH_TOKEN` is removed.
-fn is_vendor_base_url(restrictions: &Restrictions, name: &str) -> bool {
+/// Reports whether a variable is a vendor's base URL for which the policy has no rule: `X_BASE_URL` or `X_API_BASE`,
+/// where `X_API_KEY` or `X_AUTH_TOKEN` is removed.
+fn is_unlisted_base_url(restrictions: &Restrictions, name: &str) -> bool {
     let vendor = name
         .strip_suffix("_BASE_URL")
         .or_else(|| name.strip_suffix("_API_BASE"));
@@ -164,6 +164,8 @@ fn is_vendor_base_url(restrictions: &Restrictions, name: &str) -> bool {
         ["_API_KEY", "_AUTH_TOKEN"]
             .iter()
             .any(|suffix| restrictions.removes(&format!("{vendor}{suffix}")))
+            && catalogue::find(name).is_none()
+            && !restrictions.allows(name)
     })
 }
 
@@ -295,6 +297,14 @@ mod tests {
             alias("CREDENTIAL", "AWS_BEARER_TOKEN_BEDROCK"),
         ];
         assert_eq!(warnings(&policy("", ""), &container), expected);
+        let quiet =
+            policy("catalogue: {endpoint: ignore, shared: ignore}\nallow: [ZAI_API_BASE]", "");
+        let expected = [
+            alias("ALIAS", "XAI_API_KEY"),
+            alias("OTHER", "HF_TOKEN"),
+            alias("CREDENTIAL", "AWS_BEARER_TOKEN_BEDROCK"),
+        ];
+        assert_eq!(warnings(&quiet, &container), expected);
         // For Claude Code, the proxy replaces ANTHROPIC_BASE_URL.
         let pod = json!({"metadata": {"labels": {"molecule.ai/runtime": "claude-code"}}, "spec": {"containers": [
             {"name": "c", "env": [{"name": "ANTHROPIC_BASE_URL", "value": "https://x"}]},
