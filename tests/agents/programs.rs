@@ -1,4 +1,4 @@
-//! The programs: how each is started with one prompt, and what its image brings.
+//! The SDKs: how each is started with one prompt, and what its image brings. The agent programs are in command_line.rs.
 
 use std::path::PathBuf;
 use std::{env, fs};
@@ -27,10 +27,6 @@ pub(crate) fn installed(name: &str) -> PathBuf {
     let remedy = "scripts/check installs the SDKs, scripts/agents the programs";
     assert!(folder.join("installed-lock").exists(), "{name} is not installed; {remedy}");
     folder
-}
-
-fn words(command: &str) -> Vec<String> {
-    command.split_whitespace().map(str::to_owned).collect()
 }
 
 fn python(name: &'static str, runtime: &'static str, lock: &str, driver: &str) -> Program {
@@ -80,90 +76,6 @@ pub(crate) fn openai_sdks() -> Vec<Program> {
         python("openai 3.57.0 (Python)", "python", "python-openai-new", driver),
         javascript("openai 4.47.1 (JavaScript)", "node", "openai-old"),
         javascript("openai 7.59.0 (JavaScript)", "node", "openai-new"),
-    ]
-}
-
-/// Codex reads its base URL from a file only.
-const CODEX_CONFIG: &str = include_str!("files/codex.toml");
-const GEMINI_SETTINGS: &str = include_str!("files/gemini.json");
-
-/// Returns the command-line programs.
-pub(crate) fn agents() -> Vec<Program> {
-    let binary = |name: &str, arguments: &str| {
-        let path = installed("programs").join("node_modules/.bin").join(name);
-        [
-            vec![path.to_str().unwrap().to_owned()],
-            words(arguments),
-            vec!["say hello".to_owned()],
-        ]
-        .concat()
-    };
-    let script = |lock: &str, arguments: &str| {
-        let folder = installed(lock);
-        let path = folder.join("bin").join(lock).to_str().unwrap().to_owned();
-        let command = [
-            vec!["python3".to_owned(), path],
-            words(arguments),
-            vec!["say hello".to_owned()],
-        ];
-        (command.concat(), ("PYTHONPATH", folder.to_str().unwrap().to_owned()))
-    };
-    let set = |name, value: &str| (name, value.to_owned());
-    let (aider, aider_path) = script(
-        "aider",
-        "--model openai/gpt-4o --no-git --yes-always --no-check-update --analytics-disable \
-         --no-show-model-warnings --no-pretty --no-stream --exit --message",
-    );
-    let (hermes, hermes_path) = script("hermes", "-z");
-    vec![
-        Program {
-            name: "Claude Code 2.1.197",
-            runtime: "claude-code",
-            command: binary("claude", "-p"),
-            image: vec![set("CLAUDE_CODE_MAX_RETRIES", "0")],
-            files: &[],
-        },
-        Program {
-            name: "Codex 0.171.0",
-            runtime: "codex",
-            command: binary("codex", "exec --skip-git-repo-check"),
-            image: vec![],
-            files: &[(".codex/config.toml", CODEX_CONFIG)],
-        },
-        Program {
-            name: "Gemini CLI 0.61.0",
-            runtime: "gemini-cli",
-            command: binary("gemini", "-p"),
-            image: vec![
-                set("GEMINI_CLI_TRUST_WORKSPACE", "true"),
-                set("GEMINI_MODEL", "gemini-2.5-flash"),
-            ],
-            files: &[(".gemini/settings.json", GEMINI_SETTINGS)],
-        },
-        Program {
-            name: "OpenCode 1.18.33",
-            runtime: "opencode",
-            command: binary("opencode", "run -m openai/gpt-4o"),
-            image: vec![
-                set("OPENCODE_DISABLE_MODELS_FETCH", "1"),
-                set("OPENCODE_DISABLE_AUTOUPDATE", "1"),
-            ],
-            files: &[],
-        },
-        Program {
-            name: "aider 0.86.2",
-            runtime: "aider",
-            command: aider,
-            image: vec![aider_path, set("LITELLM_LOCAL_MODEL_COST_MAP", "True")],
-            files: &[],
-        },
-        Program {
-            name: "Hermes agent 0.19.0",
-            runtime: "hermes",
-            command: hermes,
-            image: vec![hermes_path, set("HERMES_DISABLE_LAZY_INSTALLS", "1")],
-            files: &[],
-        },
     ]
 }
 

@@ -67,7 +67,7 @@ pub(crate) fn in_namespace(test: &str, body: impl FnOnce()) {
         ])
         .arg(&resolver)
         .arg(env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--include-ignored"])
+        .args(["--exact", test, "--nocapture"])
         .env(INSIDE, "yes")
         // A shell drops the variable by which cargo names the program.
         .env("PROGRAM_UNDER_TEST", program_path())
