@@ -128,7 +128,7 @@ fn add_env_findings(
     details: &mut Vec<String>,
 ) {
     for container in &plan.containers {
-        let variables = container.variables();
+        let variables: Vec<&str> = container.variables().collect();
         findings.extend(
             variables
                 .iter()

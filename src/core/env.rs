@@ -1,11 +1,11 @@
 //! One container's env list: required variables, the changes that bring it in sync, the variables that envFrom could
 //! set, and `$(NAME)` references. plan.rs decides which variables each container must have.
 
-use std::borrow::Cow;
+use std::sync::Arc;
 
 use serde::Serialize;
-use serde_json::value::{RawValue, to_raw_value};
 
+use super::json::text;
 use super::pod::{EnvEntry, EnvFrom, Text, ValueFrom};
 use super::policy_file::{EnvSource, Name};
 
@@ -20,49 +20,37 @@ pub enum Value {
     Source(EnvSource),
 }
 
-/// A variable that a container must have. No `Debug`: its value may be a token.
+/// A name and a value. No `Debug`: the value may be a token.
 #[derive(Clone)]
 pub struct Variable {
     name: String,
     value: Value,
-    /// The variable as an env entry, rendered once.
-    entry: Box<RawValue>,
-    is_mask: bool,
+    /// The beginning of its env entry in JSON, with the name.
+    name_json: String,
+    /// The rest of the entry, with the value.
+    value_json: String,
 }
 
 impl Variable {
     /// Creates a variable and renders its env entry. An empty value is left out, as the API server leaves it out.
     pub(super) fn new(name: &str, value: Value) -> Self {
-        #[derive(Serialize)]
-        struct Entry<'a> {
-            name: &'a str,
-            #[serde(flatten)]
-            value: Option<&'a Value>,
-        }
-        let entry = Entry {
-            name,
-            value: (!value.is_empty()).then_some(&value),
+        let mut name_json = r#"{"name":"#.to_owned();
+        text(&mut name_json, name);
+        let value_json = if value.is_empty() {
+            "}".to_owned()
+        } else {
+            // An object without its opening brace.
+            let object = serde_json::to_string(&value);
+            object
+                .unwrap_or_else(|_| unreachable!("all keys are strings"))
+                .replacen('{', ",", 1)
         };
-        let entry = to_raw_value(&entry).unwrap_or_else(|_| unreachable!("all keys are strings"));
         Self {
             name: name.to_owned(),
             value,
-            entry,
-            is_mask: false,
+            name_json,
+            value_json,
         }
-    }
-
-    /// Creates an entry that hides an envFrom variable of the same name.
-    pub(super) fn mask(name: &str, value: Value) -> Self {
-        Self {
-            is_mask: true,
-            ..Self::new(name, value)
-        }
-    }
-
-    /// Returns the variable as an env entry of a pod, in JSON.
-    pub(super) fn entry(&self) -> &str {
-        self.entry.get()
     }
 
     /// Returns the name.
@@ -75,12 +63,7 @@ impl Variable {
         &self.value
     }
 
-    /// Reports whether the entry hides an envFrom variable.
-    pub(super) const fn is_mask(&self) -> bool {
-        self.is_mask
-    }
-
-    /// Reports whether an entry of the same name has the value. An absent value counts as empty.
+    /// Reports whether a pod's entry has the value. An absent value counts as empty.
     fn is_met_by(&self, entry: &EnvEntry<'_>) -> bool {
         let text = entry.value.as_ref().map_or("", Text::as_str);
         match (&self.value, &entry.value_from) {
@@ -140,13 +123,96 @@ impl EnvSource {
     }
 }
 
+/// An entry that a container must have. It borrows what it can: with envFrom, a container needs hundreds.
+#[derive(Clone)]
+pub struct Entry<'a> {
+    /// The variable whose name it has, if it hides that variable of an envFrom source.
+    masked: Option<&'a Variable>,
+    /// The variable whose value it has, and otherwise its name.
+    variable: Shared<'a>,
+}
+
+/// A variable of the policy, or a copy with this pod's values in place of placeholders.
+#[derive(Clone)]
+enum Shared<'a> {
+    Policy(&'a Variable),
+    Pod(Arc<Variable>),
+}
+
+impl<'a> Entry<'a> {
+    /// Creates the entry of a variable that has this pod's values in place of placeholders.
+    pub(super) fn filled(variable: Variable) -> Self {
+        Self {
+            masked: None,
+            variable: Shared::Pod(Arc::new(variable)),
+        }
+    }
+
+    /// Creates an entry that hides `masked` by its own value.
+    pub(super) const fn mask(masked: &'a Variable) -> Self {
+        Self {
+            masked: Some(masked),
+            variable: Shared::Policy(masked),
+        }
+    }
+
+    /// Creates an entry that hides `masked` by the value of this entry.
+    pub(super) fn masking(&self, masked: &'a Variable) -> Self {
+        Self {
+            masked: Some(masked),
+            variable: self.variable.clone(),
+        }
+    }
+
+    fn variable(&self) -> &Variable {
+        match &self.variable {
+            Shared::Policy(variable) => variable,
+            Shared::Pod(variable) => variable,
+        }
+    }
+
+    fn named(&self) -> &Variable {
+        self.masked.unwrap_or_else(|| self.variable())
+    }
+
+    /// Returns the name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.named().name
+    }
+
+    pub(super) fn value(&self) -> &Value {
+        &self.variable().value
+    }
+
+    /// Reports whether the entry hides an envFrom variable.
+    pub(super) const fn is_mask(&self) -> bool {
+        self.masked.is_some()
+    }
+
+    /// Writes the entry in JSON.
+    pub(super) fn write(&self, out: &mut String) {
+        out.push_str(&self.named().name_json);
+        out.push_str(&self.variable().value_json);
+    }
+}
+
+impl<'a> From<&'a Variable> for Entry<'a> {
+    fn from(variable: &'a Variable) -> Self {
+        Self {
+            masked: None,
+            variable: Shared::Policy(variable),
+        }
+    }
+}
+
 /// The variables that a container must have, each name once.
 #[derive(Default)]
 pub struct Required<'a> {
     /// The mode and the proxy variables.
-    pub variables: Vec<Cow<'a, Variable>>,
+    pub variables: Vec<Entry<'a>>,
     /// The masks of what envFrom could set, sorted by name. There can be hundreds.
-    pub masks: Vec<Cow<'a, Variable>>,
+    pub masks: Vec<Entry<'a>>,
 }
 
 impl<'a> Required<'a> {
@@ -170,7 +236,7 @@ impl<'a> Required<'a> {
         self.position(name).is_some()
     }
 
-    fn all(&self) -> impl Iterator<Item = &Cow<'a, Variable>> {
+    fn all(&self) -> impl Iterator<Item = &Entry<'a>> {
         self.variables.iter().chain(&self.masks)
     }
 }
@@ -181,7 +247,7 @@ pub struct Changes<'a> {
     /// Indices of the entries to remove, ascending.
     pub remove: Vec<usize>,
     /// Variables to add before all entries, in this order.
-    pub add: Vec<Cow<'a, Variable>>,
+    pub add: Vec<Entry<'a>>,
     /// Indices of the entries that are neither required nor removed, ascending.
     pub others: Vec<usize>,
 }
@@ -202,7 +268,7 @@ pub(super) fn reconcile<'a>(
     required: &Required<'a>,
     is_forbidden: impl Fn(&str) -> bool,
 ) -> Changes<'a> {
-    let all: Vec<&Cow<'a, Variable>> = required.all().collect();
+    let all: Vec<&Entry<'a>> = required.all().collect();
     let mut met = vec![false; all.len()];
     let mut remove = Vec::new();
     let mut others = Vec::new();
@@ -213,7 +279,7 @@ pub(super) fn reconcile<'a>(
             position.and_then(|position| all.get(position).zip(met.get_mut(position)));
         let remains = match requirement {
             Some((variable, met)) => {
-                let is_first_match = !*met && variable.is_met_by(entry);
+                let is_first_match = !*met && variable.variable().is_met_by(entry);
                 *met |= is_first_match;
                 is_first_match
             }
@@ -285,15 +351,13 @@ mod tests {
     fn reconcile_keeps_one_correct_entry_per_required_variable() {
         let source: EnvSource =
             serde_saphyr::from_str("{secretKeyRef: {name: s, key: k}}").unwrap();
+        let hidden = literal("B", "");
         let required = Required {
             variables: vec![
-                Cow::Owned(literal("A", "1")),
-                Cow::Owned(Variable::new("C", Value::Source(source))),
+                Entry::filled(literal("A", "1")),
+                Entry::filled(Variable::new("C", Value::Source(source))),
             ],
-            masks: vec![Cow::Owned(Variable::mask(
-                "B",
-                Value::Literal(String::new()),
-            ))],
+            masks: vec![Entry::mask(&hidden)],
         };
         let c = r#"{"name":"C","valueFrom":{"secretKeyRef":{"name":"s","key":"k"}}}"#;
         // Entries before C's, indices to remove, names to add.

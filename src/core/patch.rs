@@ -1,9 +1,7 @@
 //! Writes a plan as a JSON patch (RFC 6902) with few operations. No operation repeats an unchanged value, because the
 //! API server writes patches to its audit log.
 
-use std::borrow::Cow;
-
-use super::env::Variable;
+use super::env::Entry;
 use super::json::{list, object, text};
 use super::plan::{AnnotationPlan, AnnotationsParent, ContainerPlan, Plan};
 
@@ -19,9 +17,9 @@ pub struct Patch {
 #[derive(Clone, Copy)]
 enum Content<'a> {
     /// One env entry.
-    Entry(&'a Variable),
+    Entry(&'a Entry<'a>),
     /// A whole env list.
-    Entries(&'a [Cow<'a, Variable>]),
+    Entries(&'a [Entry<'a>]),
     /// An annotation's value.
     Text(&'static str),
     /// All annotations.
@@ -30,8 +28,10 @@ enum Content<'a> {
     Metadata(&'a [AnnotationPlan]),
 }
 
-/// Initial capacity for the operations on one container. It avoids most reallocations.
-const BYTES_PER_CONTAINER: usize = 1536;
+/// Initial capacity for the operations on one container, and for each entry that they add. They avoid most
+/// reallocations.
+const BYTES_PER_CONTAINER: usize = 1024;
+const BYTES_PER_ENTRY: usize = 48;
 
 /// Writes a plan as operations on the object at `root`, a JSON pointer: empty for a pod, or the path of a pod template,
 /// such as `/spec/template`.
@@ -65,6 +65,7 @@ impl Patch {
         let index = index.format(plan.index);
         let env = [root, "/spec/", plan.list.field(), "/", index, "/env"].concat();
         let (remove, add) = (&plan.changes.remove, plan.changes.add.as_slice());
+        self.json.reserve(add.len() * BYTES_PER_ENTRY);
 
         // No entry remains: one operation writes the whole list.
         let Some(entries) = &plan.container.env else {
@@ -168,8 +169,8 @@ impl Patch {
 impl Content<'_> {
     fn write(self, out: &mut String) {
         match self {
-            Self::Entry(variable) => out.push_str(variable.entry()),
-            Self::Entries(all) => list(out, all, |out, variable| out.push_str(variable.entry())),
+            Self::Entry(entry) => entry.write(out),
+            Self::Entries(all) => list(out, all, |out, entry| entry.write(out)),
             Self::Text(value) => text(out, value),
             Self::Annotations(annotations) => write_annotations(out, annotations),
             Self::Metadata(annotations) => object(out, |metadata| {

@@ -1,12 +1,11 @@
 //! The plan: how each container's env and the pod's annotations must change. Both webhooks, `review` and `audit` use
 //! it. patch.rs writes a plan as a JSON patch.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
 use super::catalogue::{self, Mask};
-use super::env::{Changes, Required, Value, Variable, could_set, reconcile};
+use super::env::{Changes, Entry, Required, Value, Variable, could_set, reconcile};
 use super::placeholders::Placeholders;
 use super::pod::{
     Container, ContainerList, EnvEntry, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text,
@@ -41,7 +40,7 @@ pub struct Plan<'a> {
     /// Warnings for the user, without env values.
     pub warnings: Vec<Warning>,
     /// The proxy variables that the containers need; empty if no container needs them.
-    proxy: Vec<Cow<'a, Variable>>,
+    proxy: Vec<Entry<'a>>,
     restrictions: &'a Restrictions,
 }
 
@@ -59,27 +58,23 @@ pub struct ContainerPlan<'a> {
 
 impl ContainerPlan<'_> {
     /// Returns the variables that are out of sync, each once: wrong or duplicate ones first, then missing ones.
-    #[must_use]
-    pub fn variables(&self) -> Vec<&str> {
+    pub fn variables(&self) -> impl Iterator<Item = &str> {
         let Changes { remove, add, .. } = &self.changes;
         let entries = self.container.entries();
-        let removed = remove.iter().filter_map(|&index| entries.get(index));
-        let removed = removed.map(|entry| entry.name.as_str());
-        let added = add.iter().map(|variable| variable.name());
-        let mut names = Vec::new();
-        for name in removed {
-            if !names.contains(&name) {
-                names.push(name);
+        let mut removed = Vec::new();
+        for entry in remove.iter().filter_map(|&index| entries.get(index)) {
+            let name = entry.name.as_str();
+            if !removed.contains(&name) {
+                removed.push(name);
             }
         }
         // Each variable is added once, and there can be hundreds.
-        let distinct = names.len();
-        for name in added {
-            if !names.iter().take(distinct).any(|removed| *removed == name) {
-                names.push(name);
-            }
-        }
-        names
+        let distinct = removed.clone();
+        let added = add
+            .iter()
+            .map(Entry::name)
+            .filter(move |name| !distinct.contains(name));
+        removed.into_iter().chain(added)
     }
 }
 
@@ -113,7 +108,7 @@ impl Plan<'_> {
     /// Returns the Secrets that the proxy variables refer to, each as `NAME (key KEY)`.
     #[must_use]
     pub fn secrets(&self) -> BTreeSet<String> {
-        let secret = |variable: &Cow<'_, Variable>| match variable.value() {
+        let secret = |variable: &Entry<'_>| match variable.value() {
             Value::Source(EnvSource::SecretKeyRef(reference)) => {
                 Some(format!("{} (key {})", reference.name.as_str(), reference.key.as_str()))
             }
@@ -164,7 +159,7 @@ impl Plan<'_> {
                 summary.push_str("; ");
             }
             write_prefix(&mut summary, plan.container.name.as_str());
-            summarize_names(&mut summary, &plan.variables());
+            summarize_names(&mut summary, plan.variables());
         }
         let more = self.containers.len().saturating_sub(MAX_CONTAINERS);
         if more > 0 {
@@ -312,7 +307,7 @@ static NO_RESTRICTIONS: Restrictions = Restrictions::NONE;
 /// The rules for every container of a pod.
 struct Rules<'a> {
     mode: &'static [Variable; 2],
-    proxy: Vec<Cow<'a, Variable>>,
+    proxy: Vec<Entry<'a>>,
     /// The containers that get no proxy variables.
     excluded: Option<&'a BTreeSet<String>>,
     restrictions: &'a Restrictions,
@@ -352,7 +347,7 @@ impl<'a> Rules<'a> {
     /// Returns the variables that a container must have: mode, proxy, and masks of removed variables that envFrom could
     /// set.
     fn variables_for(&self, container: &Container<'_>) -> Result<Required<'a>, Refusal> {
-        let mut variables: Vec<_> = self.mode.iter().map(Cow::Borrowed).collect();
+        let mut variables: Vec<_> = self.mode.iter().map(Entry::from).collect();
         if !self.excludes(container) {
             variables.extend_from_slice(&self.proxy);
         }
@@ -373,18 +368,16 @@ impl<'a> Rules<'a> {
         let hidden = all.filter(|(index, restriction)| {
             restriction.is_removed && !set.contains(index) && could_set(sources, restriction.name())
         });
-        let hidden: Vec<&Restriction> = hidden.map(|(_, restriction)| restriction).collect();
-        if self.env_from == EnvFromRule::Deny && !hidden.is_empty() {
-            let names: Vec<&str> = hidden.into_iter().map(Restriction::name).collect();
+        let mut hidden = hidden.map(|(_, restriction)| restriction).peekable();
+        if self.env_from == EnvFromRule::Deny && hidden.peek().is_some() {
             let mut keys = String::new();
-            summarize_names(&mut keys, &names);
+            summarize_names(&mut keys, hidden.map(Restriction::name));
             return Err(Refusal::EnvFromVendorKey {
                 container: container.name.as_str().to_owned(),
                 keys,
             });
         }
         required.masks = hidden
-            .into_iter()
             .map(|restriction| mask(restriction, &required.variables))
             .collect();
         Ok(required)
@@ -393,13 +386,8 @@ impl<'a> Rules<'a> {
 
 /// Returns the entry that hides a variable. Programs that reject an empty value get the value that the container's proxy
 /// variables have for that vendor. The token is used only in a container whose Anthropic clients call the proxy.
-fn mask<'a>(restriction: &'a Restriction, variables: &[Cow<'a, Variable>]) -> Cow<'a, Variable> {
-    let value = |name: &str| {
-        let mut variables = variables.iter();
-        variables
-            .find(|variable| variable.name() == name)
-            .map(|variable| variable.value())
-    };
+fn mask<'a>(restriction: &'a Restriction, variables: &[Entry<'a>]) -> Entry<'a> {
+    let value = |name: &str| variables.iter().find(|variable| variable.name() == name);
     let value = match restriction.mask {
         Mask::Literal(_) => None,
         Mask::OpenAiBaseUrl => value("OPENAI_BASE_URL").or_else(|| value("MOLECULE_LLM_BASE_URL")),
@@ -408,10 +396,8 @@ fn mask<'a>(restriction: &'a Restriction, variables: &[Cow<'a, Variable>]) -> Co
         }
         Mask::AnthropicToken => value("ANTHROPIC_BASE_URL").and(value("ANTHROPIC_API_KEY")),
     };
-    match value {
-        None => Cow::Borrowed(&restriction.literal),
-        Some(value) => Cow::Owned(Variable::mask(restriction.name(), value.clone())),
-    }
+    let masked = &restriction.literal;
+    value.map_or_else(|| Entry::mask(masked), |value| value.masking(masked))
 }
 
 /// Returns the two variables that carry a mode, rendered once. Both hold the resolved mode.
@@ -432,15 +418,16 @@ fn mode_variables(mode: BillingMode) -> &'static [Variable; 2] {
 }
 
 /// Appends the first names to a message and counts the others.
-fn summarize_names(message: &mut String, names: &[&str]) {
+fn summarize_names<'a>(message: &mut String, names: impl Iterator<Item = &'a str>) {
     const MAX_NAMES: usize = 8;
-    for (index, name) in names.iter().take(MAX_NAMES).enumerate() {
+    let mut names = names.fuse();
+    for (index, name) in names.by_ref().take(MAX_NAMES).enumerate() {
         if index > 0 {
             message.push_str(", ");
         }
         message.push_str(name);
     }
-    let more = names.len().saturating_sub(MAX_NAMES);
+    let more = names.count();
     if more > 0 {
         message.push_str(&format!(" and {more} more"));
     }
@@ -580,11 +567,12 @@ mod tests {
             let names = ["ANTHROPIC_AUTH_TOKEN", "OPENAI_API_BASE", "OPENAI_API_KEY"];
             let entry = |name: &&str| {
                 let mut added = plan.containers[0].changes.add.iter();
-                let entry = added
+                let mut entry = String::new();
+                added
                     .find(|variable| variable.name() == *name)
                     .unwrap()
-                    .entry();
-                entry.to_owned()
+                    .write(&mut entry);
+                entry
             };
             names.iter().map(entry).collect::<Vec<_>>().join(" ")
         };
@@ -741,7 +729,7 @@ mod tests {
         assert_eq!(plan.changed(), format!("i: {modes}; c: {modes}"));
         let listed = |names: &[&str]| {
             let mut message = String::new();
-            summarize_names(&mut message, names);
+            summarize_names(&mut message, names.iter().copied());
             message
         };
         assert_eq!(listed(&["a", "b", "c", "d", "e", "f", "g", "h"]), "a, b, c, d, e, f, g, h");

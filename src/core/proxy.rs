@@ -1,10 +1,9 @@
 //! The proxy variables of a platform_managed container: the contract's table, then the operator's extraEnv. plan.rs
 //! decides which containers get them.
 
-use std::borrow::Cow;
 use std::collections::BTreeSet;
 
-use super::env::{Value, Variable};
+use super::env::{Entry, Value, Variable};
 use super::placeholders::Placeholders;
 use super::policy_file::{EnvSource, ExtraEnv, Name, OptionalKey, ProxySettings, UsageToken};
 use super::refusal::Refusal;
@@ -103,7 +102,7 @@ impl Proxy {
         &self,
         runtime: &str,
         placeholders: Placeholders<'_>,
-    ) -> Result<Option<Vec<Cow<'_, Variable>>>, Refusal> {
+    ) -> Result<Option<Vec<Entry<'_>>>, Refusal> {
         let Some(contract) = &self.contract else {
             return Ok(None);
         };
@@ -140,9 +139,9 @@ impl Template {
         }
     }
 
-    fn fill(&self, placeholders: Placeholders<'_>) -> Result<Cow<'_, Variable>, Refusal> {
+    fn fill(&self, placeholders: Placeholders<'_>) -> Result<Entry<'_>, Refusal> {
         if !self.has_placeholders {
-            return Ok(Cow::Borrowed(&self.variable));
+            return Ok(Entry::from(&self.variable));
         }
         let name = self.variable.name();
         let value = match self.variable.value() {
@@ -154,7 +153,7 @@ impl Template {
                 })?)
             }
         };
-        Ok(Cow::Owned(Variable::new(name, value)))
+        Ok(Entry::filled(Variable::new(name, value)))
     }
 }
 
@@ -181,6 +180,7 @@ impl EnvSource {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::json::list;
     use crate::core::policy::Policy;
 
     const PLACEHOLDERS: Placeholders<'_> = Placeholders {
@@ -194,8 +194,9 @@ mod tests {
             .proxy
             .unwrap();
         let variables = proxy.variables(runtime, PLACEHOLDERS).unwrap()?;
-        let entries: Vec<&str> = variables.iter().map(|variable| variable.entry()).collect();
-        Some(format!("[{}]", entries.join(",")))
+        let mut entries = String::new();
+        list(&mut entries, &variables, |out, entry| entry.write(out));
+        Some(entries)
     }
 
     #[test]

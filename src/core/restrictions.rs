@@ -89,7 +89,7 @@ impl Restrictions {
                 class,
                 is_removed,
                 mask,
-                literal: Variable::mask(name, Value::Literal(literal.to_owned())),
+                literal: Variable::new(name, Value::Literal(literal.to_owned())),
             }
         };
         let vendor_keys = file.vendor_keys.iter();
