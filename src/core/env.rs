@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use super::json::text;
-use super::pod::{EnvEntry, EnvFrom, Text, ValueFrom};
+use super::pod::{EnvEntry, EnvFrom, Text, UnknownField, ValueFrom};
 use super::policy_file::{EnvSource, Name};
 
 /// A variable's required value, serialized as a field of an env entry. No `Debug`: a literal may be a token.
@@ -89,7 +89,12 @@ impl EnvSource {
             config_map_key_ref,
             field_ref,
             resource_field_ref,
-        } = entry;
+            file_key_ref: None,
+            unknown: UnknownField(None),
+        } = entry
+        else {
+            return false;
+        };
         match (self, secret_key_ref, config_map_key_ref, field_ref, resource_field_ref) {
             (Self::SecretKeyRef(own), Some(key), None, None, None)
             | (Self::ConfigMapKeyRef(own), None, Some(key), None, None) => {
@@ -301,8 +306,8 @@ pub(super) fn reconcile<'a>(
     }
 }
 
-/// Reports whether a source could set a variable of this name. A source with a prefix sets only names that
-/// start with it.
+/// Reports whether a source could set a variable of this name. A source with a prefix sets only names that start with
+/// it, unless it has an unknown field.
 #[must_use]
 pub fn could_set(sources: &[EnvFrom<'_>], name: &str) -> bool {
     let prefix_matches = |source: &EnvFrom<'_>| {
@@ -310,6 +315,7 @@ pub fn could_set(sources: &[EnvFrom<'_>], name: &str) -> bool {
             .prefix
             .as_ref()
             .is_none_or(|prefix| name.starts_with(prefix.as_str()))
+            || source.unknown.name().is_some()
     };
     sources.iter().any(prefix_matches)
 }
@@ -395,6 +401,8 @@ mod tests {
             r#"[{"name":"C","value":"x","valueFrom":{"secretKeyRef":{"name":"s","key":"k"}}}]"#,
             r#"[{"name":"C","value":""}]"#,
             r#"[{"name":"C","valueFrom":{"fileKeyRef":{"path":"p"}}}]"#,
+            r#"[{"name":"C","valueFrom":{"secretKeyRef":{"name":"s","key":"k"},"fileKeyRef":{}}}]"#,
+            r#"[{"name":"C","valueFrom":{"secretKeyRef":{"name":"s","key":"k"},"newRef":1}}]"#,
         ] {
             assert_eq!(reconcile(&entries(wrong), &required, |_| false).remove, [0], "{wrong}");
         }
@@ -410,6 +418,8 @@ mod tests {
             (r#"[{"prefix":"OPENAI_"}]"#, "OPENAI_API_KEY", true),
             (r#"[{"prefix":"OPENAI_"}]"#, "XAI_API_KEY", false),
             (r#"[{"prefix":"APP_"},{"prefix":"XAI"}]"#, "XAI_API_KEY", true),
+            (r#"[{"prefix":"APP_","secretRef":{"name":"s"},"newRef":null}]"#, "XAI_API_KEY", false),
+            (r#"[{"prefix":"APP_","configMapRef":{"name":"s"},"newRef":{}}]"#, "XAI_API_KEY", true),
         ];
         for (sources, name, expected) in table {
             let sources: Vec<EnvFrom<'_>> = serde_json::from_str(sources).unwrap();

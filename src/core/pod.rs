@@ -5,7 +5,7 @@ use std::borrow::{Borrow, Cow};
 use std::collections::BTreeMap;
 use std::fmt;
 
-use serde::de::{MapAccess, Visitor};
+use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
 /// The annotation that records the mode.
@@ -122,10 +122,18 @@ pub struct Container<'a> {
 
 /// An envFrom source of any kind.
 #[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct EnvFrom<'a> {
     /// Prepended to each key to form the variable's name.
     #[serde(borrow)]
     pub prefix: Option<Text<'a>>,
+    /// A Secret.
+    pub secret_ref: Option<IgnoredAny>,
+    /// A ConfigMap.
+    pub config_map_ref: Option<IgnoredAny>,
+    /// A field of a later Kubernetes version, which may have other rules for the names that the source sets.
+    #[serde(borrow, flatten)]
+    pub unknown: UnknownField<'a>,
 }
 
 /// An env entry of the pod.
@@ -143,8 +151,7 @@ pub struct EnvEntry<'a> {
     pub value_from: Option<Box<ValueFrom<'a>>>,
 }
 
-/// The sources that this webhook compares with the policy's or warns about. An entry with another kind of source has
-/// none of these set, so it never equals one that the policy sets.
+/// The sources that this webhook compares with the policy's or warns about.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ValueFrom<'a> {
@@ -160,6 +167,24 @@ pub struct ValueFrom<'a> {
     /// A resource of a container.
     #[serde(borrow)]
     pub resource_field_ref: Option<ResourceFieldRef<'a>>,
+    /// A variable of a file in a volume. The policy has no such source.
+    #[serde(borrow)]
+    pub file_key_ref: Option<FileKeyRef<'a>>,
+    /// A source of a later Kubernetes version.
+    #[serde(borrow, flatten)]
+    pub unknown: UnknownField<'a>,
+}
+
+/// The name of the first field that this version does not know, if its value is not null.
+#[derive(Debug, Default)]
+pub struct UnknownField<'a>(pub Option<Text<'a>>);
+
+/// A variable of a file in a volume.
+#[derive(Debug, Deserialize)]
+pub struct FileKeyRef<'a> {
+    /// The variable's name in the file.
+    #[serde(borrow, default)]
+    pub key: Text<'a>,
 }
 
 /// A key of a Secret or ConfigMap in the pod's namespace.
@@ -229,6 +254,30 @@ impl<'de: 'a, 'a> Deserialize<'de> for Annotations<'a> {
     }
 }
 
+impl<'de: 'a, 'a> Deserialize<'de> for UnknownField<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Remaining;
+        impl<'de> Visitor<'de> for Remaining {
+            type Value = UnknownField<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the other fields of an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut unknown = None;
+                while let Some((name, value)) = map.next_entry::<_, Option<IgnoredAny>>()? {
+                    if value.is_some() {
+                        unknown.get_or_insert(name);
+                    }
+                }
+                Ok(UnknownField(unknown))
+            }
+        }
+        deserializer.deserialize_map(Remaining)
+    }
+}
+
 /// A string whose content is ignored.
 struct IgnoredText;
 
@@ -285,6 +334,30 @@ impl<'a> Pod<'a> {
         }
         .as_deref()
         .unwrap_or_default()
+    }
+}
+
+impl ValueFrom<'_> {
+    /// Returns the key of the Secret, ConfigMap or file that the value comes from, if it comes from one.
+    #[must_use]
+    pub fn key(&self) -> Option<&str> {
+        let file_key = self.file_key_ref.as_ref().map(|file| &file.key);
+        let key_ref = self
+            .secret_key_ref
+            .as_ref()
+            .or(self.config_map_key_ref.as_ref());
+        key_ref
+            .map(|key_ref| &key_ref.key)
+            .or(file_key)
+            .map(Text::as_str)
+    }
+}
+
+impl UnknownField<'_> {
+    /// Returns the field's name, if there is one.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.0.as_ref().map(Text::as_str)
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use super::catalogue::{self, Kind};
 use super::env::{Changes, Required, references};
-use super::pod::{Container, Text};
+use super::pod::{Container, Text, UnknownField, ValueFrom};
 use super::restrictions::{Class, Restriction, Restrictions};
 
 /// The API server truncates longer warnings, in bytes.
@@ -22,6 +22,8 @@ pub enum WarningKind {
     KeyInUse,
     /// An env entry exposes a vendor key or a credential of the catalogue under another name.
     KeyUnderAnotherName,
+    /// An env entry or an envFrom source has a kind of source that this version does not know.
+    UnknownSource,
     /// A vendor's base URL is not removed.
     BaseUrl,
     /// A variable of the catalogue is not removed.
@@ -38,6 +40,7 @@ impl WarningKind {
             Self::LookupFailed => "lookup_failed",
             Self::KeyInUse => "key_in_use",
             Self::KeyUnderAnotherName => "key_under_another_name",
+            Self::UnknownSource => "unknown_source",
             Self::BaseUrl => "base_url",
             Self::Catalogue => "catalogue",
             Self::MissingByokCredential => "missing_byok_credential",
@@ -124,18 +127,32 @@ pub(super) fn warn_about_container(
             warn_about_references(&location, value.as_str());
         }
     }
+    // A field that is unknown here can bring any variable, so it matters wherever variables are restricted.
+    let unknown_source = |location: &dyn Fn() -> String, field: &UnknownField<'_>| {
+        let field = field.name().filter(|_| !restrictions.all().is_empty())?;
+        let location = location();
+        Some(format!(
+            "{location} has the field {field:?}, unknown to this version; it can bring a vendor key"
+        ))
+    };
+    for (index, source) in container.env_from.iter().flatten().enumerate() {
+        if let Some(problem) = unknown_source(&|| format!("envFrom[{index}]"), &source.unknown) {
+            warn(WarningKind::UnknownSource, problem);
+        }
+    }
     for entry in remaining() {
         let name = entry.name.as_str();
         let from = entry.value_from.as_deref();
-        let key = from.and_then(|from| {
-            from.secret_key_ref
-                .as_ref()
-                .or(from.config_map_key_ref.as_ref())
-        });
-        let key = key.map(|key| key.key.as_str()).filter(|key| {
+        let key = from.and_then(ValueFrom::key).filter(|key| {
             let restriction = restrictions.find(key).map(|(_, restriction)| restriction);
             restriction.is_some_and(Restriction::removes_credential)
         });
+        let unknown = from.map(|from| &from.unknown);
+        if let Some(problem) =
+            unknown.and_then(|field| unknown_source(&|| format!("env {name}"), field))
+        {
+            warn(WarningKind::UnknownSource, problem);
+        }
         if let Some(key) = key {
             let problem =
                 format!("env {name} exposes vendor key {key} under another name; not removed");
@@ -269,6 +286,7 @@ mod tests {
         let container = json!({"name": "c", "env": [
             {"name": "ALIAS", "valueFrom": from("secretKeyRef", "XAI_API_KEY")},
             {"name": "OTHER", "valueFrom": from("configMapKeyRef", "HF_TOKEN")},
+            {"name": "FILE", "valueFrom": from("fileKeyRef", "NOUS_API_KEY")},
             {"name": "FINE", "valueFrom": from("secretKeyRef", "xai")},
             {"name": "ZAI_API_KEY", "valueFrom": from("secretKeyRef", "ZAI_API_KEY")},
             {"name": "ANTHROPIC_BASE_URL", "value": "https://x"},
@@ -291,6 +309,7 @@ mod tests {
         let expected = [
             alias("ALIAS", "XAI_API_KEY"),
             alias("OTHER", "HF_TOKEN"),
+            alias("FILE", "NOUS_API_KEY"),
             base("ANTHROPIC_BASE_URL"),
             base("ZAI_API_BASE"),
             base("AWS_ACCESS_KEY_ID"),
@@ -302,6 +321,7 @@ mod tests {
         let expected = [
             alias("ALIAS", "XAI_API_KEY"),
             alias("OTHER", "HF_TOKEN"),
+            alias("FILE", "NOUS_API_KEY"),
             alias("CREDENTIAL", "AWS_BEARER_TOKEN_BEDROCK"),
         ];
         assert_eq!(warnings(&quiet, &container), expected);
@@ -327,6 +347,39 @@ mod tests {
     }
 
     #[test]
+    fn unknown_source_of_env_gets_a_warning_on_platform_managed() {
+        let sources = json!([
+            {"prefix": "A_", "secretRef": {"name": "s"}},
+            {"prefix": "A_", "laterRef": {"name": "x"}},
+            {"prefix": "A_", "configMapRef": {"name": "m"}, "laterRef": null},
+        ]);
+        let from = |source: Value| json!({"name": "A", "valueFrom": source});
+        let container = json!({"name": "c", "envFrom": sources, "env": [
+            from(json!({"laterKeyRef": {"key": "k"}, "other": [1]})),
+            from(json!({"fieldRef": {"fieldPath": "metadata.name"}, "laterKeyRef": null})),
+            from(json!({"fileKeyRef": {"volumeName": "v", "path": "p", "key": "k", "optional": true}})),
+        ]});
+        let warning = |location: &str, field: &str| {
+            format!(
+                "container \"c\": {location} has the field {field:?}, unknown to this version; it can bring a vendor key"
+            )
+        };
+        let expected = [
+            warning("envFrom[1]", "laterRef"),
+            warning("env A", "laterKeyRef"),
+        ];
+        assert_eq!(warnings(&policy("", ""), &container), expected);
+        let all = "catalogue: {credential: ignore, endpoint: ignore, route: ignore, header: ignore, config: ignore, shared: ignore}";
+        let unrestricted = policy(&format!("vendorKeys: []\n{all}"), "");
+        assert_eq!(warnings(&unrestricted, &container), Vec::<String>::new());
+        let text = with_container(&container);
+        let pod = serde_json::from_str(&text).unwrap();
+        let byok = Resolution::chosen(BillingMode::Byok);
+        let plan = plan(&unrestricted, NOWHERE, byok, &pod, Scope::Pod).unwrap();
+        assert_eq!(plan.warnings, []);
+    }
+
+    #[test]
     fn failed_lookup_adds_a_warning() {
         let policy = policy("", "");
         let pod = Pod::default();
@@ -347,7 +400,8 @@ mod tests {
     #[test]
     fn each_warning_has_its_kind() {
         let from = json!({"secretKeyRef": {"name": "s", "key": "XAI_API_KEY"}});
-        let container = json!({"name": "c", "args": ["$(HF_TOKEN)"], "env": [
+        let sources = json!([{"prefix": "APP_", "laterRef": {"name": "x"}}]);
+        let container = json!({"name": "c", "args": ["$(HF_TOKEN)"], "envFrom": sources, "env": [
             {"name": "HF_TOKEN", "value": "x"},
             {"name": "ALIAS", "valueFrom": from},
             {"name": "ZAI_API_BASE", "value": "https://x"},
@@ -361,6 +415,7 @@ mod tests {
         let expected = [
             "lookup_failed",
             "key_in_use",
+            "unknown_source",
             "key_under_another_name",
             "base_url",
         ];
