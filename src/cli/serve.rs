@@ -15,7 +15,7 @@ use super::dev;
 use crate::audit::{Namespaces, Selection};
 use crate::cluster;
 use crate::core::policy::Policy;
-use crate::database::{Database, LookupError, UrlSource};
+use crate::database::{Database, UrlSource};
 use crate::metrics::Metrics;
 use crate::server::certificate::rotation::CertificateSpec;
 use crate::server::certificate::secret::{SharedSecret, SharedSecretConfig};
@@ -303,7 +303,7 @@ async fn database(args: &ServeArgs) -> anyhow::Result<UrlSource> {
 /// Fails if the database refuses the query. If it cannot be reached, it may come up later, and readiness waits for it.
 async fn reject_refused_query(database: &Arc<Database>) -> anyhow::Result<()> {
     match database.check().await {
-        Err(error @ LookupError::Refused(_)) => Err(error).context("cannot start"),
+        Err(error) if error.is_refused() => Err(error).context("cannot start"),
         _ => Ok(()),
     }
 }

@@ -131,7 +131,8 @@ pub enum Unlabelled {
 #[derive(Clone, PartialEq, Debug, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Lookup {
-    /// Returns one row whose first column is the mode; no row means that the workspace is unknown.
+    /// Returns one row whose first column is the mode; no row means that the workspace is unknown, several rows are an
+    /// error.
     #[serde(deserialize_with = "query")]
     pub query: String,
     /// The values of the query's $1, $2, …, in that order.

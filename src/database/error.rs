@@ -30,7 +30,17 @@ pub enum LookupError {
     /// The database rejects the query itself, which a retry cannot fix. Quotes the database's message.
     #[error("the database refuses the policy's query: {0}")]
     Refused(String),
+    /// The query returns several rows for one workspace, and which one comes first depends on the database's plan.
+    #[error(
+        "the policy's query returns more than one row for one workspace; it must return one row, whose first column is the mode"
+    )]
+    SeveralRows,
 }
+
+/// The source of the [`sqlx::Error`] that becomes [`LookupError::SeveralRows`].
+#[derive(Debug, Error)]
+#[error("several rows")]
+pub(super) struct SeveralRows;
 
 impl LookupError {
     /// Returns the error's kind, as in the metrics' `result` label.
@@ -41,8 +51,14 @@ impl LookupError {
             Self::Overloaded => "crowded",
             Self::Unavailable(_) => "unavailable",
             Self::Unusable(_) => "unusable",
-            Self::Refused(_) => "refused",
+            Self::Refused(_) | Self::SeveralRows => "refused",
         }
+    }
+
+    /// Reports whether only a correction of the query, the schema or the role's permissions helps.
+    #[must_use]
+    pub const fn is_refused(&self) -> bool {
+        matches!(self, Self::Refused(_) | Self::SeveralRows)
     }
 }
 
@@ -75,6 +91,7 @@ impl From<sqlx::Error> for LookupError {
                     Self::Unavailable(message.to_owned())
                 }
             }
+            sqlx::Error::Decode(source) if source.is::<SeveralRows>() => Self::SeveralRows,
             sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => {
                 Self::Refused("the first column that it returns is not text".to_owned())
             }
@@ -134,7 +151,9 @@ pub(super) fn is_connection_lost(error: &sqlx::Error) -> bool {
 /// Reports whether the database processed the query despite the error, so that the connection can be reused.
 pub(super) fn leaves_connection_usable(error: &sqlx::Error) -> bool {
     match error {
-        sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => true,
+        sqlx::Error::Decode(_)
+        | sqlx::Error::ColumnDecode { .. }
+        | sqlx::Error::ColumnIndexOutOfBounds { .. } => true,
         sqlx::Error::Database(error) => {
             is_query_refused(error.as_ref())
                 || is_parameter_unusable(&error.code().unwrap_or_default())

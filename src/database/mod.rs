@@ -21,7 +21,9 @@ use std::time::Duration;
 use futures_util::{StreamExt, TryStreamExt};
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Either, Executor, SqlSafeStr, Statement};
+use sqlx::{
+    AssertSqlSafe, Column, ConnectOptions, Connection, Executor, SqlSafeStr, Statement, TypeInfo,
+};
 use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
@@ -262,8 +264,8 @@ impl Database {
     }
 
     /// Looks up many workspaces, each by its parameters' values, and returns the outcomes in the same order. Executes
-    /// one query if the policy's query allows it, otherwise one per workspace, a few at a time. Unusable values fail
-    /// only their workspace's lookup.
+    /// one query if the policy's query allows it, otherwise one per workspace, a few at a time. Unusable values and
+    /// several rows fail only their workspace's lookup.
     ///
     /// Runs in its own task, like [`Self::lookup`].
     ///
@@ -276,12 +278,14 @@ impl Database {
         let database = Arc::clone(self);
         in_own_task(async move {
             if let Some(outcomes) = database.execute_batch(&values).await? {
-                return Ok(outcomes.into_iter().map(Ok).collect());
+                return Ok(outcomes);
             }
             let single = async |values: &Vec<ParameterValue>| {
                 let deadline = Instant::now() + database.timeout;
                 match database.execute_single(values, deadline).await {
-                    Err(unusable @ LookupError::Unusable(_)) => Ok(Err(unusable)),
+                    Err(error @ (LookupError::Unusable(_) | LookupError::SeveralRows)) => {
+                        Ok(Err(error))
+                    }
                     result => result.map(Ok),
                 }
             };
@@ -298,7 +302,7 @@ impl Database {
     async fn execute_batch(
         &self,
         values: &[Vec<ParameterValue>],
-    ) -> Result<Option<Vec<LookupOutcome>>, LookupError> {
+    ) -> Result<Option<Vec<Result<LookupOutcome, LookupError>>>, LookupError> {
         let current = self.current();
         let AnyPool::Postgres { pool, begin } = &current.pool else {
             return Ok(None);
@@ -344,10 +348,14 @@ impl Database {
         let parameters: Vec<ParameterValue> = self.parameters.iter().map(sample).collect();
         let count = parameters.len();
         // PostgreSQL ignores surplus parameters, so their number is compared.
-        match self.count_parameters().await {
-            Some(expected) if expected != count => Err(LookupError::Refused(format!(
+        match self.describe().await {
+            Some((expected, _)) if expected != count => Err(LookupError::Refused(format!(
                 "it takes {expected} parameters, and lookup.parameters has {count}"
             ))),
+            Some((_, true)) => Err(LookupError::Refused(
+                "the first column that it returns is char(n), which pads modes with blanks; cast it to text"
+                    .to_owned(),
+            )),
             _ => {
                 let database = Arc::clone(self);
                 let deadline = Instant::now() + self.timeout;
@@ -361,28 +369,30 @@ impl Database {
         }
     }
 
-    /// Returns the query's number of parameters; `None` if the database cannot tell without their types.
-    async fn count_parameters(&self) -> Option<usize> {
+    /// Returns the query's number of parameters, and whether its first column is padded; `None` if the database cannot
+    /// tell without the parameters' types.
+    async fn describe(&self) -> Option<(usize, bool)> {
         let query = AssertSqlSafe(Arc::clone(&self.query)).into_sql_str();
         let deadline = Instant::now() + self.timeout;
         let current = self.current();
         // Lookups must not reuse a statement that was prepared without types, so the connection is taken out of the
         // pool and closed.
-        let count = async {
+        let description = async {
             match &current.pool {
                 // The pooler would keep a named statement.
                 AnyPool::Postgres { begin: Some(_), .. } => Ok(None),
                 AnyPool::Postgres { pool, .. } => {
                     let mut connection = Acquired::take(pool.acquire(deadline).await?);
-                    count((&mut connection).prepare(query).await?.parameters())
+                    Ok(describe(&(&mut connection).prepare(query).await?))
                 }
                 AnyPool::Sqlite(pool) => {
                     let mut connection = Acquired::take(pool.acquire(deadline).await?);
-                    count((&mut connection).prepare(query).await?.parameters())
+                    Ok(describe(&(&mut connection).prepare(query).await?))
                 }
             }
         };
-        timeout_at(deadline, count).await.ok()?.ok()?
+        let description: Result<_, sqlx::Error> = timeout_at(deadline, description).await.ok()?;
+        description.ok()?
     }
 
     /// Returns the current numbers of connections.
@@ -402,8 +412,12 @@ impl Database {
     }
 }
 
-fn count<T>(parameters: Option<Either<&[T], usize>>) -> Result<Option<usize>, sqlx::Error> {
-    Ok(parameters.map(|parameters| parameters.either(<[T]>::len, |count| count)))
+/// Returns a statement's number of parameters, and whether its first column is PostgreSQL's `char(n)`.
+fn describe<S: Statement>(statement: &S) -> Option<(usize, bool)> {
+    let parameters = statement.parameters()?;
+    let count = parameters.either(<[_]>::len, |count| count);
+    let first = statement.columns().first();
+    Some((count, first.is_some_and(|column| column.type_info().name() == "CHAR")))
 }
 
 /// Awaits work in its own task, which continues if the caller is cancelled.

@@ -3,11 +3,12 @@
 
 use std::sync::Arc;
 
+use futures_util::{Stream, TryStreamExt};
 use sqlx::postgres::{PgConnection, PgRow, PgTypeKind};
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Connection, Row, TypeInfo, ValueRef};
 
-use super::error::is_statement_missing;
+use super::error::{LookupError, SeveralRows, is_statement_missing};
 use crate::core::identity::ParameterValue;
 use crate::core::policy_file::{Parameter, ParameterType};
 use crate::core::resolution::LookupOutcome;
@@ -82,10 +83,27 @@ async fn select(
             ParameterValue::Text(text) => statement.bind(text),
         };
     }
-    let Some(row) = statement.fetch_optional(connection).await? else {
+    let Some(row) = only_row(statement.fetch(connection)).await? else {
         return Ok(LookupOutcome::NoRow);
     };
     Ok(LookupOutcome::Row(mode(&row)?))
+}
+
+/// Returns the row of a result that has at most one. Reads the others too, so that the connection stays usable.
+async fn only_row<R>(
+    mut rows: impl Stream<Item = Result<R, sqlx::Error>> + Unpin,
+) -> Result<Option<R>, sqlx::Error> {
+    let Some(first) = rows.try_next().await? else {
+        return Ok(None);
+    };
+    let mut has_several = false;
+    while rows.try_next().await?.is_some() {
+        has_several = true;
+    }
+    if has_several {
+        return Err(sqlx::Error::Decode(Box::new(SeveralRows)));
+    }
+    Ok(Some(first))
 }
 
 impl Query<SqliteConnection> for SingleLookup<'_> {
@@ -103,7 +121,7 @@ impl Query<SqliteConnection> for SingleLookup<'_> {
                 ParameterValue::Text(text) => statement.bind(text),
             };
         }
-        let Some(row) = statement.fetch_optional(connection).await? else {
+        let Some(row) = only_row(statement.fetch(connection)).await? else {
             return Ok(LookupOutcome::NoRow);
         };
         let value = row.try_get_raw(0)?;
@@ -128,12 +146,12 @@ pub(super) struct BatchLookup<'a> {
 }
 
 impl Query<PgConnection> for BatchLookup<'_> {
-    type Output = Vec<LookupOutcome>;
+    type Output = Vec<Result<LookupOutcome, LookupError>>;
 
     async fn execute_once(
         &self,
         connection: &mut PgConnection,
-    ) -> Result<Vec<LookupOutcome>, sqlx::Error> {
+    ) -> Result<Self::Output, sqlx::Error> {
         let mut statement = sqlx::query(AssertSqlSafe(self.query)).persistent(self.begin.is_none());
         for (index, parameter) in self.parameters.iter().enumerate() {
             let values = self.values.iter().map(|values| values.get(index));
@@ -162,9 +180,12 @@ impl Query<PgConnection> for BatchLookup<'_> {
                 rows?
             }
         };
-        let outcome = |row: &PgRow| match row.try_get(1)? {
-            Some(true) => Ok(LookupOutcome::Row(mode(row)?)),
-            _ => Ok(LookupOutcome::NoRow),
+        let outcome = |row: &PgRow| {
+            Ok(match row.try_get::<Option<i64>, _>(1)? {
+                None => Ok(LookupOutcome::NoRow),
+                Some(1) => Ok(LookupOutcome::Row(mode(row)?)),
+                Some(_) => Err(LookupError::SeveralRows),
+            })
         };
         rows.iter().map(outcome).collect()
     }
@@ -213,11 +234,13 @@ pub(super) fn batch_query(query: &str, parameters: &[Parameter]) -> Option<Strin
     });
     let columns = list(&|(index, _)| format!("llm_billing_p{}", index + 1));
     Some(format!(
-        "SELECT llm_billing_found.mode, llm_billing_found.has_row
+        "SELECT llm_billing_found.mode, llm_billing_found.count
          FROM unnest({arrays}) WITH ORDINALITY AS llm_billing_input({columns}, llm_billing_index)
          LEFT JOIN LATERAL (
-             SELECT llm_billing_one.mode, true FROM ({single}) AS llm_billing_one(mode) LIMIT 1
-         ) AS llm_billing_found(mode, has_row) ON true
+             SELECT llm_billing_two.mode, count(*) OVER () FROM (
+                 SELECT llm_billing_one.mode FROM ({single}) AS llm_billing_one(mode) LIMIT 2
+             ) AS llm_billing_two LIMIT 1
+         ) AS llm_billing_found(mode, count) ON true
          ORDER BY llm_billing_input.llm_billing_index"
     ))
 }

@@ -10,7 +10,6 @@ use tracing::{error, info, warn};
 
 use crate::audit::{Selection, sweep};
 use crate::core::audit::Report;
-use crate::database::LookupError;
 use crate::server::certificate::tls::RELOAD_INTERVAL;
 use crate::server::webhook::App;
 use crate::telemetry;
@@ -33,7 +32,7 @@ pub(super) async fn wait_for_database(app: Arc<App>) {
     while !app.readiness.database_answered() {
         match app.database.check().await {
             Ok(()) => app.readiness.set_database_answered(),
-            Err(refused @ LookupError::Refused(_)) => error!(error = %refused, "not ready"),
+            Err(failed) if failed.is_refused() => error!(error = %failed, "not ready"),
             Err(failed) => warn!(error = %failed, "not ready"),
         }
         sleep(DATABASE_CHECK_INTERVAL).await;

@@ -24,7 +24,7 @@ use crate::core::policy::Policy;
 use crate::core::refusal::Refusal;
 use crate::core::resolution::LookupOutcome;
 use crate::core::response::{Response as AdmissionResponse, recorded_workspace, truncate};
-use crate::database::{Database, LookupError};
+use crate::database::Database;
 use crate::metrics::Metrics;
 use crate::server::readiness::Readiness;
 use crate::telemetry::traces;
@@ -335,7 +335,7 @@ impl App {
                 self.readiness.set_database_answered();
                 outcome
             }
-            Err(error @ LookupError::Refused(_)) => {
+            Err(error) if error.is_refused() => {
                 error!(uid, %error, "lookup refused; correct the policy's query, the schema or the role's permissions");
                 LookupOutcome::Failed
             }

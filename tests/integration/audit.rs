@@ -560,7 +560,7 @@ fn batch_query_looks_up_many_workspaces() {
     }
     // The batch query reads what the webhook reads: a mode padded with blanks is unknown.
     let padded =
-        reasons("SELECT llm_billing_mode::char(20) FROM workspaces WHERE id = $1", label, &url);
+        reasons("SELECT rpad(llm_billing_mode, 20) FROM workspaces WHERE id = $1", label, &url);
     assert_eq!(padded[2], "known platform_managed unknown_mode");
     let uncached = format!("{url}&statement-cache-capacity=0");
     assert_eq!(reasons(select, label, &uncached), expected);

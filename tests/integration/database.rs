@@ -212,6 +212,69 @@ fn refused_query_fails_check_and_start() {
 }
 
 #[test]
+fn several_rows_for_one_workspace_are_no_answer() {
+    const OTHER: &str = "99999999-9999-4999-8999-999999999999";
+    const ERROR: &str = "the policy's query returns more than one row for one workspace";
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for kind in Kind::both() {
+        let url = kind.with(&format!(
+            "CREATE TABLE modes (id uuid, mode text);
+             INSERT INTO modes VALUES ('{ID}', 'byok'), ('{ID}', 'byok'), ('{OTHER}', 'byok');"
+        ));
+        let policy = |condition: &str| {
+            format!("lookup: {{query: SELECT mode FROM modes WHERE {condition}}}\n{PROXY}")
+        };
+        let webhook = start(&policy("id = $1"), &url);
+        let resolved = |id: &str| resolved(&webhook, &pod(id, &json!([])));
+        assert_eq!(resolved(ID), ("platform_managed".to_owned(), "lookup_error".to_owned()));
+        let line = webhook.wait_for_log("lookup refused");
+        assert!(line.contains("\"ERROR\"") && line.contains(ERROR), "{line}");
+        assert_eq!(resolved(OTHER), ("byok".to_owned(), "override".to_owned()));
+
+        // In one query for both workspaces, and, because of the literal, in one for each.
+        for condition in ["id = $1", "id = $1 AND '$1' <> ''"] {
+            let policy = Policy::parse(&policy(condition)).unwrap();
+            let source = UrlSource::Given(url.as_str().into());
+            let database = Database::connect_lazily(source, &policy.lookup).unwrap();
+            let keys = [ID, OTHER].map(|id| vec![ParameterValue::Uuid(id.parse().unwrap())]);
+            let outcomes = runtime
+                .block_on(database.lookup_batch(keys.to_vec()))
+                .unwrap();
+            let [several, one] = outcomes.try_into().unwrap();
+            assert!(several.unwrap_err().to_string().starts_with(ERROR));
+            assert_eq!(one.unwrap(), LookupOutcome::Row(Some("byok".to_owned())));
+        }
+
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("policy.yaml");
+        std::fs::write(&file, policy("id = $1")).unwrap();
+        let file = file.to_str().unwrap();
+        let (code, _, stderr) = run(&["resolve", ID, "--policy", file, "--database-url", &url]);
+        assert!(code == 2 && stderr.contains(ERROR), "{code} {stderr}");
+
+        // A query that ignores the workspace shows it with any id.
+        let (code, stderr) = fail_to_start(&policy("$1 = $1"), &url);
+        assert!(code == 2 && stderr.contains(&format!("cannot start: {ERROR}")), "{stderr}");
+        let (code, stdout) = check(&policy("$1 = $1"), &url);
+        assert!(code == 2 && stdout.contains(ERROR), "{code} {stdout}");
+    }
+}
+
+#[test]
+fn padded_mode_column_is_refused_by_check() {
+    let postgres =
+        Postgres::with("CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode char(20))");
+    let expected = "the first column that it returns is char(n), which pads modes with blanks; cast it to text";
+    let (code, stdout) = check(PROXY, &postgres.url());
+    assert!(code == 2 && stdout.contains(expected), "{code} {stdout}");
+    let (code, stderr) = fail_to_start(PROXY, &postgres.url());
+    assert!(code == 2 && stderr.contains(expected), "{code} {stderr}");
+    let cast = "SELECT llm_billing_mode::text FROM workspaces WHERE id = $1";
+    let (code, stdout) = check(&format!("lookup: {{query: '{cast}'}}\n{PROXY}"), &postgres.url());
+    assert_eq!(code, 0, "{stdout}");
+}
+
+#[test]
 fn mode_column_that_is_not_text_is_refused() {
     for kind in Kind::both() {
         let url = kind.with(&format!(
