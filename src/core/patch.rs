@@ -98,17 +98,17 @@ impl Patch {
 
     /// Writes the added variables as a new list, and moves the remaining entries behind them.
     fn move_entries(&mut self, env: &str, plan: &ContainerPlan<'_>) {
-        let before = [env, "Before"].concat();
-        self.write_move(env, None, &before);
+        let old = [env, "Old"].concat();
+        self.write_move(env, None, &old);
         self.write(ADD, env, None, Some(Content::Entries(&plan.changes.add)));
         let last = [env, "/-"].concat();
         let indices = 0..plan.container.entries().len();
         let remaining = indices.filter(|index| plan.changes.remove.binary_search(index).is_err());
         // Each move shortens the list.
         for (moved, index) in remaining.enumerate() {
-            self.write_move(&before, Some(index - moved), &last);
+            self.write_move(&old, Some(index - moved), &last);
         }
-        self.write(REMOVE, &before, None, None);
+        self.write(REMOVE, &old, None, None);
     }
 
     fn annotations(&mut self, root: &str, plan: &Plan<'_>) {
@@ -336,10 +336,10 @@ mod tests {
         assert_eq!(
             moves,
             [
-                r#"{"op":"move","from":"/spec/containers/0/env","path":"/spec/containers/0/envBefore"}"#,
-                r#"{"op":"move","from":"/spec/containers/0/envBefore/1","path":"/spec/containers/0/env/-"}"#,
-                r#"{"op":"move","from":"/spec/containers/0/envBefore/2","path":"/spec/containers/0/env/-"}"#,
-                r#"{"op":"remove","path":"/spec/containers/0/envBefore"}"#,
+                r#"{"op":"move","from":"/spec/containers/0/env","path":"/spec/containers/0/envOld"}"#,
+                r#"{"op":"move","from":"/spec/containers/0/envOld/1","path":"/spec/containers/0/env/-"}"#,
+                r#"{"op":"move","from":"/spec/containers/0/envOld/2","path":"/spec/containers/0/env/-"}"#,
+                r#"{"op":"remove","path":"/spec/containers/0/envOld"}"#,
             ]
         );
         assert_eq!((patch.len(), names.len()), (6, 18));

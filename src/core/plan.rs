@@ -11,11 +11,14 @@ use super::pod::{
     Container, ContainerList, EnvEntry, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text,
 };
 use super::policy::Policy;
-use super::policy_file::{EnvFromRule, EnvSource};
+use super::policy_file::{ChangedEntriesRule, EnvFromRule, EnvSource};
 use super::refusal::Refusal;
 use super::resolution::{BillingMode, MODE_VARIABLE, RESOLVED_VARIABLE, Reason, Resolution};
 use super::restrictions::{Class, Restriction, Restrictions};
-use super::warning::{Warning, warn_about_container};
+use super::warning::{ChangedEntries, Warning, summarize_names, warn_about_container};
+
+/// How many variables of a container a refusal and a log line name.
+const MAX_NAMES: usize = 8;
 
 /// The containers that a plan covers.
 #[derive(Clone, Copy, Debug)]
@@ -159,7 +162,7 @@ impl Plan<'_> {
                 summary.push_str("; ");
             }
             write_prefix(&mut summary, plan.container.name.as_str());
-            summarize_names(&mut summary, plan.variables());
+            summarize_names(&mut summary, MAX_NAMES, plan.variables());
         }
         let more = self.containers.len().saturating_sub(MAX_CONTAINERS);
         if more > 0 {
@@ -189,14 +192,21 @@ pub fn plan<'a>(
     if is_new_pod && resolution.mode == BillingMode::Byok && !could_have_credential(policy, pod) {
         warnings.push(Warning::missing_byok_credential());
     }
+    let warns_about_changes =
+        policy.changed_entries == ChangedEntriesRule::Warn && !matches!(scope, Scope::Running);
+    let mut changed = ChangedEntries::default();
     let mut needs_proxy = false;
     let mut containers = Vec::new();
+    let mut container_warnings = Vec::new();
     for (list, index, container) in scope.containers(pod) {
         let required = rules.variables_for(container)?;
         needs_proxy |= !rules.excludes(container);
         let restrictions = rules.restrictions;
         let changes = reconcile(container.entries(), &required, |name| restrictions.removes(name));
-        warn_about_container(restrictions, container, &required, &changes, &mut warnings);
+        warn_about_container(restrictions, container, &required, &changes, &mut container_warnings);
+        if warns_about_changes {
+            changed.add(container, &required, &changes);
+        }
         if !changes.is_empty() {
             containers.push(ContainerPlan {
                 list,
@@ -206,6 +216,8 @@ pub fn plan<'a>(
             });
         }
     }
+    warnings.extend(changed.warning(resolution.mode));
+    warnings.append(&mut container_warnings);
     let (annotations, annotations_parent) = match scope {
         Scope::Pod | Scope::Running => plan_annotations(resolution, pod),
         Scope::NewEphemeralContainers(_) => (Vec::new(), AnnotationsParent::Annotations),
@@ -371,7 +383,7 @@ impl<'a> Rules<'a> {
         let mut hidden = hidden.map(|(_, restriction)| restriction).peekable();
         if self.env_from == EnvFromRule::Deny && hidden.peek().is_some() {
             let mut keys = String::new();
-            summarize_names(&mut keys, hidden.map(Restriction::name));
+            summarize_names(&mut keys, MAX_NAMES, hidden.map(Restriction::name));
             return Err(Refusal::EnvFromVendorKey {
                 container: container.name.as_str().to_owned(),
                 keys,
@@ -414,22 +426,6 @@ fn mode_variables(mode: BillingMode) -> &'static [Variable; 2] {
         BillingMode::PlatformManaged => &PLATFORM_MANAGED,
         BillingMode::Byok => &BYOK,
         BillingMode::Disabled => &DISABLED,
-    }
-}
-
-/// Appends the first names to a message and counts the others.
-fn summarize_names<'a>(message: &mut String, names: impl Iterator<Item = &'a str>) {
-    const MAX_NAMES: usize = 8;
-    let mut names = names.fuse();
-    for (index, name) in names.by_ref().take(MAX_NAMES).enumerate() {
-        if index > 0 {
-            message.push_str(", ");
-        }
-        message.push_str(name);
-    }
-    let more = names.count();
-    if more > 0 {
-        message.push_str(&format!(" and {more} more"));
     }
 }
 
@@ -729,7 +725,7 @@ mod tests {
         assert_eq!(plan.changed(), format!("i: {modes}; c: {modes}"));
         let listed = |names: &[&str]| {
             let mut message = String::new();
-            summarize_names(&mut message, names.iter().copied());
+            summarize_names(&mut message, MAX_NAMES, names.iter().copied());
             message
         };
         assert_eq!(listed(&["a", "b", "c", "d", "e", "f", "g", "h"]), "a, b, c, d, e, f, g, h");

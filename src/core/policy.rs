@@ -3,7 +3,9 @@
 //!
 //! No `Debug`: the proxy may hold a token.
 
-use super::policy_file::{EnvFromRule, Lookup, Name, PolicyError, PolicyFile, Unlabelled};
+use super::policy_file::{
+    ChangedEntriesRule, EnvFromRule, Lookup, Name, PolicyError, PolicyFile, Unlabelled,
+};
 use super::proxy::Proxy;
 use super::restrictions::Restrictions;
 
@@ -23,6 +25,8 @@ pub struct Policy {
     pub restrictions: Restrictions,
     /// What happens to removed variables that an envFrom source could set.
     pub env_from: EnvFromRule,
+    /// What happens when a container's own entries are removed or replaced.
+    pub changed_entries: ChangedEntriesRule,
     /// The proxy with its rendered variables; `None` if the file has none.
     pub proxy: Option<Proxy>,
 }
@@ -46,6 +50,7 @@ impl From<PolicyFile> for Policy {
             unlabelled: file.unlabelled,
             lookup: file.lookup,
             env_from: file.env_from,
+            changed_entries: file.changed_entries,
             proxy: file.proxy.map(Proxy::from),
         }
     }

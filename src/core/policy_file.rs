@@ -40,6 +40,8 @@ pub struct PolicyFile {
     pub allow: BTreeSet<Name>,
     /// What happens to removed variables that an envFrom source of a platform_managed container could set.
     pub env_from: EnvFromRule,
+    /// What happens when a new container's own env entries are removed or replaced.
+    pub changed_entries: ChangedEntriesRule,
     /// The metered proxy. If absent, platform_managed pods are refused.
     pub proxy: Option<ProxySettings>,
 }
@@ -55,6 +57,7 @@ impl Default for PolicyFile {
             catalogue: CatalogueRules::default(),
             allow: BTreeSet::new(),
             env_from: EnvFromRule::Mask,
+            changed_entries: ChangedEntriesRule::Warn,
             proxy: None,
         }
     }
@@ -304,6 +307,16 @@ pub enum EnvFromRule {
     /// The pod is refused.
     Deny,
     /// The variables are allowed.
+    Ignore,
+}
+
+/// What happens when a new container's own env entries are removed or replaced.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ChangedEntriesRule {
+    /// A warning names the variables.
+    Warn,
+    /// Nothing.
     Ignore,
 }
 
@@ -694,7 +707,11 @@ impl PolicyError {
             YamlError::SerdeUnknownField {
                 field, expected, ..
             } => {
-                format!("unknown field {field:?}; expected one of {}", expected.join(", "))
+                let suggestion = nearest_field(field, expected)
+                    .map(|nearest| format!(" (did you mean {nearest}?)"))
+                    .unwrap_or_default();
+                let expected = expected.join(", ");
+                format!("unknown field {field:?}{suggestion}; expected one of {expected}")
             }
             YamlError::SerdeMissingField { field, .. } => format!("field {field:?} is missing"),
             YamlError::SerdeUnknownVariant { expected, .. } => {
@@ -715,6 +732,15 @@ impl PolicyError {
             problem,
         }
     }
+}
+
+/// Returns the field that is most like an unknown one, if at most a third of its letters differ.
+fn nearest_field(unknown: &str, fields: &[&'static str]) -> Option<&'static str> {
+    let unknown = unknown.to_ascii_lowercase();
+    let distance = |field: &str| strsim::damerau_levenshtein(&field.to_ascii_lowercase(), &unknown);
+    let fields = fields.iter().map(|&field| (distance(field), field));
+    let (distance, nearest) = fields.min_by_key(|(distance, _)| *distance)?;
+    (distance * 3 <= nearest.len()).then_some(nearest)
 }
 
 #[cfg(test)]
@@ -754,13 +780,19 @@ mod tests {
             (
                 "vendorKey: []",
                 1,
-                "unknown field \"vendorKey\"; expected one of workspaceLabel, runtimeLabel, ",
+                "unknown field \"vendorKey\" (did you mean vendorKeys?); expected one of workspaceLabel, runtimeLabel, ",
             ),
             (
                 "lookup:\n  timeout: 2s\n  querry: x",
                 3,
-                "unknown field \"querry\"; expected one of query, parameters, ",
+                "unknown field \"querry\" (did you mean query?); expected one of query, parameters, ",
             ),
+            (
+                "proxy:\n  baseURL: u",
+                2,
+                "unknown field \"baseURL\" (did you mean baseUrl?); expected one of baseUrl, ",
+            ),
+            ("proxy:\n  address: u", 2, "unknown field \"address\"; expected one of baseUrl, "),
             ("unlabelled: sk-secret", 1, "expected one of ignore, platform_managed, deny"),
             (
                 "lookup:\n  timeout: sk-secret",

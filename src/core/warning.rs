@@ -1,11 +1,12 @@
-//! Warnings for the user who creates a pod: references to removed variables, variables that could bypass the meter, and
-//! missing credentials. plan.rs plans the containers.
+//! Warnings for the user who creates a pod: changed entries, references to removed variables, variables that could
+//! bypass the meter, and missing credentials. plan.rs plans the containers.
 
 use std::collections::BTreeSet;
 
 use super::catalogue::{self, Kind};
 use super::env::{Changes, Required, references};
 use super::pod::{Container, Text, UnknownField, ValueFrom};
+use super::resolution::BillingMode;
 use super::restrictions::{Class, Restriction, Restrictions};
 
 /// The API server truncates longer warnings, in bytes.
@@ -18,6 +19,8 @@ const MAX_WARNINGS: usize = 15;
 pub enum WarningKind {
     /// The lookup of the mode failed.
     LookupFailed,
+    /// Entries of the pod's author are removed or replaced.
+    ChangedEntries,
     /// A command, argument or env entry refers to a removed variable.
     KeyInUse,
     /// An env entry exposes a vendor key or a credential of the catalogue under another name.
@@ -38,6 +41,7 @@ impl WarningKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::LookupFailed => "lookup_failed",
+            Self::ChangedEntries => "changed_entries",
             Self::KeyInUse => "key_in_use",
             Self::KeyUnderAnotherName => "key_under_another_name",
             Self::UnknownSource => "unknown_source",
@@ -72,6 +76,79 @@ impl Warning {
                    ConfigMap or volume; add the workspace's own key by secretKeyRef, unless its image or identity brings one"
                 .to_owned(),
         }
+    }
+}
+
+/// The variables whose entries are removed or replaced, in any container of a pod.
+#[derive(Default)]
+pub(super) struct ChangedEntries<'a> {
+    removed: Vec<&'a str>,
+    replaced: Vec<&'a str>,
+}
+
+impl<'a> ChangedEntries<'a> {
+    pub(super) fn add(
+        &mut self,
+        container: &'a Container<'_>,
+        required: &Required<'_>,
+        changes: &Changes<'_>,
+    ) {
+        let entries = container.entries();
+        for entry in changes
+            .remove
+            .iter()
+            .filter_map(|&index| entries.get(index))
+        {
+            let name = entry.name.as_str();
+            // A mask leaves nothing of the entry, so it counts as removed.
+            let mut set = required.variables.iter();
+            let names = if set.any(|variable| variable.name() == name) {
+                &mut self.replaced
+            } else {
+                &mut self.removed
+            };
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+    }
+
+    /// Returns a warning that names the variables, if there are any.
+    pub(super) fn warning(self, mode: BillingMode) -> Option<Warning> {
+        let part = |verb: &str, names: Vec<&str>| {
+            let mut part = verb.to_owned();
+            // Both lists fit into a warning.
+            summarize_names(&mut part, 4, names.iter().copied());
+            (!names.is_empty()).then_some(part)
+        };
+        let parts = [
+            part("removes env ", self.removed),
+            part("replaces env ", self.replaced),
+        ];
+        let parts: Vec<String> = parts.into_iter().flatten().collect();
+        (!parts.is_empty()).then(|| Warning {
+            kind: WarningKind::ChangedEntries,
+            text: format!("{} {}", mode.as_str(), parts.join("; ")),
+        })
+    }
+}
+
+/// Appends the first names to a message, at most `shown`, and counts the others.
+pub(super) fn summarize_names<'a>(
+    message: &mut String,
+    shown: usize,
+    names: impl Iterator<Item = &'a str>,
+) {
+    let mut names = names.fuse();
+    for (index, name) in names.by_ref().take(shown).enumerate() {
+        if index > 0 {
+            message.push_str(", ");
+        }
+        message.push_str(name);
+    }
+    let more = names.count();
+    if more > 0 {
+        message.push_str(&format!(" and {more} more"));
     }
 }
 
@@ -223,7 +300,9 @@ mod tests {
         namespace: "",
     };
 
+    /// Parses a policy without warnings about changed entries, which have a test of their own.
     fn policy(fields: &str, proxy_fields: &str) -> Policy {
+        let fields = format!("changedEntries: ignore\n{fields}");
         let proxy = "proxy: {baseUrl: u, anthropicBaseUrl: a, usageToken: {value: t}";
         Policy::parse(&format!("{fields}\n{proxy}{proxy_fields}}}")).unwrap()
     }
@@ -246,6 +325,48 @@ mod tests {
         .unwrap()
         .warnings;
         within_limits(&warnings)
+    }
+
+    #[test]
+    fn warning_names_the_authors_entries_that_change() {
+        let env = json!([
+            {"name": "XAI_API_KEY", "value": "x"}, {"name": "XAI_API_KEY", "value": "y"},
+            {"name": "OPENAI_API_KEY", "value": "o"}, {"name": "OPENAI_BASE_URL", "value": "u"},
+            {"name": "MOLECULE_LLM_BILLING_MODE", "value": "wrong"}, {"name": "KEEP", "value": "k"},
+        ]);
+        let sources = json!([{"prefix": "HF_", "secretRef": {"name": "s"}}]);
+        let hidden =
+            json!([{"name": "HF_TOKEN", "value": "h"}, {"name": "OPENAI_API_KEY", "value": "o"}]);
+        let pod = json!({"spec": {
+            "initContainers": [{"name": "i", "env": env}],
+            "containers": [{"name": "c", "env": hidden, "envFrom": sources}],
+            "ephemeralContainers": [{"name": "e", "env": env}],
+        }})
+        .to_string();
+        let pod = serde_json::from_str(&pod).unwrap();
+        let warnings = |fields: &str, mode, scope| {
+            let proxy = "proxy: {baseUrl: u, usageToken: {value: t}}";
+            let policy = Policy::parse(&format!("{fields}\n{proxy}")).unwrap();
+            let plan = plan(&policy, NOWHERE, Resolution::chosen(mode), &pod, scope).unwrap();
+            let warnings = plan.warnings.iter();
+            let changed = warnings.filter(|one| one.kind == WarningKind::ChangedEntries);
+            changed.map(|one| one.text.clone()).collect::<Vec<_>>()
+        };
+        let changes = |mode: &str, changes: &str| format!("{mode} {changes}");
+        let (managed, byok) = (BillingMode::PlatformManaged, BillingMode::Byok);
+        assert_eq!(
+            warnings("", managed, Scope::Pod),
+            [changes(
+                "platform_managed",
+                "removes env XAI_API_KEY, HF_TOKEN; replaces env OPENAI_API_KEY, MOLECULE_LLM_BILLING_MODE"
+            )]
+        );
+        let mode_variable = [changes("byok", "replaces env MOLECULE_LLM_BILLING_MODE")];
+        assert_eq!(warnings("", byok, Scope::Pod), mode_variable);
+        assert_eq!(warnings("", byok, Scope::NewEphemeralContainers(None)), mode_variable);
+        assert_eq!(warnings("", managed, Scope::Running), Vec::<String>::new());
+        let ignored = warnings("changedEntries: ignore", managed, Scope::Pod);
+        assert_eq!(ignored, Vec::<String>::new());
     }
 
     #[test]
@@ -408,12 +529,13 @@ mod tests {
         ]});
         let text = with_container(&container);
         let pod = serde_json::from_str(&text).unwrap();
-        let policy = policy("", "");
+        let policy = Policy::parse("proxy: {baseUrl: u, usageToken: {value: t}}").unwrap();
         let resolution = Resolution::fallback(Reason::LookupError);
         let plan = plan(&policy, NOWHERE, resolution, &pod, Scope::Pod).unwrap();
         let kinds: Vec<&str> = plan.warnings.iter().map(|one| one.kind.as_str()).collect();
         let expected = [
             "lookup_failed",
+            "changed_entries",
             "key_in_use",
             "unknown_source",
             "key_under_another_name",

@@ -164,6 +164,7 @@ fn kubectl_shows_the_warnings() {
     let (code, _, stderr) = world.kubectl(&["apply", "-f", file.to_str().unwrap()]);
     assert_eq!(code, 0, "{stderr}");
     for expected in [
+        "Warning: platform_managed removes env ZAI_API_KEY\n",
         "Warning: container \"agent\": command[2] refers to $(ZAI_API_KEY), which platform_managed removes\n",
         "Warning: container \"agent\": env ALIAS exposes vendor key ANTHROPIC_API_KEY under another name; not removed\n",
     ] {

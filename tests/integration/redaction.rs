@@ -71,7 +71,7 @@ fn run_at_trace_level_shows_no_secret() {
                 .as_array()
                 .unwrap()
                 .len(),
-            if index == 0 { 2 } else { 3 }
+            if index == 0 { 3 } else { 4 }
         );
         // The patch sets the token, and repeats no value from the pod.
         let patch = patch_of(&answer).to_string();
