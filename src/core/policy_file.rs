@@ -529,6 +529,22 @@ impl PolicyFile {
                 warnings.push("proxy.usageToken is absent or blank: every platform_managed pod will be refused");
             }
         }
+        let token = match &proxy.usage_token {
+            Some(UsageToken::Reference(source)) => Some(source),
+            Some(UsageToken::Literal(_)) | None => None,
+        };
+        let extra = proxy.extra_env.iter();
+        let mut sources = extra
+            .filter_map(|extra| extra.value_from.as_ref())
+            .chain(token);
+        if self.unlabelled == Unlabelled::PlatformManaged
+            && sources.any(EnvSource::needs_workspace_id)
+        {
+            warnings.push(
+                "unlabelled is platform_managed and a reference of the proxy has {workspace_id}: every pod without the workspace \
+                 label will be refused (INVALID_REFERENCE); use {namespace} in the reference, or unlabelled: deny",
+            );
+        }
         warnings
     }
 
@@ -605,6 +621,13 @@ impl EnvSource {
             Self::SecretKeyRef(reference) | Self::ConfigMapKeyRef(reference) => Some(reference),
             Self::FieldRef(_) | Self::ResourceFieldRef(_) => None,
         }
+    }
+
+    /// Reports whether a reference has the workspace id in its name or key.
+    fn needs_workspace_id(&self) -> bool {
+        let has_id = |name: &Name| name.as_str().contains("{workspace_id}");
+        self.reference()
+            .is_some_and(|reference| has_id(&reference.name) || has_id(&reference.key))
     }
 
     /// Reports whether a reference is valid for some workspace id and namespace.
@@ -966,6 +989,26 @@ mod tests {
         assert_eq!(with_anthropic("https://x/anthropic"), "");
         for url in ["https://x/anthropic/v1", "https://x/v1//"] {
             assert_eq!(with_anthropic(url), "proxy.anthropicBaseUrl ends in /v1");
+        }
+        let of_workspace =
+            "proxy: {baseUrl: u, usageToken: {secretKeyRef: {name: 'x-{workspace_id}', key: y}}}";
+        let in_extra = format!(
+            "proxy: {{baseUrl: u, {token}, extraEnv: [{{name: A, valueFrom: {{configMapKeyRef: {{name: x, key: 'k-{{workspace_id}}'}}}}}}]}}"
+        );
+        let of_namespace =
+            "proxy: {baseUrl: u, usageToken: {secretKeyRef: {name: 'x-{namespace}', key: y}}}";
+        for (proxy, is_refused) in [
+            (of_workspace, true),
+            (&in_extra, true),
+            (of_namespace, false),
+        ] {
+            let refused = if is_refused {
+                "unlabelled is platform_managed and a reference of the proxy has {workspace_id}"
+            } else {
+                ""
+            };
+            assert_eq!(warnings(&format!("unlabelled: platform_managed\n{proxy}")), refused);
+            assert_eq!(warnings(&format!("unlabelled: deny\n{proxy}")), "");
         }
         let has_token = |text: &str| PolicyFile::parse(text).unwrap().has_literal_token();
         assert!(has_token("proxy: {usageToken: {value: t}}"));
