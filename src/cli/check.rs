@@ -16,6 +16,8 @@ use super::terminal::print;
 use crate::cli::serve::TlsArgs;
 use crate::cluster::{self, ClusterError};
 use crate::core::policy::Policy;
+use crate::core::proxy::Proxy;
+use crate::core::refusal::Refusal;
 use crate::core::resolution::MODE_VARIABLE;
 use crate::database::Database;
 use crate::server::certificate::tls::Certificate;
@@ -154,6 +156,19 @@ async fn check_cluster(namespace: &str, policy: &Policy, report: &mut Report) {
                 &format!(
                     "a new pod in {namespace} has no {MODE_VARIABLE}; see the webhook configuration: its selectors, \
                      failurePolicy and caBundle"
+                ),
+            );
+        }
+        // The answer shows that the webhook is called; the refusal is what this policy says.
+        Err(ClusterError::Refused(message))
+            if !policy.proxy.as_ref().is_some_and(Proxy::is_complete)
+                && message.contains(Refusal::MissingPlatformProxy.code()) =>
+        {
+            report.line(
+                "warn",
+                "cluster",
+                &format!(
+                    "the webhook refuses a new platform_managed pod in {namespace}, because the policy has no complete proxy"
                 ),
             );
         }

@@ -1,12 +1,13 @@
 //! `review`: shows what the webhook would change in a manifest or a cluster object, as a diff, a patch or the result.
 //! core/workload.rs finds the pods in an object.
 
+use std::fmt;
+use std::fs::{self, DirEntry};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::{fmt, fs};
 
 use anyhow::{Context, anyhow, bail};
 use clap::{Args, ColorChoice, ValueEnum};
@@ -22,15 +23,15 @@ use crate::core::decision::{Outcome, PodTarget};
 use crate::core::patch::patch;
 use crate::core::policy::Policy;
 use crate::core::resolution::BillingMode;
-use crate::core::workload::{Subject, subjects};
+use crate::core::workload::{Subject, TemplatePath, dotted, subjects};
 use crate::database::Database;
 use crate::telemetry;
 
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct ReviewArgs {
-    /// A Pod, Deployment, StatefulSet, DaemonSet, ReplicaSet, Job, CronJob, List, AdmissionReview or several
-    /// of them, in YAML or JSON; `-` for standard input
+    /// A file of pods, workloads, Lists or AdmissionReviews in YAML or JSON, or a directory of such files; `-` for
+    /// standard input. Can be given several times
     #[arg(
         short,
         long,
@@ -39,7 +40,14 @@ pub(super) struct ReviewArgs {
         required_unless_present = "object",
         conflicts_with = "object"
     )]
-    filename: Option<PathBuf>,
+    filename: Vec<PathBuf>,
+    /// Reads the directories below a directory too
+    #[arg(short = 'R', long, env = "LLM_BILLING_RECURSIVE")]
+    recursive: bool,
+    /// Where a kind that the program does not know has its pod template, such as `Workspace=spec.podTemplate`; `*` is
+    /// each item of a list. Can be given several times
+    #[arg(long, env = "LLM_BILLING_TEMPLATE_PATH", value_name = "KIND=PATH")]
+    template_path: Vec<TemplatePath>,
     /// A cluster object instead of a file, such as `pod/NAME` or `deployment/NAME`
     #[arg(value_name = "KIND/NAME")]
     object: Option<ObjectName>,
@@ -72,6 +80,7 @@ const EXAMPLES: &str = "\
 Examples:
   llm-billing-webhook review -f pod.yaml --mode byok                   without a database
   kubectl kustomize . | llm-billing-webhook review -f - --mode platform_managed --policy policy.yaml
+  llm-billing-webhook review -R -f manifests --mode byok               a directory and below
   llm-billing-webhook review -n ws-acme deployment/agent -o patch      an object in the cluster";
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -87,7 +96,7 @@ enum Output {
 }
 
 pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
-    let (input, documents) = documents(&args).await?;
+    let (inputs, documents) = documents(&args).await?;
     let policy = args.policy.load()?;
     let source = args.database.source()?;
     let database = source
@@ -95,11 +104,15 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
         .transpose()?;
     let subjects: Vec<Subject> = documents
         .into_iter()
-        .flat_map(|document| subjects(document, args.namespace.as_deref().unwrap_or("default")))
+        .flat_map(|document| {
+            let namespace = args.namespace.as_deref().unwrap_or("default");
+            subjects(document, namespace, &args.template_path)
+        })
         .collect();
     if !subjects.iter().any(Subject::makes_pods) {
         bail!(
-            "{input} has no object that makes pods; expected a Pod, a workload, a List or an AdmissionReview of pods"
+            "{inputs} has no object that makes pods; expected a Pod, a workload, a List or an AdmissionReview of pods; \
+             --template-path names the pod template of another kind"
         );
     }
 
@@ -142,7 +155,7 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// Returns the input's name for messages, and its documents.
+/// Returns the inputs' names for messages, and their documents.
 async fn documents(args: &ReviewArgs) -> anyhow::Result<(String, Vec<Value>)> {
     if let Some(object) = &args.object {
         let input = object.to_string();
@@ -154,16 +167,64 @@ async fn documents(args: &ReviewArgs) -> anyhow::Result<(String, Vec<Value>)> {
             .with_context(|| format!("cannot read {input}"))?;
         return Ok((input, vec![document]));
     }
-    let path = args.filename.as_deref().unwrap_or(Path::new("-"));
-    let input = if path == Path::new("-") {
-        "standard input".to_owned()
-    } else {
-        path.display().to_string()
-    };
-    let failed = || format!("cannot read {input}");
-    let text = read(path).with_context(failed)?;
-    let documents = parse(&text).with_context(failed)?;
-    Ok((input, documents))
+    let is_standard_input = |path: &&PathBuf| path.as_path() == Path::new("-");
+    if args.filename.iter().filter(is_standard_input).count() > 1 {
+        bail!("standard input is given more than once, and can be read only once");
+    }
+    let mut inputs = Vec::new();
+    for path in &args.filename {
+        add_files(path, args.recursive, &mut inputs)?;
+    }
+    let mut all = Vec::new();
+    for path in inputs {
+        let failed = || format!("cannot read {}", input_name(&path));
+        let text = read(&path).with_context(failed)?;
+        all.append(&mut parse(&text).with_context(failed)?);
+    }
+    let names: Vec<String> = args.filename.iter().map(|path| input_name(path)).collect();
+    Ok((names.join(", "), all))
+}
+
+fn input_name(path: &Path) -> String {
+    if path == Path::new("-") {
+        return "standard input".to_owned();
+    }
+    path.display().to_string()
+}
+
+/// Adds a file, or a directory's manifests by name, as kubectl does: files that end in .json, .yaml or .yml.
+fn add_files(path: &Path, recursive: bool, files: &mut Vec<PathBuf>) -> anyhow::Result<()> {
+    if path == Path::new("-") || !path.is_dir() {
+        files.push(path.to_owned());
+        return Ok(());
+    }
+    let failed = || format!("cannot read {}", path.display());
+    let entries: Result<Vec<_>, _> = fs::read_dir(path).with_context(failed)?.collect();
+    let mut entries = entries.with_context(failed)?;
+    entries.sort_by_key(DirEntry::path);
+    let before = files.len();
+    for entry in entries {
+        let path = entry.path();
+        let extension = path.extension().unwrap_or_default();
+        // A link to a directory is not followed: it can lead back to this one.
+        if entry.file_type().with_context(failed)?.is_dir() {
+            if recursive {
+                add_files(&path, recursive, files)?;
+            }
+        } else if ["json", "yaml", "yml"]
+            .iter()
+            .any(|known| extension == *known)
+        {
+            files.push(path);
+        }
+    }
+    if files.len() == before && !recursive {
+        bail!(
+            "{} has no .json, .yaml or .yml file; -R reads the directories below it too",
+            path.display()
+        );
+    }
+    Ok(())
 }
 
 /// A cluster object, by kind and name as in kubectl.
@@ -266,11 +327,28 @@ async fn patch_of(
     database: Option<&Arc<Database>>,
     mode: Option<BillingMode>,
 ) -> anyhow::Result<Patch> {
-    if !subject.is_planned() {
-        return Ok(Patch::default());
+    let mut operations = Patch::default();
+    for root in subject.roots() {
+        // Pods of different templates are told apart by their paths.
+        let title = match subject.roots().len() {
+            1 => subject.title.clone(),
+            _ => format!("{} {}", subject.title, dotted(root)),
+        };
+        let patch = patch_at(subject, root, &title, policy, database, mode).await?;
+        operations.0.extend(patch.0);
     }
-    let title = &subject.title;
-    let (pod, old) = (subject.pod()?, subject.old_pod()?);
+    Ok(operations)
+}
+
+async fn patch_at(
+    subject: &Subject,
+    root: &str,
+    title: &str,
+    policy: &Policy,
+    database: Option<&Arc<Database>>,
+    mode: Option<BillingMode>,
+) -> anyhow::Result<Patch> {
+    let (pod, old) = (subject.pod(root)?, subject.old_pod()?);
     let target = PodTarget {
         pod: &pod,
         namespace: &subject.namespace,
@@ -299,7 +377,7 @@ async fn patch_of(
     for secret in plan.secrets() {
         note(&format!("{title}: needs Secret {secret} in namespace {}", subject.namespace))?;
     }
-    Ok(serde_json::from_str(&patch(plan, subject.root()).json)?)
+    Ok(serde_json::from_str(&patch(plan, root).json)?)
 }
 
 fn yaml(object: &Value) -> anyhow::Result<String> {

@@ -93,6 +93,12 @@ impl Contract {
 }
 
 impl Proxy {
+    /// Reports whether there is a base URL and a usage token; without them, platform_managed pods are refused.
+    #[must_use]
+    pub const fn is_complete(&self) -> bool {
+        self.contract.is_some()
+    }
+
     /// Returns the proxy variables for a runtime: the contract's first, then extraEnv. Returns `None` if the base URL
     /// or the usage token is absent.
     ///

@@ -15,8 +15,8 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 
 use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_env_matches, env_of, pod, policy};
-use test_support::program::{Authority, wait_for};
-use test_support::{WORKSPACE_LABEL, fixtures};
+use test_support::program::{Authority, decode_output, program, wait_for};
+use test_support::{PROXY, WORKSPACE_LABEL, fixtures};
 
 /// Starts another mutating webhook, which applies this patch to pods without `XAI_API_KEY`. Returns its port and call
 /// count.
@@ -208,6 +208,31 @@ fn denial_reaches_kubectl_and_the_workloads_events() {
             && events.contains(denial))
         .then_some(())
     });
+}
+
+#[test]
+fn check_tells_a_policy_without_proxy_from_a_fault() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    let _webhook = world.install(&postgres, "", &[]);
+    let check = |policy: &str| {
+        let policy = world.write("checked.yaml", policy);
+        let mut check = program(&["check", "--policy", &policy, "--dry-run-in", NAMESPACE]);
+        check.env("KUBECONFIG", world.kubeconfig());
+        let (code, report, _) = decode_output(&check.output().unwrap());
+        let line = report
+            .lines()
+            .find(|line| line.contains(" cluster "))
+            .unwrap();
+        (code, line.to_owned())
+    };
+    let expected = format!(
+        "warn  cluster      the webhook refuses a new platform_managed pod in {NAMESPACE}, because the policy has no complete proxy"
+    );
+    assert_eq!(check(""), (0, expected));
+    // A webhook that lacks the proxy of the policy is a fault.
+    let (code, line) = check(PROXY);
+    assert!(code == 2 && line.contains("MISSING_PLATFORM_PROXY"), "{code} {line}");
 }
 
 #[test]

@@ -269,17 +269,131 @@ spec:
 }
 
 #[test]
+fn files_directories_and_stdin_are_reviewed_in_order() {
+    let pod = |name: &str| {
+        format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: {name}, labels: {{molecule.ai/workspace-id: 88888888-8888-8888-8888-888888888888}}}}, spec: {{containers: [{{name: c}}]}}}}"
+        )
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    fs::create_dir_all(path("all/below/empty")).unwrap();
+    for (file, pod_name) in [
+        ("all/2.yaml", "two"),
+        ("all/1.yml", "one"),
+        ("all/below/3.json", "three"),
+        ("4", "four"),
+    ] {
+        fs::write(path(file), pod(pod_name)).unwrap();
+    }
+    fs::write(path("all/notes.txt"), "no manifest").unwrap();
+    std::os::unix::fs::symlink(path("all"), path("all/below/loop")).unwrap();
+    let review = |arguments: &[&str]| {
+        let mut command = program(&["review", "--mode", "byok", "-o", "patch"]);
+        command
+            .args(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(pod("five").as_bytes())
+            .unwrap();
+        let (code, _, stderr) = decode_output(&child.wait_with_output().unwrap());
+        let names = stderr
+            .lines()
+            .filter_map(|line| line.strip_prefix("Pod default/"));
+        let names = names
+            .filter_map(|line| line.split_once(':'))
+            .map(|(name, _)| name.to_owned());
+        (code, names.collect::<Vec<_>>().join(" "), stderr)
+    };
+    let (all, four) = (path("all"), path("4"));
+    let (code, names, _) = review(&["-f", &four, "-f", &all, "-f", "-"]);
+    assert_eq!((code, names.as_str()), (1, "four one two five"));
+    let (code, names, _) = review(&["-R", "-f", &all]);
+    assert_eq!((code, names.as_str()), (1, "one two three"));
+
+    let failed = |arguments: &[&str], expected: &str| {
+        let (code, _, stderr) = review(arguments);
+        assert!(code == 2 && stderr.contains(expected), "{code} {stderr}");
+    };
+    let empty = path("all/below/empty");
+    failed(
+        &["-f", &empty],
+        &format!("{empty} has no .json, .yaml or .yml file; -R reads the directories below it too"),
+    );
+    failed(&["-R", "-f", &empty], &format!("{empty} has no object that makes pods"));
+    failed(&["-f", "-", "-f", "-"], "standard input is given more than once");
+    fs::write(path("all/below/3.json"), "{").unwrap();
+    failed(
+        &["-R", "-f", &all],
+        &format!("cannot read {}: line 1, column 1: ", path("all/below/3.json")),
+    );
+}
+
+#[test]
+fn every_template_of_a_workload_is_planned() {
+    let template = "{metadata: {labels: {molecule.ai/workspace-id: 88888888-8888-8888-8888-888888888888}}, spec: {containers: [{name: c}]}}";
+    let review = |kind: &str, spec: &str, arguments: &[&str]| {
+        let text = format!(
+            "apiVersion: {kind}\nmetadata: {{name: x}}\nspec: {}",
+            spec.replace("POD", template)
+        );
+        let (code, after, stderr) =
+            review(&text, &[&["--mode", "disabled", "-o", "json"], arguments].concat());
+        (code, after.matches("MOLECULE_LLM_BILLING_MODE\"").count(), stderr)
+    };
+    let cluster =
+        "{headGroupSpec: {template: POD}, workerGroupSpecs: [{template: POD}, {template: POD}]}";
+    assert_eq!(
+        review("ray.io/v1\nkind: RayCluster", cluster, &[]),
+        (
+            1,
+            3,
+            "RayCluster default/x spec.headGroupSpec.template: disabled (workspace_override, override)\n\
+             RayCluster default/x spec.workerGroupSpecs.0.template: disabled (workspace_override, override)\n\
+             RayCluster default/x spec.workerGroupSpecs.1.template: disabled (workspace_override, override)\n"
+                .to_owned()
+        )
+    );
+    let (code, modes, stderr) = review("acme.io/v1\nkind: Fleet", "{pods: [POD, POD]}", &[]);
+    assert!(
+        code == 2
+            && modes == 0
+            && stderr.contains("--template-path names the pod template of another kind"),
+        "{stderr}"
+    );
+    let paths = ["--template-path", "Fleet=spec.pods.*"];
+    let (code, modes, _) = review("acme.io/v1\nkind: Fleet", "{pods: [POD, POD]}", &paths);
+    assert_eq!((code, modes), (1, 2));
+    let (code, _, stderr) = review("acme.io/v1\nkind: Fleet", "{}", &["--template-path", "Fleet"]);
+    assert!(
+        code == 2 && stderr.contains("expected KIND=PATH, such as Workspace=spec.podTemplate"),
+        "{stderr}"
+    );
+    let (code, _, stderr) = review("serving.knative.dev/v1\nkind: Service", "{}", &[]);
+    assert!(
+        code == 2 && stderr.contains("Service default/x") && stderr.contains("spec.template"),
+        "{stderr}"
+    );
+}
+
+#[test]
 fn unusable_input_is_reported_with_its_location() {
     let table = [
         ("a: [", "error: cannot read FILE: line 1, column 4: this is not valid YAML\n"),
         ("{\"a\": x]", "error: cannot read FILE: line 1, column 7: this is not valid JSON\n"),
         (
             "",
-            "error: FILE has no object that makes pods; expected a Pod, a workload, a List or an AdmissionReview of pods\n",
+            "error: FILE has no object that makes pods; expected a Pod, a workload, a List or an AdmissionReview of pods; --template-path names the pod template of another kind\n",
         ),
         (
             "kind: Service",
-            "error: FILE has no object that makes pods; expected a Pod, a workload, a List or an AdmissionReview of pods\n",
+            "error: FILE has no object that makes pods; expected a Pod, a workload, a List or an AdmissionReview of pods; --template-path names the pod template of another kind\n",
         ),
         (
             "{apiVersion: apps/v1, kind: Deployment, metadata: {name: d}, spec: {}}",
