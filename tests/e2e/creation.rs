@@ -198,11 +198,45 @@ fn dry_run_and_diff_match_the_created_pod() {
         }
         assert!(diff.contains("+    molecule.ai/llm-billing-mode: "), "{diff}");
     }
-    // Applying the managed pod's manifest again fails: it adds a removed entry, and a pod's env is immutable.
-    let file = world.write("pod.json", &pod("byok", BYOK, &own_key()).to_string());
-    assert_eq!(world.kubectl(&["diff", "-f", &file]).0, 0);
-    let file = world.write("pod.json", &pod("managed", MANAGED, &own_key()).to_string());
-    let (code, _, stderr) = world.kubectl(&["apply", "-f", &file]);
-    assert_eq!(code, 1);
-    assert!(stderr.contains("pod updates may not change fields other than"), "{stderr}");
+}
+
+/// A pod's env is immutable, so a second apply must not restore an entry that the webhook changed.
+#[test]
+fn second_apply_is_refused_if_the_create_changed_an_entry() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    let _webhook = world.install(&postgres, &policy(""), &[]);
+    let literal = |name: &str| json!([{"name": name, "value": "own"}]);
+    let reference = json!([{"name": "OPENAI_API_KEY", "valueFrom": {"secretKeyRef": {"name": "own", "key": "key"}}}]);
+    let removed = "Warning: platform_managed removes env XAI_API_KEY\n";
+    let replaced = "Warning: platform_managed replaces env OPENAI_API_KEY\n";
+    let base_url = "Warning: platform_managed replaces env OPENAI_BASE_URL\n";
+    let immutable = Some("pod updates may not change fields other than");
+    let both = Some("may not be specified when `value` is not empty");
+    // Workspace, the author's env, the create's warning, the error of a client-side and of a server-side second apply.
+    let table = [
+        (MANAGED, literal("OTHER"), "", None, None),
+        (BYOK, literal("XAI_API_KEY"), "", None, None),
+        (MANAGED, literal("XAI_API_KEY"), removed, immutable, immutable),
+        (MANAGED, literal("OPENAI_API_KEY"), replaced, both, both),
+        (MANAGED, reference, replaced, immutable, immutable),
+        (MANAGED, literal("OPENAI_BASE_URL"), base_url, immutable, immutable),
+    ];
+    for (index, (workspace, env, warning, client_side, server_side)) in table.iter().enumerate() {
+        for (side, error) in [("false", client_side), ("true", server_side)] {
+            let name = format!("applied-{index}-{side}");
+            let file = world.write("pod.json", &pod(&name, workspace, env).to_string());
+            let server_side = format!("--server-side={side}");
+            let apply = || world.kubectl(&["apply", &server_side, "-f", &file]);
+            let (code, _, created) = apply();
+            assert_eq!((code, created.as_str()), (0, *warning), "{env} {side}");
+            let (code, _, again) = apply();
+            match error {
+                None => assert_eq!(code, 0, "{env} {side}: {again}"),
+                Some(error) => assert!(code == 1 && again.contains(error), "{env} {side}: {again}"),
+            }
+            // A new pod takes the old one's place.
+            world.kubectl_ok(&["replace", "--force", "-f", &file]);
+        }
+    }
 }
