@@ -2,6 +2,7 @@
 //! failed check does not stop the others.
 
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use k8s_openapi::api::core::v1::Pod;
@@ -9,6 +10,7 @@ use kube::Api;
 use kube::api::{ApiResource, DynamicObject, PostParams};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
+use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::args::{DatabaseArgs, PolicyArgs};
@@ -141,8 +143,18 @@ async fn check_database(args: &DatabaseArgs, policy: Option<&Policy>, report: &m
     }
 }
 
+/// Limit on the time until the webhook is called: after an installation, replicas write its configuration only when they
+/// have been ready for some seconds.
+const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+
 async fn check_cluster(namespace: &str, policy: &Policy, report: &mut Report) {
-    match dry_run_mode(namespace, policy).await {
+    let started = Instant::now();
+    let mut mode = dry_run_mode(namespace, policy).await;
+    while matches!(mode, Ok(None)) && started.elapsed() < CALL_TIMEOUT {
+        sleep(Duration::from_secs(1)).await;
+        mode = dry_run_mode(namespace, policy).await;
+    }
+    match mode {
         Ok(Some(mode)) => report.line(
             "ok",
             "cluster",

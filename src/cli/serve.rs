@@ -131,7 +131,8 @@ struct SharedArgs {
         value_name = "NAME"
     )]
     tls_dns_name: Vec<String>,
-    /// MutatingWebhookConfigurations to write the CA into
+    /// MutatingWebhookConfigurations to write the CA into, and the webhooks that their annotation
+    /// molecule.ai/llm-billing-webhooks declares
     #[arg(
         long,
         env = "LLM_BILLING_TLS_MUTATING_WEBHOOK",
@@ -140,7 +141,7 @@ struct SharedArgs {
         value_name = "NAME"
     )]
     tls_mutating_webhook: Vec<String>,
-    /// ValidatingWebhookConfigurations to write the CA into
+    /// The same for ValidatingWebhookConfigurations, which may be missing
     #[arg(
         long,
         env = "LLM_BILLING_TLS_VALIDATING_WEBHOOK",

@@ -9,8 +9,8 @@ use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_env_matches, pod, pol
 use test_support::WORKSPACE_LABEL;
 use test_support::chart::{RELEASE, chart, of_kind, render};
 use test_support::haproxy::{Haproxy, Slot};
-use test_support::postgres::free_port;
-use test_support::program::{Authority, Start, decode_output, program, wait_for};
+use test_support::postgres::{Postgres, free_port};
+use test_support::program::{Authority, Start, Webhook, decode_output, program, wait_for};
 use test_support::transcript::{commands, page};
 
 #[test]
@@ -23,6 +23,23 @@ fn rolling_both_instances_over_fails_no_create() {
     let proxy = Haproxy::start(&slots);
     world.configure(&["guard.enabled=true"], proxy.port, &authority.pem());
 
+    let started = Instant::now();
+    create_during(&world, true, || {
+        for (instance, slot) in instances.iter_mut().zip(slots) {
+            std::thread::sleep(Duration::from_secs(1));
+            instance.signal("TERM");
+            assert_eq!(instance.wait().code(), Some(0));
+            *instance = start(slot);
+            instance.wait_until_ready();
+        }
+    });
+    let (created, seconds) = (world.pods().len(), started.elapsed().as_secs_f64());
+    println!("{created} pods in {seconds:.1} s, {:.0} a second", created as f64 / seconds);
+    assert!(created > 100, "{created}");
+}
+
+/// Creates 50 byok pods a second while the closure runs. Panics if one is refused or, if `are_changed`, unchanged.
+fn create_during(world: &World, are_changed: bool, work: impl FnOnce()) {
     // A create starts every 20 ms, independent of the others' progress.
     const CREATE_INTERVAL: Duration = Duration::from_millis(20);
     const CREATORS: usize = 10;
@@ -39,26 +56,21 @@ fn rolling_both_instances_over_fails_no_create() {
                     }
                     let offset = CREATE_INTERVAL * u32::try_from(number).unwrap();
                     std::thread::sleep(offset.saturating_sub(started.elapsed()));
-                    let pod = pod(&format!("p{number}"), BYOK, &json!([]));
+                    let mut pod = pod("", BYOK, &json!([]));
+                    pod["metadata"]["name"].take();
+                    pod["metadata"]["generateName"] = "p-".into();
                     let (status, created) = world.api.request("POST", &path, Some(&pod));
                     assert_eq!(status, 201, "{number}: {created}");
-                    assert_env_matches(&created["spec"]["containers"][0], "byok");
+                    if are_changed {
+                        assert_env_matches(&created["spec"]["containers"][0], "byok");
+                    }
                 }
             });
         }
         // Ends the creators even after a panic.
         let _guard = SetOnDrop(&is_over);
-        for (instance, slot) in instances.iter_mut().zip(slots) {
-            std::thread::sleep(Duration::from_secs(1));
-            instance.signal("TERM");
-            assert_eq!(instance.wait().code(), Some(0));
-            *instance = start(slot);
-            instance.wait_until_ready();
-        }
+        work();
     });
-    let (created, seconds) = (world.pods().len(), started.elapsed().as_secs_f64());
-    println!("{created} pods in {seconds:.1} s, {:.0} a second", created as f64 / seconds);
-    assert!(created > 100, "{created}");
 }
 
 /// Ends the creators when dropped; creates in progress finish.
@@ -213,6 +225,107 @@ fn commands_of_runbook_and_readme_work() {
     run_commands_of("README.md", true);
 }
 
+/// Runs the program with the Deployment's arguments and its service account's token, since there is no kubelet, and points
+/// the Service to it.
+fn run_release(world: &World, settings: &[&str], port: u16, postgres: &Postgres) -> Webhook {
+    let service = json!({"spec": {"type": "ExternalName", "externalName": "localhost", "clusterIP": null, "clusterIPs": null, "selector": null}});
+    world.kubectl_ok(&[
+        "-n",
+        RELEASE,
+        "patch",
+        "service",
+        RELEASE,
+        "--type=merge",
+        "-p",
+        &service.to_string(),
+    ]);
+    let token = world.kubectl_ok(&["-n", RELEASE, "create", "token", RELEASE]);
+    let kubeconfig = world
+        .api
+        .kubeconfig_with_token(world.folder.path(), token.trim());
+    let objects = render(settings);
+    let container = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"]["containers"][0];
+    let chart_arguments: Vec<&str> = container["args"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|one| one.as_str().unwrap())
+        .collect();
+    let address = format!("127.0.0.1:{port}");
+    let is_used = |argument: &&str| {
+        argument.starts_with("--tls-") || argument.starts_with("--audit-interval=")
+    };
+    let mut program_arguments: Vec<&str> = chart_arguments.into_iter().filter(is_used).collect();
+    program_arguments.extend(["--listen", &address, "--health-listen", "127.0.0.1:0"]);
+    Start {
+        policy: &policy(""),
+        database_url: &postgres.url(),
+        arguments: &program_arguments,
+        environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
+        manages_certificate: true,
+        ..Start::default()
+    }
+    .start()
+}
+
+#[test]
+fn upgrade_with_the_guard_refuses_no_pod() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    let port = free_port();
+    let service_port = format!("webhook.servicePort={port}");
+    let settings = ["database.existingSecret=db", &service_port];
+    let chart = chart();
+    let release = |command: &str, more: &[&str]| {
+        let mut arguments = vec![command, RELEASE, chart.to_str().unwrap(), "-n", RELEASE];
+        let settings = settings.iter().chain(more);
+        arguments.extend(settings.flat_map(|setting| ["--set", setting]));
+        if command == "install" {
+            arguments.push("--create-namespace");
+        }
+        let (code, _, stderr) = world.tool("helm", &arguments);
+        assert_eq!(code, 0, "{command} {more:?}: {stderr}");
+    };
+    let ca_bundle = |kind: &str| {
+        let path = "jsonpath={.webhooks[0].clientConfig.caBundle}";
+        let (code, bundle, _) = world.kubectl(&["get", kind, RELEASE, "-o", path]);
+        (code == 0 && !bundle.is_empty()).then_some(())
+    };
+    let (mutating, validating) = ("mutatingwebhookconfiguration", "validatingwebhookconfiguration");
+
+    // The first install: pods are admitted, unchanged until the first replica is ready.
+    let mut webhook = None;
+    create_during(&world, false, || {
+        release("install", &[]);
+        webhook = Some(run_release(&world, &settings, port, &postgres));
+        wait_for("the webhook is written", || ca_bundle(mutating));
+        world.wait_until_called(NAMESPACE);
+    });
+    // No replica of the new revision ever runs, as with an image that cannot be pulled.
+    create_during(&world, true, || {
+        release("upgrade", &["guard.enabled=true", "image.tag=missing"]);
+        wait_for("the guard is written", || ca_bundle(validating));
+        std::thread::sleep(Duration::from_secs(2));
+        let (code, _, stderr) = world.tool("helm", &["rollback", RELEASE, "1", "-n", RELEASE]);
+        assert_eq!(code, 0, "{stderr}");
+        assert_eq!(ca_bundle(validating), None);
+        release("upgrade", &["guard.enabled=true"]);
+        wait_for("the guard is written", || ca_bundle(validating));
+        std::thread::sleep(Duration::from_secs(2));
+    });
+    // The configurations are deleted in an emergency, and an upgrade brings them back.
+    world.kubectl_ok(&["delete", validating, RELEASE]);
+    world.kubectl_ok(&["delete", mutating, RELEASE]);
+    create_during(&world, false, || {
+        release("upgrade", &["guard.enabled=true"]);
+        wait_for("the webhook is written", || ca_bundle(mutating));
+        wait_for("the guard is written", || ca_bundle(validating));
+        world.wait_until_called(NAMESPACE);
+    });
+    let webhook = webhook.unwrap();
+    assert!(!webhook.log().contains("\"ERROR\""), "{}", webhook.log());
+}
+
 #[test]
 fn helm_release_works_and_uninstalls_cleanly() {
     let Some(world) = World::start() else { return };
@@ -243,46 +356,7 @@ fn helm_release_works_and_uninstalls_cleanly() {
     );
     assert!(notes.contains("WARNING: policy.proxy is not set"), "{notes}");
 
-    // Without a kubelet, the test runs the program with the Deployment's arguments and its service account's token, and
-    // points the Service to it.
-    let service = json!({"spec": {"type": "ExternalName", "externalName": "localhost", "clusterIP": null, "clusterIPs": null, "selector": null}});
-    world.kubectl_ok(&[
-        "-n",
-        RELEASE,
-        "patch",
-        "service",
-        RELEASE,
-        "--type=merge",
-        "-p",
-        &service.to_string(),
-    ]);
-    let token = world.kubectl_ok(&["-n", RELEASE, "create", "token", RELEASE]);
-    let kubeconfig = world
-        .api
-        .kubeconfig_with_token(world.folder.path(), token.trim());
-    let objects = render(&settings);
-    let container = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"]["containers"][0];
-    let chart_arguments: Vec<&str> = container["args"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|one| one.as_str().unwrap())
-        .collect();
-    let address = format!("127.0.0.1:{port}");
-    let is_used = |argument: &&str| {
-        argument.starts_with("--tls-") || argument.starts_with("--audit-interval=")
-    };
-    let mut program_arguments: Vec<&str> = chart_arguments.into_iter().filter(is_used).collect();
-    program_arguments.extend(["--listen", &address, "--health-listen", "127.0.0.1:0"]);
-    let webhook = Start {
-        policy: &policy(""),
-        database_url: &postgres.url(),
-        arguments: &program_arguments,
-        environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
-        manages_certificate: true,
-        ..Start::default()
-    }
-    .start();
+    let webhook = run_release(&world, &settings, port, &postgres);
     world.wait_until_called(NAMESPACE);
     world.api.create_all([&pod("first", BYOK, &json!([]))]);
     assert_env_matches(&world.stored("first").unwrap()["spec"]["containers"][0], "byok");

@@ -27,6 +27,14 @@ const GUARD: &str =
 const PODS: &str = "/api/v1/namespaces/default/pods";
 
 /// A cluster with the chart's objects except its pods: the tests run the program themselves.
+const KINDS: [&str; 2] = [
+    "MutatingWebhookConfiguration",
+    "ValidatingWebhookConfiguration",
+];
+const DATABASE_FILE: &str = "workspaces.sqlite";
+/// The annotation in which the chart declares a configuration's webhooks.
+const DECLARED: &str = "molecule.ai/llm-billing-webhooks";
+
 struct Cluster {
     api: ApiServer,
     folder: tempfile::TempDir,
@@ -45,6 +53,8 @@ impl Cluster {
             objects,
             port: free_port(),
         };
+        let file = cluster.folder.path().join(DATABASE_FILE);
+        test_support::sqlite(&file, "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)");
         let namespace =
             json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": RELEASE}});
         cluster.api.create_all([&namespace]);
@@ -64,20 +74,35 @@ impl Cluster {
         cluster
     }
 
-    /// Creates the webhook configurations, with a URL on loopback in place of the Service.
+    /// Creates the webhook configurations with webhooks that have no CA, so that they are written at once.
     fn configure(&self) {
-        for kind in [
-            "MutatingWebhookConfiguration",
-            "ValidatingWebhookConfiguration",
-        ] {
-            let mut configuration = of_kind(&self.objects, kind).clone();
-            for webhook in configuration["webhooks"].as_array_mut().unwrap() {
-                let path = webhook["clientConfig"]["service"]["path"].take();
-                let url = format!("https://localhost:{}{}", self.port, path.as_str().unwrap());
-                webhook["clientConfig"] = json!({ "url": url });
-            }
+        for kind in KINDS {
+            let mut configuration = self.configuration(kind);
+            configuration["webhooks"] = serde_json::from_str(
+                configuration["metadata"]["annotations"][DECLARED]
+                    .as_str()
+                    .unwrap(),
+            )
+            .unwrap();
             self.api.create_all([&configuration]);
         }
+    }
+
+    /// Returns the chart's webhook configuration, with a URL on loopback in place of the Service.
+    fn configuration(&self, kind: &str) -> Value {
+        let mut configuration = of_kind(&self.objects, kind).clone();
+        assert_eq!(configuration.get("webhooks"), None);
+        let declared = configuration["metadata"]["annotations"][DECLARED]
+            .as_str()
+            .unwrap();
+        let mut webhooks: Value = serde_json::from_str(declared).unwrap();
+        for webhook in webhooks.as_array_mut().unwrap() {
+            let path = webhook["clientConfig"]["service"]["path"].take();
+            let url = format!("https://localhost:{}{}", self.port, path.as_str().unwrap());
+            webhook["clientConfig"] = json!({ "url": url });
+        }
+        configuration["metadata"]["annotations"][DECLARED] = webhooks.to_string().into();
+        configuration
     }
 
     fn kubeconfig(&self) -> String {
@@ -93,13 +118,18 @@ impl Cluster {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let start = Start {
             policy: test_support::PROXY,
-            database_url: "sqlite://nowhere.sqlite",
+            database_url: &self.database_url(),
             arguments: &arguments,
             environment: &[("KUBECONFIG", &kubeconfig)],
             manages_certificate: true,
             ..Start::default()
         };
         start.start()
+    }
+
+    /// Returns the URL of a database without workspaces.
+    fn database_url(&self) -> String {
+        format!("sqlite://{}", self.folder.path().join(DATABASE_FILE).display())
     }
 
     fn arguments(&self, address: &str, lifetime: &str, ca_lifetime: &str) -> Vec<String> {
@@ -150,14 +180,33 @@ impl Cluster {
         }
     }
 
-    /// Creates pods continuously while the closure runs, and returns how many. Panics if one fails.
+    /// Creates pods continuously while the closure runs, and returns how many. Panics if one is refused or unchanged.
     fn create_during(&self, disruption: impl FnOnce()) -> usize {
+        self.repeat_during(|| self.create_a_pod().unwrap(), disruption)
+            .0
+    }
+
+    /// Creates pods continuously while the closure runs. Panics if one is refused; some may be unchanged.
+    fn admit_during<T>(&self, disruption: impl FnOnce() -> T) -> T {
+        let admit = || {
+            if let Err(answer) = self.create_a_pod() {
+                assert_eq!(answer["kind"], "Pod", "{answer}");
+            }
+        };
+        self.repeat_during(admit, disruption).1
+    }
+
+    fn repeat_during<T>(
+        &self,
+        create: impl Fn() + Sync,
+        disruption: impl FnOnce() -> T,
+    ) -> (usize, T) {
         let is_over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let creator = scope.spawn(|| {
                 let mut created = 0;
                 while !is_over.load(Ordering::Relaxed) {
-                    self.create_a_pod().unwrap();
+                    create();
                     created += 1;
                 }
                 created
@@ -165,8 +214,7 @@ impl Cluster {
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(disruption));
             is_over.store(true, Ordering::Relaxed);
             let created = creator.join().unwrap();
-            result.unwrap();
-            created
+            (created, result.unwrap())
         })
     }
 }
@@ -293,6 +341,52 @@ fn deleted_or_damaged_objects_are_restored_without_downtime() {
             .then_some(())
     });
     cluster.create_a_pod().unwrap();
+}
+
+#[test]
+fn webhooks_are_written_once_a_replica_is_ready() {
+    let cluster = Cluster::install();
+    cluster.api.delete(CONFIGURATION);
+    cluster.api.delete(GUARD);
+    let first_install = || {
+        cluster.api.create_all([&cluster.configuration(KINDS[0])]);
+        let replica = cluster.start(&cluster.address(), "90d", "365d");
+        wait_for("the webhooks are written", || cluster.ca_bundle(CONFIGURATION));
+        wait_for("the webhook is called", || cluster.create_a_pod().ok());
+        replica
+    };
+    let replica = cluster.admit_during(first_install);
+    let created = cluster.create_during(|| {
+        // guard.enabled=true, and no new replica comes up.
+        cluster.api.create_all([&cluster.configuration(KINDS[1])]);
+        wait_for("the guard is written", || cluster.ca_bundle(GUARD));
+        for _ in 0..100 {
+            cluster.create_a_pod().unwrap();
+        }
+        // A change of values.
+        cluster.api.change(GUARD, |guard| {
+            let declared = &mut guard["metadata"]["annotations"][DECLARED];
+            let changed = declared
+                .as_str()
+                .unwrap()
+                .replace("\"timeoutSeconds\":5", "\"timeoutSeconds\":9");
+            *declared = changed.into();
+        });
+        wait_for("the change is written", || {
+            let guard = cluster.api.get(GUARD)?;
+            (guard["webhooks"][0]["timeoutSeconds"] == 9).then_some(())
+        });
+        cluster.api.delete(GUARD);
+    });
+    assert!(created > 100, "{created}");
+    // After the glass was broken: the configuration is deleted, and comes back by an upgrade.
+    cluster.api.delete(CONFIGURATION);
+    cluster.admit_during(|| {
+        cluster.api.create_all([&cluster.configuration(KINDS[0])]);
+        wait_for("the webhooks are back", || cluster.ca_bundle(CONFIGURATION));
+        wait_for("the webhook is called", || cluster.create_a_pod().ok());
+    });
+    drop(replica);
 }
 
 #[test]

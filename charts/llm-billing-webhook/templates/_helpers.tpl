@@ -98,6 +98,27 @@ policy.unlabelled. */}}
 {{- if gt (int (ternary .Values.autoscaling.minReplicas .Values.replicas .Values.autoscaling.enabled)) 1 }}true{{ end }}
 {{- end }}
 
+{{/* The rest of a webhook configuration. Self-managed replicas write the webhooks once they are ready, with their CA: until
+then, the webhooks would refuse every pod. Others have their CA from the start, or from cert-manager. */}}
+{{- define "llm-billing-webhook.webhookConfiguration" -}}
+{{- $mode := .context.Values.tls.mode -}}
+metadata:
+  name: {{ include "llm-billing-webhook.fullname" .context }}
+  labels:
+    {{- include "llm-billing-webhook.labels" .context | nindent 4 }}
+  {{- if eq $mode "self-managed" }}
+  annotations:
+    molecule.ai/llm-billing-webhooks: {{ .webhooks | fromYamlArray | toJson | quote }}
+  {{- else if eq $mode "cert-manager" }}
+  annotations:
+    cert-manager.io/inject-ca-from: {{ .context.Release.Namespace }}/{{ include "llm-billing-webhook.fullname" .context }}
+  {{- end }}
+{{- if ne $mode "self-managed" }}
+webhooks:
+  {{- .webhooks | nindent 2 }}
+{{- end }}
+{{- end }}
+
 {{/* The requests that both webhooks cover. The release's namespace is exempt: otherwise, with no replica running, none
 could start. */}}
 {{- define "llm-billing-webhook.admissionMatch" -}}

@@ -1,5 +1,6 @@
-//! The replicas' shared CA and certificate: stores them in one Secret, publishes the CA as `caBundle` in the webhook
-//! configurations and serves the certificate. The decision what to generate or renew lives in rotation.rs.
+//! The replicas' shared CA and certificate: stores them in one Secret, publishes the CA in the webhook configurations and
+//! serves the certificate. The decision what to generate or renew lives in rotation.rs, what to write into a
+//! configuration in configuration.rs.
 //!
 //! There is no leader: each replica reconciles periodically. If two write at once, the API server rejects one with a
 //! conflict, and that replica reads the other's result.
@@ -7,22 +8,21 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use base64_simd::STANDARD;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::admissionregistration::v1::{
     MutatingWebhookConfiguration, ValidatingWebhookConfiguration,
 };
 use k8s_openapi::api::core::v1::Secret;
 use kube::api::{Patch, PatchParams, PostParams};
-use kube::core::{ApiResource, DynamicObject, ObjectMeta};
-use kube::{Api, Client, Resource};
-use serde_json::Value;
+use kube::core::ObjectMeta;
+use kube::{Api, Client};
 use thiserror::Error;
 use time::OffsetDateTime;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
+use super::configuration::{Configuration, ConfigurationError, MAX_CONFLICTS};
 use super::rotation::{CertificateBundle, CertificateSpec};
 use super::tls::{self, Certificate, CertificatePem, LiveCertificate, TlsError};
 use crate::cluster::ClusterError;
@@ -38,8 +38,11 @@ const MAX_RECONCILE_INTERVALS: u32 = 2;
 /// Intervals after which all API servers trust a CA that was published all the time. They apply changes of webhook
 /// configurations within about a second; an interval is ten seconds.
 const PROPAGATION_INTERVALS: u32 = 3;
-/// Limit on retries after write conflicts. Replicas that start together conflict repeatedly; each time, one succeeds.
-const MAX_CONFLICTS: usize = 16;
+/// Pause between attempts to write webhooks that no configuration has yet.
+const ARMING_INTERVAL: Duration = Duration::from_secs(1);
+/// A replica is ready for this part of an interval, five seconds, before it writes webhooks that no configuration has
+/// yet: the kubelet probes it every three seconds, and the Service's endpoints follow.
+const READY_BEFORE_ARMING: u32 = 2;
 
 /// Configuration of the shared Secret and of the publication of its CA.
 #[derive(Clone, Debug)]
@@ -48,9 +51,9 @@ pub struct SharedSecretConfig {
     pub namespace: String,
     /// The name of the Secret, which is created if missing.
     pub secret: String,
-    /// Names of the MutatingWebhookConfigurations to set the `caBundle` of.
+    /// Names of the MutatingWebhookConfigurations to write.
     pub mutating: Vec<String>,
-    /// Names of the ValidatingWebhookConfigurations to set the `caBundle` of.
+    /// Names of the ValidatingWebhookConfigurations to write, which may be missing.
     pub validating: Vec<String>,
     /// PEM file with the CA certificates for client authentication, reloaded when it changes.
     pub client_ca: Option<PathBuf>,
@@ -68,6 +71,8 @@ pub struct SharedSecret {
     served: Option<CertificatePem>,
     /// The CA certificates found in all configurations by each reconciliation since this instant.
     published: Option<(String, Instant)>,
+    /// Since when this replica has been ready.
+    ready_since: Option<Instant>,
 }
 
 /// What a reconciliation has done.
@@ -86,7 +91,7 @@ pub enum SecretError {
     Secret(String, #[source] ClusterError),
     /// A webhook configuration cannot be read or written.
     #[error("cannot publish the CA certificate in webhook configuration {0}")]
-    Publish(String, #[source] ClusterError),
+    Publish(String, #[source] ConfigurationError),
     /// A key or certificate cannot be generated.
     #[error("cannot generate a certificate")]
     Make(#[from] rcgen::Error),
@@ -102,10 +107,12 @@ impl SecretError {
     /// Reports whether retrying is useless, for example because a role lacks a permission.
     const fn is_final(&self) -> bool {
         match self {
-            Self::Secret(_, error) | Self::Publish(_, error) => {
+            Self::Secret(_, error) | Self::Publish(_, ConfigurationError::Cluster(error)) => {
                 matches!(error, ClusterError::Refused(_))
             }
-            Self::Make(_) | Self::Serve(_) => true,
+            Self::Publish(_, ConfigurationError::Unreadable) | Self::Make(_) | Self::Serve(_) => {
+                true
+            }
             Self::Timeout => false,
         }
     }
@@ -115,29 +122,22 @@ impl SharedSecret {
     /// Prepares the shared certificate, without a request to the API server.
     #[must_use]
     pub fn new(client: &Client, config: SharedSecretConfig, spec: CertificateSpec) -> Self {
-        let configurations = |kind: ApiResource, names: &[String]| -> Vec<Configuration> {
-            let configuration = |name: &String| Configuration {
-                api: Api::all_with(client.clone(), &kind),
-                name: name.clone(),
-                is_missing: false,
-            };
-            names.iter().map(configuration).collect()
-        };
-        let mutating = kind_of::<MutatingWebhookConfiguration>();
-        let validating = kind_of::<ValidatingWebhookConfiguration>();
+        let mutating = config.mutating.iter();
+        let mutating =
+            mutating.map(|name| Configuration::of::<MutatingWebhookConfiguration>(client, name));
+        let validating = config.validating.iter();
+        let validating = validating
+            .map(|name| Configuration::of::<ValidatingWebhookConfiguration>(client, name));
         Self {
             secrets: Api::namespaced(client.clone(), &config.namespace),
-            configurations: [
-                configurations(mutating, &config.mutating),
-                configurations(validating, &config.validating),
-            ]
-            .concat(),
+            configurations: mutating.chain(validating).collect(),
             config,
             spec,
             manager: format!("{}-{}", env!("CARGO_PKG_NAME"), Uuid::new_v4()),
             bundle: CertificateBundle::default(),
             served: None,
             published: None,
+            ready_since: None,
         }
     }
 
@@ -168,7 +168,9 @@ impl SharedSecret {
     pub(in crate::server) async fn run(mut self, live: LiveCertificate<'_>) {
         let mut is_failing = false;
         loop {
-            sleep(self.spec.interval()).await;
+            sleep(self.pause()).await;
+            let is_ready = live.readiness.not_ready_reason().is_none();
+            self.ready_since = is_ready.then(|| self.ready_since.unwrap_or_else(Instant::now));
             let failure = match self.reconcile().await {
                 Ok(Reconciled { pem, published }) => {
                     if self.served.as_ref() != Some(&pem) {
@@ -190,6 +192,15 @@ impl SharedSecret {
                 }
             }
             is_failing = failure.is_some();
+        }
+    }
+
+    fn pause(&self) -> Duration {
+        let interval = self.spec.interval();
+        if self.configurations.iter().all(Configuration::is_written) {
+            interval
+        } else {
+            interval.min(ARMING_INTERVAL)
         }
     }
 
@@ -298,25 +309,31 @@ impl SharedSecret {
     /// Returns the CA certificates published in the webhook configurations.
     async fn published_ca_certificates(&self) -> Result<String, SecretError> {
         let mut published = String::new();
-        for Configuration { api, name, .. } in &self.configurations {
-            let found = api.get_opt(name).await;
-            let found = found.map_err(|error| SecretError::Publish(name.clone(), error.into()))?;
-            published.extend(found.iter().flat_map(ca_bundles));
+        for configuration in &self.configurations {
+            let found = configuration.ca_certificates().await;
+            let found = found.map_err(|error| {
+                SecretError::Publish(configuration.name().to_owned(), error.into())
+            })?;
+            published.extend(found);
         }
         Ok(published)
     }
 
-    /// Writes the CA certificates into every configuration that lacks them.
+    /// Writes webhooks and CA certificates into every configuration that lacks them.
     async fn publish(&mut self) -> Result<(), SecretError> {
         let ca_certificates = &self.bundle.ca_certificates;
+        let needed = self.spec.interval() / READY_BEFORE_ARMING;
+        let may_arm = self
+            .ready_since
+            .is_some_and(|since| since.elapsed() >= needed);
         for configuration in &mut self.configurations {
-            match configuration.publish(ca_certificates).await {
+            match configuration.publish(ca_certificates, may_arm).await {
                 Ok(false) => {}
                 // The propagation time starts again.
                 Ok(true) => self.published = None,
                 Err(error) => {
                     self.published = None;
-                    return Err(SecretError::Publish(configuration.name.clone(), error));
+                    return Err(SecretError::Publish(configuration.name().to_owned(), error));
                 }
             }
         }
@@ -335,10 +352,6 @@ impl SharedSecret {
             Some((published, since)) if published == ca_certificates && since.elapsed() >= time
         )
     }
-}
-
-fn kind_of<K: Resource<DynamicType = ()>>() -> ApiResource {
-    ApiResource::erase::<K>(&())
 }
 
 /// Returns the Secret's fields. All but `ca.key` have the standard names of TLS Secrets.
@@ -362,76 +375,6 @@ fn parse_bundle(secret: &Secret) -> CertificateBundle {
         certificate: text("tls.crt"),
         key: text("tls.key"),
     }
-}
-
-/// A webhook configuration. All its webhooks must be this program's.
-#[derive(Clone)]
-struct Configuration {
-    api: Api<DynamicObject>,
-    name: String,
-    is_missing: bool,
-}
-
-impl Configuration {
-    /// Writes the CA certificates into the configuration. Returns whether it had to be changed.
-    async fn publish(&mut self, ca_certificates: &str) -> Result<bool, ClusterError> {
-        let mut conflicts = 0;
-        loop {
-            let Some(mut found) = self.api.get_opt(&self.name).await? else {
-                // No API server calls a webhook without its configuration.
-                if !self.is_missing {
-                    warn!(
-                        name = self.name,
-                        "webhook configuration not found; its caBundle is set once it exists"
-                    );
-                }
-                self.is_missing = true;
-                return Ok(false);
-            };
-            self.is_missing = false;
-            if !set_ca_bundle(&mut found, ca_certificates) {
-                return Ok(false);
-            }
-            let params = PostParams::default();
-            let replaced = self.api.replace(&self.name, &params, &found).await;
-            match replaced.map_err(ClusterError::from) {
-                Ok(_) => {
-                    info!(name = self.name, "caBundle written");
-                    return Ok(true);
-                }
-                Err(ClusterError::Conflict(_)) if conflicts < MAX_CONFLICTS => conflicts += 1,
-                Err(error) => return Err(error),
-            }
-        }
-    }
-}
-
-/// Returns the decoded `caBundle` of each webhook in a configuration. Ignores invalid ones.
-fn ca_bundles(found: &DynamicObject) -> Vec<String> {
-    let webhooks = found.data.get("webhooks").and_then(Value::as_array);
-    let bundles = webhooks.into_iter().flatten().filter_map(|webhook| {
-        let bundle = webhook.pointer("/clientConfig/caBundle")?.as_str()?;
-        String::from_utf8(STANDARD.decode_to_vec(bundle).ok()?).ok()
-    });
-    bundles.collect()
-}
-
-/// Sets the `caBundle` of each webhook in a configuration. Reports whether one has changed.
-fn set_ca_bundle(found: &mut DynamicObject, ca_certificates: &str) -> bool {
-    let ca_bundle = Value::String(STANDARD.encode_to_string(ca_certificates));
-    let webhooks = found.data.get_mut("webhooks").and_then(Value::as_array_mut);
-    let mut is_changed = false;
-    for webhook in webhooks.into_iter().flatten() {
-        let Some(client) = webhook
-            .get_mut("clientConfig")
-            .and_then(Value::as_object_mut)
-        else {
-            continue;
-        };
-        is_changed |= client.get("caBundle") != Some(&ca_bundle);
-        client.insert("caBundle".to_owned(), ca_bundle.clone());
-    }
-    is_changed
 }
 
 #[cfg(test)]

@@ -432,7 +432,7 @@ impl Request {
         };
         let webhooks = configurations
             .iter()
-            .flat_map(|configuration| configuration["webhooks"].as_array().unwrap());
+            .flat_map(|configuration| configuration["webhooks"].as_array().into_iter().flatten());
         for webhook in webhooks {
             let failed =
                 |cause: String| (500, "InternalError", format!("failed calling webhook: {cause}"));
