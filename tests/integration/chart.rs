@@ -469,6 +469,8 @@ fn plain_manifests_match_the_rendered_chart() {
         String::from_utf8(output.stdout).unwrap() == committed,
         "manifests/install.yaml is stale; run scripts/manifests"
     );
+    // `kubectl delete -f` would delete the namespace, and with it the database's Secret.
+    assert!(!committed.contains("kind: Namespace"));
 }
 
 #[test]
