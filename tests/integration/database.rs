@@ -720,6 +720,26 @@ fn lookups_work_through_pgbouncer_in_transaction_mode() {
     );
 }
 
+/// The benchmarks rely on it: a backend that ended between two readings made their difference negative.
+#[test]
+fn cpu_of_a_server_includes_ended_backends() {
+    let cluster = Cluster::start();
+    let postgres = Postgres::on(&cluster, "");
+    let before = cluster.cpu();
+    // A tenth of a second of CPU at least, by a backend that ends with the query.
+    let work = "DO $$ DECLARE start timestamptz := clock_timestamp(); BEGIN
+                    WHILE clock_timestamp() < start + interval '1 second' LOOP END LOOP; END $$";
+    postgres.execute(work);
+    wait_for("the backend's CPU is counted", || {
+        (cluster.cpu() >= before + std::time::Duration::from_millis(100)).then_some(())
+    });
+    for _ in 0..20 {
+        let before = cluster.cpu();
+        postgres.execute("SELECT 1");
+        assert!(cluster.cpu() >= before);
+    }
+}
+
 #[test]
 fn full_pooler_or_ended_session_is_transient() {
     let cluster = Cluster::start();

@@ -17,17 +17,27 @@ pub fn cpu_of(pid: u32) -> Duration {
     stat.cpu
 }
 
-/// Returns the CPU time of a process and its running children.
+/// Returns the CPU time of a process and its children, those that have ended included.
 pub fn cpu_with_children(pid: u32) -> Duration {
-    let processes = fs::read_dir("/proc").unwrap();
-    let pids = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
-    let children = pids.filter_map(stat).filter(|stat| stat.parent == pid);
-    cpu_of(pid) + children.map(|child| child.cpu).sum::<Duration>()
+    loop {
+        let ended = stat(pid).unwrap().ended_children_cpu;
+        let processes = fs::read_dir("/proc").unwrap();
+        let pids = processes.filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
+        let children = pids.filter_map(stat).filter(|stat| stat.parent == pid);
+        let running = children.map(|child| child.cpu).sum::<Duration>();
+        let own = stat(pid).unwrap();
+        // Otherwise a child has ended meanwhile, and was counted twice or not at all.
+        if own.ended_children_cpu == ended {
+            return own.cpu + ended + running;
+        }
+    }
 }
 
 struct Stat {
     parent: u32,
     cpu: Duration,
+    /// The CPU time of the children that it has waited for.
+    ended_children_cpu: Duration,
 }
 
 /// Reads `/proc/PID/stat`; `None` if the process has ended.
@@ -37,10 +47,12 @@ fn stat(pid: u32) -> Option<Stat> {
     let (_, rest) = text.rsplit_once(')')?;
     let fields: Vec<&str> = rest.split_whitespace().collect();
     let number = |index: usize| fields[index].parse::<u64>().unwrap();
+    // Linux reports times in hundredths of a second, user and system time one after the other.
+    let time = |index: usize| Duration::from_millis(10 * (number(index) + number(index + 1)));
     Some(Stat {
         parent: u32::try_from(number(1)).unwrap(),
-        // Linux reports both times in hundredths of a second.
-        cpu: Duration::from_millis(10 * (number(11) + number(12))),
+        cpu: time(11),
+        ended_children_cpu: time(13),
     })
 }
 
