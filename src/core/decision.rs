@@ -258,6 +258,12 @@ impl<'a> Pending<'a> {
             workspace_id: self.workspace,
             namespace,
         };
+        let resolution = match scope {
+            Scope::NewEphemeralContainers(_) if pod.was_created_as_platform_managed() => {
+                resolution.of_platform_managed_pod()
+            }
+            Scope::NewEphemeralContainers(_) | Scope::Pod | Scope::Running => resolution,
+        };
         let planned = plan(self.policy, placeholders, resolution, pod, scope);
         let (outcome, plan) = match (self.webhook, planned) {
             (Webhook::Validate, planned) => (validate(planned, resolution.reason), None),
@@ -293,6 +299,7 @@ mod tests {
 
     use super::*;
     use crate::core::admission::decode;
+    use crate::core::warning::WarningKind;
 
     const ID: &str = "88888888-8888-8888-8888-888888888888";
     const PROXY: &str = "proxy: {baseUrl: u, usageToken: {value: t}}";
@@ -319,9 +326,13 @@ mod tests {
         json!({"uid": "u", "operation": "CREATE", "resource": {"resource": "pods"}, "object": pod})
     }
 
+    fn review(request: &Value) -> String {
+        json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request})
+            .to_string()
+    }
+
     fn decide(policy: &str, webhook: Webhook, request: &Value, lookup: &LookupOutcome) -> String {
-        let review = json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request});
-        let body = review.to_string();
+        let body = review(request);
         let review = decode(body.as_bytes()).unwrap();
         let policy = Policy::parse(policy).unwrap();
         summary(&begin(&policy, webhook, &review).finish(lookup))
@@ -412,6 +423,84 @@ mod tests {
                 expected,
                 "{webhook:?} {lookup:?} {policy} {request}"
             );
+        }
+    }
+
+    #[test]
+    fn container_added_to_a_platform_managed_pod_is_platform_managed() {
+        let policy = Policy::parse(PROXY).unwrap();
+        let labels = json!({"molecule.ai/workspace-id": ID});
+        let annotated = |mode: &str| json!({"labels": labels, "annotations": {"molecule.ai/llm-billing-mode": mode}});
+        let env = |mode: &str| json!([{"name": "c", "env": [{"name": "MOLECULE_LLM_BILLING_MODE", "value": mode}]}]);
+        let debugger =
+            json!([{"name": "debugger", "env": [{"name": "OPENAI_API_KEY", "value": "x"}]}]);
+        let decide = |metadata: Value, containers: Value, operation: &str, webhook| {
+            let pod = json!({"metadata": metadata, "spec": {"containers": containers, "ephemeralContainers": debugger}});
+            let mut request = create(&pod);
+            if operation == "UPDATE" {
+                request["operation"] = "UPDATE".into();
+                request["subResource"] = "ephemeralcontainers".into();
+                request["oldObject"] = json!({});
+            }
+            let body = review(&request);
+            let decoded = decode(body.as_bytes()).unwrap();
+            let byok = LookupOutcome::Row(Some("byok".to_owned()));
+            let decision = begin(&policy, webhook, &decoded).finish(&byok);
+            let warned = decision
+                .warnings()
+                .iter()
+                .any(|one| one.kind == WarningKind::CreatedAs);
+            let Labels {
+                mode,
+                reason,
+                outcome,
+                ..
+            } = decision.labels();
+            format!("{mode} {reason} {outcome} {warned}")
+        };
+        let (mutate, validate) = (Webhook::Mutate, Webhook::Validate);
+        let table = [
+            (
+                annotated("platform_managed"),
+                json!([]),
+                "UPDATE",
+                mutate,
+                "platform_managed created_as patched true",
+            ),
+            (
+                json!({"labels": labels}),
+                env("platform_managed"),
+                "UPDATE",
+                mutate,
+                "platform_managed created_as patched true",
+            ),
+            (
+                annotated("byok"),
+                env("platform_managed"),
+                "UPDATE",
+                mutate,
+                "platform_managed created_as patched true",
+            ),
+            (
+                annotated("platform_managed"),
+                json!([]),
+                "UPDATE",
+                validate,
+                "platform_managed created_as refused false",
+            ),
+            (annotated("disabled"), env("byok"), "UPDATE", mutate, "byok override patched false"),
+            // At creation the author could have written both.
+            (
+                annotated("platform_managed"),
+                env("platform_managed"),
+                "CREATE",
+                mutate,
+                "byok override patched false",
+            ),
+        ];
+        for (metadata, containers, operation, webhook, expected) in table {
+            let message = format!("{metadata} {containers} {operation} {webhook:?}");
+            assert_eq!(decide(metadata, containers, operation, webhook), expected, "{message}");
         }
     }
 

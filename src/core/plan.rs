@@ -188,6 +188,9 @@ pub fn plan<'a>(
     if resolution.reason == Reason::LookupError {
         warnings.push(Warning::lookup_failed());
     }
+    if resolution.reason == Reason::CreatedAs {
+        warnings.push(Warning::created_as());
+    }
     let is_new_pod = matches!(scope, Scope::Pod);
     if is_new_pod && resolution.mode == BillingMode::Byok && !could_have_credential(policy, pod) {
         warnings.push(Warning::missing_byok_credential());

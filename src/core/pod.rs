@@ -8,6 +8,8 @@ use std::fmt;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
+use super::resolution::{BillingMode, MODE_VARIABLE};
+
 /// The annotation that records the mode.
 pub const MODE_ANNOTATION: &str = "molecule.ai/llm-billing-mode";
 /// The annotation that records where the mode comes from.
@@ -312,6 +314,24 @@ impl<'a> Pod<'a> {
     #[must_use]
     pub fn annotations(&self) -> Option<&Annotations<'a>> {
         self.metadata.as_ref()?.annotations.as_ref()
+    }
+
+    /// Reports whether the pod was created as platform_managed: by its annotation, or by its containers' env, which cannot
+    /// change in a running pod.
+    #[must_use]
+    pub fn was_created_as_platform_managed(&self) -> bool {
+        let is_managed = |mode: &Text<'_>| mode.as_str() == BillingMode::PlatformManaged.as_str();
+        let annotation = self.annotations().and_then(|all| all.mode.as_ref());
+        let mut containers = [ContainerList::Init, ContainerList::Main]
+            .into_iter()
+            .flat_map(|list| self.containers(list));
+        annotation.is_some_and(is_managed)
+            || containers.any(|container| {
+                container.entries().iter().any(|entry| {
+                    entry.name.as_str() == MODE_VARIABLE
+                        && entry.value.as_ref().is_some_and(is_managed)
+                })
+            })
     }
 
     /// Reports whether the pod has a volume other than that of its service account's token.

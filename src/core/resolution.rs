@@ -99,6 +99,8 @@ pub enum Reason {
     MissingWorkspaceId,
     /// The database lookup failed.
     LookupError,
+    /// The row names another mode, but the running pod that gets a container was created as platform_managed.
+    CreatedAs,
 }
 
 impl Reason {
@@ -113,6 +115,7 @@ impl Reason {
             Self::InvalidWorkspaceId => "invalid_workspace_id",
             Self::MissingWorkspaceId => "missing_workspace_id",
             Self::LookupError => "lookup_error",
+            Self::CreatedAs => "created_as",
         }
     }
 }
@@ -146,6 +149,20 @@ impl Resolution {
             mode: BillingMode::PlatformManaged,
             source: Source::ConstantFallback,
             reason,
+        }
+    }
+
+    /// Returns the resolution for a new container of a pod that was created as platform_managed. Its label, and the
+    /// workspace's mode, may have changed since; its env cannot.
+    #[must_use]
+    pub const fn of_platform_managed_pod(self) -> Self {
+        match self.mode {
+            BillingMode::PlatformManaged => self,
+            BillingMode::Byok | BillingMode::Disabled => Self {
+                mode: BillingMode::PlatformManaged,
+                source: self.source,
+                reason: Reason::CreatedAs,
+            },
         }
     }
 
@@ -210,6 +227,7 @@ mod tests {
             Reason::InvalidWorkspaceId,
             Reason::MissingWorkspaceId,
             Reason::LookupError,
+            Reason::CreatedAs,
         ] {
             assert_eq!(json(serde_json::to_value(reason).unwrap()), reason.as_str());
         }

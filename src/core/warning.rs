@@ -19,6 +19,8 @@ const MAX_WARNINGS: usize = 15;
 pub enum WarningKind {
     /// The lookup of the mode failed.
     LookupFailed,
+    /// A container is added to a pod that was created as platform_managed, and whose workspace has another mode.
+    CreatedAs,
     /// Entries of the pod's author are removed or replaced.
     ChangedEntries,
     /// A command, argument or env entry refers to a removed variable.
@@ -41,6 +43,7 @@ impl WarningKind {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::LookupFailed => "lookup_failed",
+            Self::CreatedAs => "created_as",
             Self::ChangedEntries => "changed_entries",
             Self::KeyInUse => "key_in_use",
             Self::KeyUnderAnotherName => "key_under_another_name",
@@ -66,6 +69,15 @@ impl Warning {
         Self {
             kind: WarningKind::LookupFailed,
             text: "the workspace's billing mode could not be looked up; the pod is treated as platform_managed".to_owned(),
+        }
+    }
+
+    pub(super) fn created_as() -> Self {
+        Self {
+            kind: WarningKind::CreatedAs,
+            text: "the pod was created as platform_managed, and its workspace or the workspace's mode has changed since; \
+                   the new container is platform_managed; create the pod again to change its mode"
+                .to_owned(),
         }
     }
 

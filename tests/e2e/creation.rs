@@ -200,6 +200,54 @@ fn dry_run_and_diff_match_the_created_pod() {
     }
 }
 
+#[test]
+fn relabelled_pod_gets_no_key_by_kubectl_debug() {
+    let Some(world) = World::start() else { return };
+    let postgres = World::workspaces();
+    let _webhook = world.install(&postgres, &policy(""), &["guard.enabled=true"]);
+    world
+        .api
+        .create_all([&pod("relabelled", MANAGED, &json!([]))]);
+    let label = format!("{WORKSPACE_LABEL}={BYOK}");
+    world.kubectl_ok(&[
+        "-n",
+        NAMESPACE,
+        "label",
+        "--overwrite",
+        "pod",
+        "relabelled",
+        &label,
+    ]);
+    let annotation = "molecule.ai/llm-billing-mode=byok";
+    world.kubectl_ok(&[
+        "-n",
+        NAMESPACE,
+        "annotate",
+        "--overwrite",
+        "pod",
+        "relabelled",
+        annotation,
+    ]);
+    let debug = [
+        "-n",
+        NAMESPACE,
+        "debug",
+        "relabelled",
+        "--image=busybox",
+        "--attach=false",
+        "--env=OPENAI_API_KEY=own",
+    ];
+    let (code, _, stderr) = world.kubectl(&debug);
+    assert_eq!(code, 0, "{stderr}");
+    assert!(
+        stderr.contains("Warning: the pod was created as platform_managed, and its workspace"),
+        "{stderr}"
+    );
+    assert!(stderr.contains("Warning: platform_managed replaces env OPENAI_API_KEY"), "{stderr}");
+    let stored = world.stored("relabelled").unwrap();
+    assert_env_matches(&stored["spec"]["ephemeralContainers"][0], "platform_managed");
+}
+
 /// A pod's env is immutable, so a second apply must not restore an entry that the webhook changed.
 #[test]
 fn second_apply_is_refused_if_the_create_changed_an_entry() {
