@@ -14,6 +14,8 @@ use kube::{Api, Client, Config};
 use serde_json::Value;
 use thiserror::Error;
 
+use crate::telemetry;
+
 /// Longer than the API server's own limit on requests, which is one minute.
 const READ_TIMEOUT: Duration = Duration::from_secs(65);
 
@@ -49,6 +51,8 @@ impl From<kube::Error> for ClusterError {
             kube::Error::SerdeError(_) | kube::Error::FromUtf8(_) => {
                 Self::Unreachable("its answer cannot be read".to_owned())
             }
+            // The connection's error is a chain, from "cannot connect" to the system's reason.
+            kube::Error::Service(error) => Self::Unreachable(telemetry::chain(error.as_ref())),
             // The error's own text includes its causes.
             error => Self::Unreachable(error.to_string()),
         }

@@ -54,14 +54,13 @@ pub fn start(format: LogFormat) -> Result<Telemetry, TracesError> {
         .finish(BufWriter::new(io::stderr()));
     let dropped_lines = writer.error_counter();
     let traces = Traces::start()?;
-    // Spans are only for traces. kube logs responses that it cannot parse, which may hold keys. sqlx logs unknown
-    // settings of a URL and invalid lines of a password file.
+    // Spans are only for traces. kube logs responses that it cannot parse, which may hold keys, and each failed request,
+    // which its caller reports too. sqlx logs unknown settings of a URL and invalid lines of a password file.
     let without_secrets = filter_fn(|metadata| {
-        let targets = ["kube_client", "sqlx_postgres::options"];
-        let may_quote_secrets = targets
-            .iter()
-            .any(|target| metadata.target().starts_with(target));
-        metadata.is_event() && (!may_quote_secrets || *metadata.level() == Level::ERROR)
+        let is_of = |target| metadata.target().starts_with(target);
+        let may_quote_secrets =
+            is_of("sqlx_postgres::options") && *metadata.level() != Level::ERROR;
+        metadata.is_event() && !may_quote_secrets && !is_of("kube_client")
     });
     let log = tracing_subscriber::fmt::layer().with_writer(writer);
     let log = match format {

@@ -476,6 +476,49 @@ fn unwritable_configuration_stops_neither_renewal_nor_serving() {
     let failed: u32 = failed.unwrap().parse().unwrap();
     assert!(failed > 1, "each poll is counted: {failed}");
     assert!(replica.is_trusted_by(&authority));
+    let rules = of_kind(&cluster.objects, "ClusterRole")["rules"].clone();
+    cluster
+        .api
+        .change(role, |role| role["rules"] = rules.clone());
+    replica.wait_for_log("\"the certificate is reconciled again\"");
+}
+
+#[test]
+fn absent_api_server_is_logged_with_its_cause_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = json!({
+        "current-context": "x",
+        "clusters": [{"name": "x", "cluster": {"server": format!("http://127.0.0.1:{}", free_port())}}],
+        "users": [{"name": "x", "user": {}}],
+        "contexts": [{"name": "x", "context": {"cluster": "x", "user": "x"}}],
+    });
+    let kubeconfig = folder.path().join("kubeconfig");
+    std::fs::write(&kubeconfig, config.to_string()).unwrap();
+    let start = Start {
+        database_url: "sqlite://nowhere.sqlite",
+        arguments: &[
+            "--tls-secret=s",
+            "--tls-secret-namespace=n",
+            "--tls-dns-name=localhost",
+        ],
+        environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
+        manages_certificate: true,
+        ..Start::default()
+    };
+    let mut command = start.command(folder.path());
+    let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap())
+        .lines()
+        .map(Result::unwrap);
+    for _ in 0..3 {
+        let line = lines.find(|line| !line.contains("\"INFO\"")).unwrap();
+        assert!(
+            line.contains("no certificate yet") && line.contains("Connection refused"),
+            "{line}"
+        );
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 /// Returns the DNS names in a replica's certificate: the chart's and localhost.

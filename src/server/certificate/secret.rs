@@ -191,6 +191,9 @@ impl SharedSecret {
                     );
                 }
             }
+            if is_failing && failure.is_none() {
+                info!("the certificate is reconciled again");
+            }
             is_failing = failure.is_some();
         }
     }
