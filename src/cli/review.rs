@@ -328,9 +328,10 @@ async fn patch_of(
     mode: Option<BillingMode>,
 ) -> anyhow::Result<Patch> {
     let mut operations = Patch::default();
-    for root in subject.roots() {
-        // Pods of different templates are told apart by their paths.
-        let title = match subject.roots().len() {
+    let roots = subject.roots();
+    for root in &roots {
+        // Messages name the template if there are several.
+        let title = match roots.len() {
             1 => subject.title.clone(),
             _ => format!("{} {}", subject.title, dotted(root)),
         };

@@ -246,11 +246,8 @@ fn could_have_credential(policy: &Policy, pod: &Pod<'_>) -> bool {
             || from
                 .is_some_and(|from| from.field_ref.is_none() && from.resource_field_ref.is_none())
     };
-    let mut containers = [ContainerList::Init, ContainerList::Main]
-        .into_iter()
-        .flat_map(|list| pod.containers(list));
     pod.has_own_volume()
-        || containers.any(|container| {
+        || pod.created_containers().any(|container| {
             container
                 .env_from
                 .as_ref()

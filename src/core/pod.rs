@@ -322,11 +322,8 @@ impl<'a> Pod<'a> {
     pub fn was_created_as_platform_managed(&self) -> bool {
         let is_managed = |mode: &Text<'_>| mode.as_str() == BillingMode::PlatformManaged.as_str();
         let annotation = self.annotations().and_then(|all| all.mode.as_ref());
-        let mut containers = [ContainerList::Init, ContainerList::Main]
-            .into_iter()
-            .flat_map(|list| self.containers(list));
         annotation.is_some_and(is_managed)
-            || containers.any(|container| {
+            || self.created_containers().any(|container| {
                 container.entries().iter().any(|entry| {
                     entry.name.as_str() == MODE_VARIABLE
                         && entry.value.as_ref().is_some_and(is_managed)
@@ -341,6 +338,12 @@ impl<'a> Pod<'a> {
         let is_token = |volume: &Volume<'_>| volume.name.as_str().starts_with("kube-api-access-");
         let volumes = self.spec.as_ref().and_then(|spec| spec.volumes.as_ref());
         volumes.is_some_and(|volumes| !volumes.iter().all(is_token))
+    }
+
+    /// Returns the containers that the pod is created with: init containers and main ones.
+    pub fn created_containers(&self) -> impl Iterator<Item = &Container<'a>> {
+        let lists = [ContainerList::Init, ContainerList::Main];
+        lists.into_iter().flat_map(|list| self.containers(list))
     }
 
     /// Returns a container list; empty if it is absent.

@@ -507,8 +507,8 @@ mod tests {
         assert_eq!(warnings(&unrestricted, &container), Vec::<String>::new());
         let text = with_container(&container);
         let pod = serde_json::from_str(&text).unwrap();
-        let byok = Resolution::chosen(BillingMode::Byok);
-        let plan = plan(&unrestricted, NOWHERE, byok, &pod, Scope::Pod).unwrap();
+        let (restricted, byok) = (policy("", ""), Resolution::chosen(BillingMode::Byok));
+        let plan = plan(&restricted, NOWHERE, byok, &pod, Scope::Pod).unwrap();
         assert_eq!(plan.warnings, []);
     }
 

@@ -170,6 +170,10 @@ fn pods_of(object: &Value, api_version: &str, kind: &str, paths: &[TemplatePath]
         return Pods::Nowhere;
     };
     let mut found = expand(object, first);
+    if found.is_empty() {
+        // An error names the path that leads nowhere.
+        found.push((*first).to_owned());
+    }
     let others = others.iter().flat_map(|pointer| expand(object, pointer));
     found.extend(others.filter(|pointer| object.pointer(pointer).is_some()));
     Pods::At(found)
@@ -420,6 +424,11 @@ mod tests {
         assert_eq!(
             roots("jobset.x-k8s.io JobSet", json!({"replicatedJobs": [{}]}), &[]),
             ["/spec/replicatedJobs/0/template/spec/template"]
+        );
+        // A list that is absent or empty: the error names the path.
+        assert_eq!(
+            roots("jobset.x-k8s.io JobSet", json!({}), &[]),
+            ["/spec/replicatedJobs/*/template/spec/template"]
         );
         // Another kind, with the paths that are given for it.
         let paths = [

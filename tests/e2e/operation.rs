@@ -293,6 +293,11 @@ fn upgrade_with_the_guard_refuses_no_pod() {
     };
     let (mutating, validating) = ("mutatingwebhookconfiguration", "validatingwebhookconfiguration");
 
+    let more_pods = || {
+        let before = world.pods().len();
+        wait_for("100 more pods exist", || (world.pods().len() >= before + 100).then_some(()));
+    };
+
     // The first install: pods are admitted, unchanged until the first replica is ready.
     let mut webhook = None;
     create_during(&world, false, || {
@@ -305,13 +310,13 @@ fn upgrade_with_the_guard_refuses_no_pod() {
     create_during(&world, true, || {
         release("upgrade", &["guard.enabled=true", "image.tag=missing"]);
         wait_for("the guard is written", || ca_bundle(validating));
-        std::thread::sleep(Duration::from_secs(2));
+        more_pods();
         let (code, _, stderr) = world.tool("helm", &["rollback", RELEASE, "1", "-n", RELEASE]);
         assert_eq!(code, 0, "{stderr}");
         assert_eq!(ca_bundle(validating), None);
         release("upgrade", &["guard.enabled=true"]);
         wait_for("the guard is written", || ca_bundle(validating));
-        std::thread::sleep(Duration::from_secs(2));
+        more_pods();
     });
     // The configurations are deleted in an emergency, and an upgrade brings them back.
     world.kubectl_ok(&["delete", validating, RELEASE]);

@@ -113,11 +113,21 @@ impl Cluster {
 
     /// Starts a replica with the Deployment's `--tls-` arguments, except for these lifetimes.
     fn start(&self, address: &str, lifetime: &str, ca_lifetime: &str) -> Webhook {
+        self.start_with(test_support::PROXY, address, lifetime, ca_lifetime)
+    }
+
+    fn start_with(
+        &self,
+        policy: &str,
+        address: &str,
+        lifetime: &str,
+        ca_lifetime: &str,
+    ) -> Webhook {
         let kubeconfig = self.kubeconfig();
         let arguments = self.arguments(address, lifetime, ca_lifetime);
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let start = Start {
-            policy: test_support::PROXY,
+            policy,
             database_url: &self.database_url(),
             arguments: &arguments,
             environment: &[("KUBECONFIG", &kubeconfig)],
@@ -692,6 +702,11 @@ fn helm_test_reports_whether_the_webhook_acts() {
     let replica = cluster.start(&cluster.address(), "90d", "365d");
     let expected =
         "ok    cluster      a new pod in default has MOLECULE_LLM_BILLING_MODE=platform_managed";
+    assert_eq!(check(), (0, expected.to_owned()));
+    drop(replica);
+    // The test's policy has no proxy here, because it is not mounted.
+    let replica = cluster.start_with("", &cluster.address(), "90d", "365d");
+    let expected = "warn  cluster      the webhook refuses a new platform_managed pod in default, because the policy has no complete proxy";
     assert_eq!(check(), (0, expected.to_owned()));
     drop(replica);
     cluster.api.delete(CONFIGURATION);

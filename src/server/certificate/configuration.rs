@@ -109,19 +109,21 @@ impl Configuration {
                 self.state = State::Missing;
                 return Ok(false);
             };
-            let is_declared = set_webhooks(&mut found, may_arm)?;
-            let has_ca = set_ca_bundle(&mut found, ca_certificates);
-            self.state = match is_declared {
+            let declared = set_webhooks(&mut found, may_arm)?;
+            let is_ca_changed = set_ca_bundle(&mut found, ca_certificates);
+            let state = match declared {
                 Declared::Waiting => State::Waiting,
                 Declared::Unchanged | Declared::Set => State::Written,
             };
-            if is_declared != Declared::Set && !has_ca {
+            if declared != Declared::Set && !is_ca_changed {
+                self.state = state;
                 return Ok(false);
             }
             let params = PostParams::default();
             let replaced = self.api.replace(&self.name, &params, &found).await;
             match replaced.map_err(ClusterError::from) {
                 Ok(_) => {
+                    self.state = state;
                     info!(kind = self.kind, name = self.name, "webhook configuration written");
                     return Ok(true);
                 }
