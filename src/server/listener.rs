@@ -1,4 +1,5 @@
-//! A listener: its socket, its time-outs and its limit on connections. The routes are webhook.rs's and health.rs's.
+//! A listener: its socket, its time-outs and its limit on connections. How it closes is in closer.rs; the routes are in
+//! webhook.rs and health.rs.
 
 use std::future::{Ready, ready};
 use std::io;

@@ -1,7 +1,8 @@
-//! The server's life cycle: binds both ports, starts the tasks, serves and drains. The sockets are listener.rs's, the
+//! The server's life cycle: binds both ports, starts the tasks, serves and drains. The sockets are listener.rs's and closer.rs's, the
 //! periodic work maintenance.rs's and certificate/'s, and the routes webhook.rs's and health.rs's.
 
 pub mod certificate;
+mod closer;
 pub mod health;
 mod listener;
 pub mod maintenance;
@@ -26,6 +27,7 @@ use crate::server::certificate::secret::SharedSecret;
 use crate::server::certificate::tls::{
     self, Certificate, CertificateFiles, CertificatePem, LiveCertificate,
 };
+use crate::server::closer::Closer;
 use crate::server::listener::{ConnectionLimit, HEAD_TIMEOUT, listen, with_timeouts};
 use crate::server::maintenance::{Audits, audit, maintain_connections, wait_for_database};
 use crate::server::readiness::Readiness;
@@ -118,16 +120,17 @@ impl Bound {
         let acceptor = RustlsAcceptor::new(config.clone())
             .handshake_timeout(HEAD_TIMEOUT)
             .acceptor(ConnectionLimit::new());
+        let closer = Closer::new(handle.clone());
         let webhook = with_timeouts(axum_server::from_tcp(self.webhook)?)
-            .acceptor(acceptor)
-            .handle(handle.clone());
+            .acceptor(closer.acceptor(acceptor))
+            .handle(handle);
         let health =
             with_timeouts(axum_server::from_tcp(self.health)?).acceptor(ConnectionLimit::new());
         info!(webhook = %self.webhook_address, health = %self.health_address, "listening");
 
         let mut tasks = Tasks::default();
         let routes = webhook::routes(Arc::clone(&app)).into_make_service();
-        tasks.spawn(WEBHOOK_LISTENER, webhook.serve(routes));
+        tasks.spawn(WEBHOOK_LISTENER, closer.serve(webhook.serve(routes), drain.timeout));
         let routes = health::routes(Arc::clone(&app)).into_make_service();
         tasks.spawn("health listener", health.serve(routes));
         tasks.spawn_endless("database readiness", wait_for_database(Arc::clone(&app)));
@@ -137,7 +140,8 @@ impl Bound {
             tasks.spawn_endless("audits", audit(Arc::clone(&app), audits));
         }
 
-        let failure = run_until_drained(&mut tasks, stop, &handle, &app.readiness, drain).await;
+        let failure =
+            run_until_drained(&mut tasks, stop, &closer, &app.readiness, drain.delay).await;
         tasks.shutdown().await;
         app.database.close_idle().await;
         info!("stopped");
@@ -149,9 +153,9 @@ impl Bound {
 async fn run_until_drained(
     tasks: &mut Tasks,
     mut stop: StopSignals,
-    handle: &Handle<SocketAddr>,
+    closer: &Closer,
     readiness: &Readiness,
-    drain: Drain,
+    delay: Duration,
 ) -> Option<TaskError> {
     let failure = tokio::select! {
         () = stop.received() => None,
@@ -164,31 +168,30 @@ async fn run_until_drained(
         return failure;
     }
     readiness.set_draining();
-    info!(delay = ?drain.delay, timeout = ?drain.timeout, "draining");
-    drain_requests(tasks, stop, handle, drain, failure).await
+    info!(?delay, "draining");
+    drain_requests(tasks, stop, closer, delay, failure).await
 }
 
-/// Closes the listener after the delay, and gives requests under way until the time-out. A signal cuts that short, except
-/// the first one after a task's failure, which asks for no more than the drain.
+/// Closes the listener after the delay, and waits until it has drained. A signal cuts that short, except the first one after a task's failure, which asks for no more than the drain.
 async fn drain_requests(
     tasks: &mut Tasks,
     mut stop: StopSignals,
-    handle: &Handle<SocketAddr>,
-    drain: Drain,
+    closer: &Closer,
+    delay: Duration,
     mut failure: Option<TaskError>,
 ) -> Option<TaskError> {
     let mut is_signalled = failure.is_none();
     let mut is_closing = false;
-    let mut delay = pin!(sleep(drain.delay));
+    let mut delay = pin!(sleep(delay));
     loop {
         tokio::select! {
             () = &mut delay, if !is_closing => {
                 is_closing = true;
-                handle.graceful_shutdown(Some(drain.timeout));
+                closer.close();
             }
             () = stop.received() => {
                 if is_signalled {
-                    handle.shutdown();
+                    closer.abort();
                 }
                 is_signalled = true;
             }
@@ -271,9 +274,11 @@ mod tests {
         let server = axum_server::from_tcp(listener)
             .unwrap()
             .handle(handle.clone());
+        let closer = Closer::new(handle);
         let mut tasks = Tasks::default();
         let routes = Router::new().route("/", get(answer)).into_make_service();
-        tasks.spawn(WEBHOOK_LISTENER, server.serve(routes));
+        let serve = closer.serve(server.serve(routes), Duration::from_secs(30));
+        tasks.spawn(WEBHOOK_LISTENER, serve);
         tasks.spawn("broken", async move {
             arrived.notified().await;
             Err(io::Error::other("on purpose"))
@@ -287,12 +292,14 @@ mod tests {
             response
         });
         let readiness = Readiness::default();
-        let drain = Drain {
-            delay: Duration::ZERO,
-            timeout: Duration::from_secs(30),
-        };
         let (failure, ()) = tokio::join!(
-            run_until_drained(&mut tasks, StopSignals::new().unwrap(), &handle, &readiness, drain),
+            run_until_drained(
+                &mut tasks,
+                StopSignals::new().unwrap(),
+                &closer,
+                &readiness,
+                Duration::ZERO
+            ),
             async {
                 while !readiness.is_draining() {
                     tokio::task::yield_now().await;

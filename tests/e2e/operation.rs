@@ -9,6 +9,7 @@ use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_env_matches, pod, pol
 use test_support::WORKSPACE_LABEL;
 use test_support::chart::{RELEASE, chart, of_kind, render};
 use test_support::haproxy::{Haproxy, Slot};
+use test_support::load::LONG_LOOKUP_TIMEOUT;
 use test_support::postgres::{Postgres, free_port};
 use test_support::program::{Authority, Start, Webhook, decode_output, program, wait_for};
 use test_support::transcript::{commands, page};
@@ -18,10 +19,13 @@ fn rolling_both_instances_over_fails_no_create() {
     let Some(world) = World::start() else { return };
     let postgres = World::workspaces();
     let (authority, slots) = (Authority::generate(), [Slot::free(), Slot::free()]);
-    let start = |slot: Slot| slot.start(&authority, &policy(""), &postgres.url());
+    // The guard refuses a pod whose lookup misses its deadline, which a busy machine may cause.
+    let policy = policy(&format!("lookup: {{timeout: {LONG_LOOKUP_TIMEOUT}}}"));
+    let start = |slot: Slot| slot.start(&authority, &policy, &postgres.url());
     let mut instances = slots.map(start);
     let proxy = Haproxy::start(&slots);
-    world.configure(&["guard.enabled=true"], proxy.port, &authority.pem());
+    let settings = ["guard.enabled=true", "webhook.timeoutSeconds=30"];
+    world.configure(&settings, proxy.port, &authority.pem());
 
     let started = Instant::now();
     create_during(&world, true, || {

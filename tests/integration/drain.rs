@@ -1,5 +1,7 @@
 //! Draining: requests in flight are answered, readiness turns off, and the process exits with code 0.
 
+use std::io::{Read, Write};
+
 use serde_json::json;
 
 use test_support::haproxy::{Haproxy, Slot};
@@ -68,6 +70,92 @@ fn draining_webhook_answers_until_the_delay_ends() {
     for response in [post("/mutate"), post("/nothing"), get] {
         assert_eq!(response.headers()["connection"], "close");
     }
+    assert_eq!(webhook.wait().code(), Some(0));
+}
+
+/// Stops and continues the server, so that requests arrive while it reads nothing.
+#[test]
+fn requests_that_arrived_before_the_close_are_answered() {
+    const CONNECTIONS: usize = 8;
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("drain.sqlite");
+    test_support::sqlite(&file, "CREATE TABLE workspaces (id TEXT, llm_billing_mode TEXT)");
+    let mut webhook = Start {
+        policy: PROXY,
+        database_url: &format!("sqlite://{}", file.display()),
+        arguments: &["--drain-delay", "0s"],
+        ..Start::default()
+    }
+    .start();
+    webhook.wait_until_ready();
+    let review = create(&pod(ID, &json!([]))).to_string();
+    let request = format!(
+        "POST /mutate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{review}",
+        review.len()
+    );
+    let mut kept_alive: Vec<_> = (0..CONNECTIONS).map(|_| webhook.connect()).collect();
+    for connection in &mut kept_alive {
+        connection.write_all(request.as_bytes()).unwrap();
+        assert!(read_response(connection).starts_with("HTTP/1.1 200"));
+    }
+    webhook.signal("STOP");
+    let mut new: Vec<_> = (0..CONNECTIONS).map(|_| webhook.connect()).collect();
+    for connection in &mut kept_alive {
+        connection.write_all(request.as_bytes()).unwrap();
+    }
+    for connection in &mut new {
+        // The server still has to accept the connection and do its part of the handshake.
+        connection.conn.write_tls(&mut connection.sock).unwrap();
+    }
+    webhook.signal("TERM");
+    webhook.signal("CONT");
+    for connection in kept_alive.iter_mut().chain(&mut new) {
+        // A new connection sends its request now.
+        if connection.conn.is_handshaking() {
+            connection.write_all(request.as_bytes()).unwrap();
+        }
+        let response = read_response(connection);
+        assert!(response.starts_with("HTTP/1.1 200"), "{response}");
+        assert!(response.contains("connection: close\r\n"), "{response}");
+    }
+    assert_eq!(webhook.wait().code(), Some(0));
+}
+
+/// Reads one response, or as much of it as the server sent.
+fn read_response(connection: &mut impl Read) -> String {
+    let mut response = Vec::new();
+    let mut buffer = [0; 4096];
+    loop {
+        let count = connection.read(&mut buffer).unwrap();
+        response.extend(&buffer[..count]);
+        let text = String::from_utf8_lossy(&response);
+        let length = text.split_once("\r\n\r\n").and_then(|(head, body)| {
+            let (_, rest) = head.split_once("content-length: ")?;
+            let length: usize = rest.lines().next()?.parse().ok()?;
+            (body.len() >= length).then_some(())
+        });
+        if count == 0 || length.is_some() {
+            return text.into_owned();
+        }
+    }
+}
+
+#[test]
+fn idle_connection_is_closed_when_the_delay_ends() {
+    let mut webhook = Start {
+        database_url: "sqlite://nowhere.sqlite",
+        arguments: &["--drain-delay", "0s"],
+        ..Start::default()
+    }
+    .start();
+    let mut connection = webhook.connect();
+    connection
+        .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    assert!(read_response(&mut connection).starts_with("HTTP/1.1 404"));
+    webhook.signal("TERM");
+    // The end of the stream comes with TLS' close_notify: without it, the read fails.
+    assert_eq!(read_response(&mut connection), "");
     assert_eq!(webhook.wait().code(), Some(0));
 }
 
