@@ -66,14 +66,11 @@ impl Selection {
         }
     }
 
-    /// Returns the label selector for the list request.
+    /// Returns the label selector for the list request. Pods without the workspace label are listed too: some have lost
+    /// it, and a selector cannot name an annotation.
     fn label_selector(&self, policy: &Policy) -> String {
         let label = policy.workspace_label.as_str();
-        let workspace = match (&self.workspace, policy.unlabelled) {
-            (Some(id), _) => Some(format!("{label}={id}")),
-            (None, Unlabelled::Ignore) => Some(label.to_owned()),
-            (None, Unlabelled::PlatformManaged | Unlabelled::Deny) => None,
-        };
+        let workspace = self.workspace.as_ref().map(|id| format!("{label}={id}"));
         let parts: Vec<String> = workspace.into_iter().chain(self.labels.clone()).collect();
         parts.join(",")
     }
@@ -331,7 +328,10 @@ fn begin_page<'a>(
         };
         let step = begin_pod(policy, target);
         match &step {
-            Step::Done(decision) if decision.outcome == Outcome::NotAWorkspace => continue,
+            Step::Done(Decision {
+                outcome: Outcome::NotAWorkspace,
+                ..
+            }) if !pod.is_annotated() => continue,
             Step::Done(_) => {}
             Step::Lookup(parameters, _) => {
                 lookups.insert(parameters.clone());
@@ -365,7 +365,7 @@ fn audited(
         details,
         secrets,
     } = audit(policy, decision, pod);
-    // A pod refused for its missing label has no resolution.
+    // A pod without its label has no resolution, nor has one that is refused for it.
     let missing = Resolution::fallback(Reason::MissingWorkspaceId);
     let resolution = decision.resolution.unwrap_or(missing);
     let controller = running

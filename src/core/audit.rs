@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use super::decision::Decision;
+use super::decision::{Decision, Outcome};
 use super::plan::{ContainerPlan, Plan};
 use super::pod::{Container, ContainerList, Pod, Text};
 use super::policy::Policy;
@@ -28,19 +28,22 @@ pub enum Finding {
     FallbackInForce,
     /// The pod has none of the webhook's annotations.
     NotSeen,
+    /// The pod has one of the webhook's annotations, and no workspace label any more.
+    LabelChanged,
     /// The webhook would refuse the pod.
     Refused,
 }
 
 impl Finding {
     /// Every finding.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::WrongMode,
         Self::VendorKey,
         Self::BypassVariable,
         Self::ProxyVariable,
         Self::FallbackInForce,
         Self::NotSeen,
+        Self::LabelChanged,
         Self::Refused,
     ];
 
@@ -54,6 +57,7 @@ impl Finding {
             Self::ProxyVariable => "proxy_variable",
             Self::FallbackInForce => "fallback_in_force",
             Self::NotSeen => "not_seen",
+            Self::LabelChanged => "label_changed",
             Self::Refused => "refused",
         }
     }
@@ -83,6 +87,10 @@ pub fn audit(policy: &Policy, decision: &Decision<'_>, pod: &Pod<'_>) -> Verdict
     if let Some(refusal) = decision.outcome.refusal() {
         findings.insert(Finding::Refused);
         details.push(refusal.to_string());
+    }
+    if decision.outcome == Outcome::NotAWorkspace && pod.is_annotated() {
+        findings.insert(Finding::LabelChanged);
+        details.push(format!("no label {:?}", policy.workspace_label.as_str()));
     }
     if let Some(resolution) = decision.resolution {
         add_annotation_findings(resolution, pod, &mut findings);
@@ -348,6 +356,31 @@ mod tests {
             let verdict = verdict(PROXY, lookup, &pod);
             assert_eq!(verdict.findings, findings.iter().copied().collect(), "{pod}");
             assert_eq!(verdict.details, details, "{pod}");
+        }
+    }
+
+    #[test]
+    fn pod_that_lost_its_label_is_found_by_an_annotation() {
+        for (annotations, findings) in [
+            (json!({MODE_ANNOTATION: "byok"}), vec![Finding::LabelChanged]),
+            (json!({SOURCE_ANNOTATION: "workspace_override"}), vec![Finding::LabelChanged]),
+            (json!({"other": "byok"}), vec![]),
+        ] {
+            let text = json!({"metadata": {"annotations": annotations}}).to_string();
+            let pod = serde_json::from_str(&text).unwrap();
+            let policy = Policy::parse(PROXY).unwrap();
+            let target = PodTarget {
+                pod: &pod,
+                namespace: "ws-acme",
+                scope: Scope::Running,
+            };
+            let decision = begin_pod(&policy, target).finish(&LookupOutcome::NoRow);
+            let verdict = audit(&policy, &decision, &pod);
+            assert_eq!(verdict.findings, findings.iter().copied().collect(), "{annotations}");
+            let details = findings
+                .iter()
+                .map(|_| r#"no label "molecule.ai/workspace-id""#);
+            assert_eq!(verdict.details, details.collect::<Vec<_>>());
         }
     }
 

@@ -316,6 +316,13 @@ impl<'a> Pod<'a> {
         self.metadata.as_ref()?.annotations.as_ref()
     }
 
+    /// Reports whether the pod has one of the webhook's annotations.
+    #[must_use]
+    pub fn is_annotated(&self) -> bool {
+        let annotations = self.annotations();
+        annotations.is_some_and(|all| all.mode.is_some() || all.source.is_some())
+    }
+
     /// Reports whether the pod was created as platform_managed: by its annotation, or by its containers' env, which cannot
     /// change in a running pod.
     #[must_use]

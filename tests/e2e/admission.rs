@@ -15,6 +15,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 
 use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_env_matches, env_of, pod, policy};
+use test_support::chart::render;
 use test_support::program::{Authority, decode_output, program, wait_for};
 use test_support::{PROXY, WORKSPACE_LABEL, fixtures};
 
@@ -381,4 +382,82 @@ fn webhook_is_called_only_for_pods_in_scope() {
     assert_env_matches(&create("scoped", Some(BYOK)), "byok");
     assert!(is_untouched(&create("exempt", None)));
     assert!(is_untouched(&create(NAMESPACE, Some(BYOK))));
+}
+
+#[test]
+fn label_change_is_refused_if_the_guard_says_so() {
+    let Some(world) = World::start() else { return };
+    let settings = [
+        "database.existingSecret=db",
+        "guard.refuseLabelChanges=true",
+        "policy.lookup.parameters[0].label=tenant",
+    ];
+    let objects: Vec<Value> = render(&settings)
+        .into_iter()
+        .filter(|object| {
+            let kind = object["kind"].as_str().unwrap();
+            kind.starts_with("ValidatingAdmissionPolicy")
+        })
+        .collect();
+    assert_eq!(objects.len(), 2);
+    world.api.create_all(&objects);
+    for (name, labels) in [
+        ("workspace", json!({WORKSPACE_LABEL: BYOK, "tenant": "acme"})),
+        ("other", json!({"app": "x"})),
+    ] {
+        let mut pod = pod(name, BYOK, &json!([]));
+        pod["metadata"]["labels"] = labels;
+        pod["metadata"]["annotations"] = json!({"molecule.ai/llm-billing-mode": "byok"});
+        world.api.create_all([&pod]);
+    }
+    let change = |verb: &str, pod: &str, change: &str| {
+        world.kubectl(&["-n", NAMESPACE, verb, "pod", pod, change, "--overwrite"])
+    };
+    let removal = format!("{WORKSPACE_LABEL}-");
+    wait_for("the policy applies", || {
+        let probe = [
+            "--dry-run=server",
+            "-n",
+            NAMESPACE,
+            "label",
+            "pod",
+            "workspace",
+            &removal,
+        ];
+        (world.kubectl(&probe).0 == 1).then_some(())
+    });
+    let label = format!("metadata.labels[\"{WORKSPACE_LABEL}\"]");
+    let annotation = "metadata.annotations[\"molecule.ai/llm-billing-mode\"]".to_owned();
+    for (verb, argument, place) in [
+        ("label", removal.as_str(), &label),
+        ("label", &format!("{WORKSPACE_LABEL}={MANAGED}"), &label),
+        ("label", "tenant=other", &"metadata.labels[\"tenant\"]".to_owned()),
+        ("annotate", "molecule.ai/llm-billing-mode-", &annotation),
+        ("annotate", "molecule.ai/llm-billing-mode=disabled", &annotation),
+    ] {
+        let (code, _, stderr) = change(verb, "workspace", argument);
+        assert_eq!(code, 1, "{argument}");
+        let expected = format!(
+            "denied request: LABEL_CHANGED: {place} of a workspace's pod cannot be changed; create a new pod with it\n"
+        );
+        assert!(stderr.ends_with(&expected), "{argument}: {stderr}");
+    }
+    for (verb, pod, argument) in [
+        ("label", "workspace", "app=y"),
+        ("annotate", "workspace", "molecule.ai/llm-billing-source=x"),
+        // As a warm pool does.
+        ("label", "other", &*format!("{WORKSPACE_LABEL}={BYOK}")),
+    ] {
+        let (code, _, stderr) = change(verb, pod, argument);
+        assert_eq!(code, 0, "{argument}: {stderr}");
+    }
+    world.kubectl_ok(&[
+        "-n",
+        NAMESPACE,
+        "delete",
+        "pod",
+        "workspace",
+        "--grace-period=0",
+        "--force",
+    ]);
 }

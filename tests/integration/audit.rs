@@ -259,6 +259,36 @@ fn audit_reports_each_drift_with_its_finding() {
 }
 
 #[test]
+fn pod_that_lost_its_label_is_reported() {
+    let platform = Platform::start();
+    platform.register_webhook();
+    let unlabelled = |name: &str| {
+        let mut pod = pod(name, "", None);
+        pod["metadata"]["labels"] = json!({"app": name});
+        pod
+    };
+    platform.api.create_all([
+        &pod("relabelled", FLIPPED, Some("ReplicaSet/relabelled")),
+        // Never was a workspace's.
+        &unlabelled("other"),
+    ]);
+    let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/relabelled");
+    let mut stored = platform.api.get(&path).unwrap();
+    let labels = stored["metadata"]["labels"].as_object_mut().unwrap();
+    labels.remove(WORKSPACE_LABEL);
+    let (status, answer) = platform.api.request("PUT", &path, Some(&stored));
+    assert_eq!(status, 200, "{answer}");
+    let (code, stdout, stderr) = platform.audit(&["-A", "--wide", "-o", "csv"]);
+    assert_eq!(code, 1, "{stderr}");
+    assert_eq!(
+        stdout,
+        "namespace,pod,owner,workspace,database,env,findings,source,reason,details,secrets\n\
+         ws-acme,relabelled,ReplicaSet/relabelled,-,platform_managed,byok,label_changed,constant_fallback,\
+         missing_workspace_id,\"no label \"\"molecule.ai/workspace-id\"\"\",-\n"
+    );
+}
+
+#[test]
 fn eviction_spares_bare_and_budgeted_pods() {
     let platform = Platform::start();
     platform.api.create_all([&pod("bare", OLD, None)]);

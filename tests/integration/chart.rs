@@ -31,6 +31,7 @@ const MATRIX: [&[&str]; 10] = [
     &[
         DATABASE,
         "guard.enabled=true",
+        "guard.refuseLabelChanges=true",
         "tls.clientCA.secretName=clients",
         "database.caSecret.name=ca",
     ],
@@ -156,6 +157,12 @@ fn typed(object: &Value) -> Option<Value> {
         ("admissionregistration.k8s.io/v1", "ValidatingWebhookConfiguration") => {
             of::<admission::ValidatingWebhookConfiguration>(object)
         }
+        ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy") => {
+            of::<admission::ValidatingAdmissionPolicy>(object)
+        }
+        ("admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding") => {
+            of::<admission::ValidatingAdmissionPolicyBinding>(object)
+        }
         ("cert-manager.io/v1", "Certificate" | "Issuer")
         | ("monitoring.coreos.com/v1", "ServiceMonitor" | "PodMonitor" | "PrometheusRule") => None,
         other => panic!("unexpected kind {other:?}"),
@@ -241,6 +248,29 @@ fn unusable_settings_are_refused_with_the_remedy() {
         assert!(error.contains(expected), "{settings:?}: {error}");
         assert!(!error.contains("postgres://"), "{error}");
     }
+}
+
+#[test]
+fn label_changes_are_refused_from_kubernetes_1_30_on() {
+    let template = |version: &str| {
+        let chart = chart();
+        let output = helm(&[
+            "template",
+            chart.to_str().unwrap(),
+            "--set",
+            DATABASE,
+            "--set",
+            "guard.refuseLabelChanges=true",
+            "--kube-version",
+            version,
+        ]);
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (is_accepted, error) = template("1.29.9");
+    assert!(!is_accepted);
+    let expected = "guard.refuseLabelChanges needs Kubernetes 1.30 or later, and this is v1.29.9: set it to false";
+    assert!(error.contains(expected), "{error}");
+    assert_eq!(template("1.30.0"), (true, String::new()));
 }
 
 #[test]

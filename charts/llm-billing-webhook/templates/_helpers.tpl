@@ -119,8 +119,7 @@ webhooks:
 {{- end }}
 {{- end }}
 
-{{/* The requests that both webhooks cover. The release's namespace is exempt: otherwise, with no replica running, none
-could start. */}}
+{{/* The requests that both webhooks cover. */}}
 {{- define "llm-billing-webhook.admissionMatch" -}}
 admissionReviewVersions: [v1]
 sideEffects: None
@@ -139,6 +138,11 @@ rules:
     resources: [pods/ephemeralcontainers]
     operations: [UPDATE]
     scope: Namespaced
+{{ include "llm-billing-webhook.podSelectors" . }}
+{{- end }}
+
+{{/* The pods in scope. The release's namespace is exempt: otherwise, with no replica running, none could start. */}}
+{{- define "llm-billing-webhook.podSelectors" -}}
 namespaceSelector:
   {{- with .Values.namespaceSelector.matchLabels }}
   matchLabels:
@@ -155,9 +159,13 @@ namespaceSelector:
 {{- if eq .Values.scope "labelled" }}
 objectSelector:
   matchExpressions:
-    - key: {{ default "molecule.ai/workspace-id" .Values.policy.workspaceLabel }}
+    - key: {{ include "llm-billing-webhook.workspaceLabel" . }}
       operator: Exists
 {{- end }}
+{{- end }}
+
+{{- define "llm-billing-webhook.workspaceLabel" -}}
+{{ default "molecule.ai/workspace-id" .Values.policy.workspaceLabel }}
 {{- end }}
 
 {{/* The Service that the API server calls. Unless the values provide caBundle, the chart omits it: the replicas or

@@ -25,6 +25,9 @@
 {{- if and (eq .Values.scope "namespace") (not (or .Values.namespaceSelector.matchLabels .Values.namespaceSelector.matchExpressions)) }}
 {{- fail "scope is namespace, but no namespace is selected: set namespaceSelector.matchLabels or namespaceSelector.matchExpressions" }}
 {{- end }}
+{{- if and .Values.guard.refuseLabelChanges (semverCompare "<1.30.0-0" .Capabilities.KubeVersion.Version) }}
+{{- fail (printf "guard.refuseLabelChanges needs Kubernetes 1.30 or later, and this is %s: set it to false" .Capabilities.KubeVersion.Version) }}
+{{- end }}
 {{- $unlabelled := default "ignore" .Values.policy.unlabelled }}
 {{- if and (eq .Values.scope "labelled") (ne $unlabelled "ignore") }}
 {{- fail (printf "policy.unlabelled is %s, but with scope: labelled the webhook does not cover pods without the label: set scope=namespace and namespaceSelector" $unlabelled) }}

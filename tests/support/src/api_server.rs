@@ -173,9 +173,10 @@ pub fn collection_of(object: &Value) -> String {
         "v1" => "/api/v1".to_owned(),
         version => format!("/apis/{version}"),
     };
-    let plural = match object["kind"].as_str().unwrap() {
-        "NetworkPolicy" => "networkpolicies".to_owned(),
-        kind => format!("{}s", kind.to_lowercase()),
+    let kind = object["kind"].as_str().unwrap().to_lowercase();
+    let plural = match kind.strip_suffix('y') {
+        Some(stem) => format!("{stem}ies"),
+        None => format!("{kind}s"),
     };
     match object["metadata"]["namespace"].as_str() {
         Some(namespace) => format!("{api}/namespaces/{namespace}/{plural}"),
