@@ -15,15 +15,23 @@ const UNSUPPORTED_PARAMETER: &str = "unsupported startup parameter";
 /// Why a lookup failed.
 #[derive(Debug, Error)]
 pub enum LookupError {
-    /// The deadline passed.
-    #[error("the database did not answer in time")]
-    Timeout,
+    /// The deadline passed. Names the database's host and port.
+    #[error("the database at {0} did not answer in time")]
+    Timeout(String),
     /// Too many lookups are waiting for the database.
     #[error("too many lookups wait for the database")]
     Overloaded,
     /// The connection failed or was lost, or the database failed temporarily.
-    #[error("cannot query the database: {0}")]
-    Unavailable(String),
+    #[error("cannot query the database at {place}: {cause}")]
+    Unavailable {
+        /// The database's host and port, or its file.
+        place: String,
+        /// The cause, as the system or the database reports it.
+        cause: String,
+    },
+    /// The task that executed the lookup panicked. The panic message is on stderr.
+    #[error("the lookup's task panicked")]
+    Panicked,
     /// The database cannot use this pod's parameters, for example text that the query casts to a UUID.
     #[error("the database cannot use the pod's parameters: {0}")]
     Unusable(String),
@@ -47,9 +55,9 @@ impl LookupError {
     #[must_use]
     pub const fn kind(&self) -> &'static str {
         match self {
-            Self::Timeout => "timeout",
+            Self::Timeout(_) => "timeout",
             Self::Overloaded => "crowded",
-            Self::Unavailable(_) => "unavailable",
+            Self::Unavailable { .. } | Self::Panicked => "unavailable",
             Self::Unusable(_) => "unusable",
             Self::Refused(_) | Self::SeveralRows => "refused",
         }
@@ -62,20 +70,27 @@ impl LookupError {
     }
 }
 
-impl From<sqlx::Error> for LookupError {
-    fn from(error: sqlx::Error) -> Self {
-        match &error {
-            sqlx::Error::PoolTimedOut => Self::Timeout,
+impl LookupError {
+    /// Converts an error of the database at this place.
+    pub(super) fn new(error: &sqlx::Error, place: &str) -> Self {
+        let timeout = || Self::Timeout(place.to_owned());
+        let unavailable = |cause| Self::Unavailable {
+            place: place.to_owned(),
+            cause,
+        };
+        match error {
+            sqlx::Error::PoolTimedOut => timeout(),
             sqlx::Error::Io(error) if error.kind() == io::ErrorKind::NotFound => {
-                Self::Unavailable(format!(
+                unavailable(format!(
                     "a file that the database URL names, such as sslrootcert or a socket, is missing: {error}"
                 ))
             }
+            sqlx::Error::Io(error) => unavailable(error.to_string()),
             sqlx::Error::Database(error) => {
                 let code = error.code().unwrap_or_default();
                 // PostgreSQL's statement_timeout.
                 if code == "57014" {
-                    return Self::Timeout;
+                    return timeout();
                 }
                 let message = error.message();
                 if message.starts_with(UNSUPPORTED_PARAMETER) {
@@ -88,7 +103,7 @@ impl From<sqlx::Error> for LookupError {
                 } else if is_parameter_unusable(&code) {
                     Self::Unusable(message.to_owned())
                 } else {
-                    Self::Unavailable(message.to_owned())
+                    unavailable(message.to_owned())
                 }
             }
             sqlx::Error::Decode(source) if source.is::<SeveralRows>() => Self::SeveralRows,
@@ -96,7 +111,7 @@ impl From<sqlx::Error> for LookupError {
                 Self::Refused("the first column that it returns is not text".to_owned())
             }
             sqlx::Error::Encode(_) | sqlx::Error::Protocol(_) => Self::Refused(error.to_string()),
-            _ => Self::Unavailable(error.to_string()),
+            _ => unavailable(error.to_string()),
         }
     }
 }

@@ -94,7 +94,20 @@ impl Drop for Permit<'_> {
 /// The URL in use, and the connections to it.
 struct Current {
     url: UrlText,
+    /// The host and port, for errors.
+    place: String,
     pool: AnyPool,
+}
+
+impl Current {
+    fn new(url: UrlText, timeout: Duration) -> Result<Self, UrlError> {
+        let parsed: DatabaseUrl = url.0.parse()?;
+        Ok(Self {
+            url,
+            place: parsed.place(),
+            pool: AnyPool::connect_lazily(parsed, timeout),
+        })
+    }
 }
 
 enum AnyPool {
@@ -158,11 +171,10 @@ impl Database {
     /// # Errors
     /// [`SourceError`]
     pub fn connect_lazily(source: UrlSource, lookup: &Lookup) -> Result<Arc<Self>, SourceError> {
-        let url = source.read()?;
-        let pool = AnyPool::connect_lazily(url.0.parse()?, lookup.timeout);
+        let current = Current::new(source.read()?, lookup.timeout)?;
         Ok(Arc::new(Self {
             source,
-            current: RwLock::new(Arc::new(Current { url, pool })),
+            current: RwLock::new(Arc::new(current)),
             query: lookup.query.as_str().into(),
             parameters: lookup.parameters.clone(),
             timeout: lookup.timeout,
@@ -187,8 +199,7 @@ impl Database {
             return Ok(false);
         }
         // Old connections close when their lookups end.
-        let pool = AnyPool::connect_lazily(url.0.parse()?, self.timeout);
-        *current = Arc::new(Current { url, pool });
+        *current = Arc::new(Current::new(url, self.timeout)?);
         Ok(true)
     }
 
@@ -211,7 +222,7 @@ impl Database {
             let result = database.execute_single(&parameters, deadline).await;
             let is_degraded = match &result {
                 // The server's own time-out may be shorter.
-                Err(LookupError::Timeout) => true,
+                Err(LookupError::Timeout(_)) => true,
                 Err(_) => Instant::now() >= deadline,
                 Ok(_) => false,
             };
@@ -230,7 +241,7 @@ impl Database {
         parameters: &[ParameterValue],
         deadline: Instant,
     ) -> Result<LookupOutcome, LookupError> {
-        let used = self.current();
+        let mut used = self.current();
         let mut result = self.execute_on(&used, parameters, deadline).await;
         if result.as_ref().is_err_and(is_login_refused) {
             // Another task may have reloaded the URL first, so compare it instead of using the result. The server's
@@ -238,10 +249,11 @@ impl Database {
             let _ = self.reload();
             let current = self.current();
             if current.url != used.url {
-                result = self.execute_on(&current, parameters, deadline).await;
+                used = current;
+                result = self.execute_on(&used, parameters, deadline).await;
             }
         }
-        result.map_err(LookupError::from)
+        result.map_err(|error| LookupError::new(&error, &used.place))
     }
 
     async fn execute_on(
@@ -319,7 +331,7 @@ impl Database {
         let deadline = Instant::now() + self.timeout;
         match execute(pool, &lookup, deadline, &self.metrics)
             .await
-            .map_err(LookupError::from)
+            .map_err(|error| LookupError::new(&error, &current.place))
         {
             // The joined list has one row for each workspace, unless the policy's query is of an unexpected kind.
             Ok(outcomes) => Ok((outcomes.len() == values.len()).then_some(outcomes)),
@@ -425,8 +437,7 @@ async fn in_own_task<T: Send + 'static>(
     work: impl Future<Output = Result<T, LookupError>> + Send + 'static,
 ) -> Result<T, LookupError> {
     let result = tokio::spawn(work).await;
-    result
-        .unwrap_or_else(|_| Err(LookupError::Unavailable("the lookup's task panicked".to_owned())))
+    result.unwrap_or(Err(LookupError::Panicked))
 }
 
 /// Executes a query over a pooled connection. After a restart of the database, the pool holds lost connections, which

@@ -90,6 +90,19 @@ impl FromStr for DatabaseUrl {
     }
 }
 
+impl DatabaseUrl {
+    /// Returns the database's host and port, its socket, or its file.
+    pub(super) fn place(&self) -> String {
+        match self {
+            Self::Postgres { options, .. } => match options.get_socket() {
+                Some(socket) => socket.display().to_string(),
+                None => format!("{}:{}", options.get_host(), options.get_port()),
+            },
+            Self::Sqlite(options) => options.get_filename().display().to_string(),
+        }
+    }
+}
+
 impl fmt::Display for DatabaseUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -81,7 +81,30 @@ fn all_errors_are_reported_at_once() {
     assert_eq!(report, expected);
     let (code, report, _) = run(&["check", "--database-url", "sqlite:///nonexistent/file"]);
     assert_eq!(code, 2);
-    assert!(report.contains("error database     cannot query the database: "), "{report}");
+    assert!(
+        report.contains("error database     cannot query the database at /nonexistent/file: "),
+        "{report}"
+    );
+}
+
+#[test]
+fn unreachable_database_is_named_by_host_and_port() {
+    for (url, error) in [
+        (
+            "postgres://u:secret@127.0.0.1:1/d",
+            "cannot query the database at 127.0.0.1:1: Connection refused (os error 111)",
+        ),
+        (
+            "postgres:///d?host=/nonexistent&user=u&password=secret",
+            "cannot query the database at /nonexistent: a file that the database URL names, such as sslrootcert or a \
+             socket, is missing: No such file or directory (os error 2)",
+        ),
+    ] {
+        let (code, report, _) = run(&["check", "--database-url", url]);
+        assert_eq!(code, 2);
+        let last = format!("error database     {error}\n");
+        assert!(report.ends_with(&last), "{report}");
+    }
 }
 
 #[test]

@@ -171,7 +171,9 @@ fn mode_flag_overrides_the_database() {
     let (code, _, stderr) = review(&text, &["--database-url", "sqlite:///nonexistent/file"]);
     assert_eq!(code, 2);
     assert!(
-        stderr.starts_with("error: Pod ws-acme/ws-claude: cannot query the database: "),
+        stderr.starts_with(
+            "error: Pod ws-acme/ws-claude: cannot query the database at /nonexistent/file: "
+        ),
         "{stderr}"
     );
 }
