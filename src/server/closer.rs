@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::server::TlsStream;
 
-/// Pause between checks whether all connections of a closed listener have ended.
+/// Time until a listener closes, and then between checks whether all of its connections have ended.
 const DRAIN_POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Closes a listener and its connections without cutting a request.
@@ -55,11 +55,17 @@ impl Closer {
     ) -> impl Future<Output = io::Result<()>> + use<F> {
         let (handle, mut is_closing) = (self.handle.clone(), self.is_closing.subscribe());
         async move {
+            let closing = async {
+                // An error says that the closer is gone, and the server with it.
+                let _ = is_closing.wait_for(|is_closing| *is_closing).await;
+                // A timer fires after the runtime has looked for new connections, so `serve` accepts those that wait.
+                sleep(DRAIN_POLL_INTERVAL).await;
+            };
             // Drops `serve`, and with it the listener. Its connections are tasks of their own.
             tokio::select! {
                 biased;
                 served = serve => return served,
-                _ = is_closing.wait_for(|is_closing| *is_closing) => {}
+                () = closing => {}
             }
             let ended = async {
                 while handle.connection_count() > 0 {
