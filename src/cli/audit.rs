@@ -126,7 +126,7 @@ enum Output {
 
 pub(super) async fn audit(args: AuditArgs) -> anyhow::Result<ExitCode> {
     let policy = args.policy.load()?;
-    let database = Database::connect_lazily(args.database.required()?, &policy.lookup)?;
+    let database = Database::connect_lazily(args.database.required()?, &policy)?;
     if args.eviction.evict
         && !args.eviction.dry_run
         && !args.eviction.yes

@@ -133,7 +133,7 @@ async fn check_database(args: &DatabaseArgs, policy: Option<&Policy>, report: &m
     let Some(policy) = policy else {
         return report.line("skip", "database", "not queried, because the policy is invalid");
     };
-    let (url, database) = match (source.url(), Database::connect_lazily(source, &policy.lookup)) {
+    let (url, database) = match (source.url(), Database::connect_lazily(source, policy)) {
         (Ok(url), Ok(database)) => (url.to_string(), database),
         (Err(error), _) | (_, Err(error)) => return report.fail("database", &error),
     };

@@ -100,7 +100,7 @@ pub(super) async fn review(args: ReviewArgs) -> anyhow::Result<ExitCode> {
     let policy = args.policy.load()?;
     let source = args.database.source()?;
     let database = source
-        .map(|source| Database::connect_lazily(source, &policy.lookup))
+        .map(|source| Database::connect_lazily(source, &policy))
         .transpose()?;
     let subjects: Vec<Subject> = documents
         .into_iter()

@@ -199,7 +199,7 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let policy_warnings = policy_file.warnings();
     let has_literal_token = policy_file.has_literal_token();
     let policy = Policy::from(policy_file);
-    let database = Database::connect_lazily(database(&args).await?, &policy.lookup)?;
+    let database = Database::connect_lazily(database(&args).await?, &policy)?;
     let (certificate, certificate_source) = certificate(&args).await?;
     reject_refused_query(&database).await?;
     let audits = audits(&args, &policy).await?;

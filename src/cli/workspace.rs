@@ -74,7 +74,7 @@ pub(super) async fn resolve(args: ResolveArgs) -> anyhow::Result<ExitCode> {
     }
     let pod = json!({"metadata": {"labels": labels}});
     let pod = Pod::deserialize(&pod)?;
-    let database = Database::connect_lazily(args.database.required()?, &policy.lookup)?;
+    let database = Database::connect_lazily(args.database.required()?, &policy)?;
     let target = PodTarget {
         pod: &pod,
         namespace: &args.namespace,
@@ -107,7 +107,7 @@ pub(super) async fn decide<'a>(
         Step::Lookup(parameters, pending) => (parameters, pending),
     };
     let outcome = match (given, database) {
-        (Some(mode), _) => LookupOutcome::Row(Some(mode.as_str().to_owned())),
+        (Some(mode), _) => LookupOutcome::of_mode(Some(mode.as_str())),
         (None, Some(database)) => database.lookup(parameters, None).await?,
         (None, None) => {
             bail!("no database is given; set --database-url, or --mode to skip the lookup")

@@ -18,6 +18,8 @@ use super::restrictions::Class;
 pub enum Finding {
     /// A container's mode variables do not match the database.
     WrongMode,
+    /// A container's other variables of the policy's `variables` do not match the database.
+    WrongVariable,
     /// A platform_managed container has a vendor key that the proxy did not set, or its envFrom could set one.
     VendorKey,
     /// The same for another variable that the catalogue's rules remove.
@@ -36,8 +38,9 @@ pub enum Finding {
 
 impl Finding {
     /// Every finding.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::WrongMode,
+        Self::WrongVariable,
         Self::VendorKey,
         Self::BypassVariable,
         Self::ProxyVariable,
@@ -52,6 +55,7 @@ impl Finding {
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::WrongMode => "wrong_mode",
+            Self::WrongVariable => "wrong_variable",
             Self::VendorKey => "vendor_key",
             Self::BypassVariable => "bypass_variable",
             Self::ProxyVariable => "proxy_variable",
@@ -82,7 +86,8 @@ pub fn audit(policy: &Policy, decision: &Decision<'_>, pod: &Pod<'_>) -> Verdict
     let mut findings = BTreeSet::new();
     let mut details = Vec::new();
     if let Some(plan) = &decision.plan {
-        add_env_findings(plan, policy, &mut findings, &mut details);
+        let mode = decision.resolution.map(|resolution| resolution.mode);
+        add_env_findings(plan, policy, mode, &mut findings, &mut details);
     }
     if let Some(refusal) = decision.outcome.refusal() {
         findings.insert(Finding::Refused);
@@ -132,6 +137,7 @@ fn add_annotation_findings(
 fn add_env_findings(
     plan: &Plan<'_>,
     policy: &Policy,
+    mode: Option<BillingMode>,
     findings: &mut BTreeSet<Finding>,
     details: &mut Vec<String>,
 ) {
@@ -140,7 +146,7 @@ fn add_env_findings(
         findings.extend(
             variables
                 .iter()
-                .map(|name| finding(container, name, policy)),
+                .map(|name| finding(container, name, policy, mode)),
         );
         let name = container.container.name.as_str();
         details.push(format!("container {name:?}: {}", variables.join(", ")));
@@ -148,9 +154,17 @@ fn add_env_findings(
 }
 
 /// Returns the finding for a variable that is out of sync.
-fn finding(plan: &ContainerPlan<'_>, name: &str, policy: &Policy) -> Finding {
+fn finding(
+    plan: &ContainerPlan<'_>,
+    name: &str,
+    policy: &Policy,
+    mode: Option<BillingMode>,
+) -> Finding {
     if [MODE_VARIABLE, RESOLVED_VARIABLE].contains(&name) {
         return Finding::WrongMode;
+    }
+    if mode.is_some_and(|mode| policy.variables.contains(mode, name)) {
+        return Finding::WrongVariable;
     }
     let mut entries = plan.container.entries().iter();
     let is_present = entries.any(|entry| entry.name.as_str() == name);
@@ -245,7 +259,7 @@ mod tests {
     }
 
     fn row(mode: BillingMode) -> LookupOutcome {
-        LookupOutcome::Row(Some(mode.as_str().to_owned()))
+        LookupOutcome::of_mode(Some(mode.as_str()))
     }
 
     fn variable(name: &str, value: &str) -> Value {

@@ -4,7 +4,7 @@
 
 use super::admission::{AdmissionTarget, Decoded, Request};
 use super::identity::{Identity, ParameterValue, identify};
-use super::placeholders::Placeholders;
+use super::placeholders::{Columns, Workspace};
 use super::plan::{Plan, Scope, plan};
 use super::pod::Pod;
 use super::policy::Policy;
@@ -221,7 +221,7 @@ fn begin_target<'a>(policy: &'a Policy, webhook: Webhook, target: PodTarget<'a>)
             Step::Done(Decision::without_workspace(Outcome::NotAWorkspace))
         }
         Ok(Identity::Fallback { workspace, reason }) => {
-            Step::Done(pending(workspace).decide(Resolution::fallback(reason)))
+            Step::Done(pending(workspace).decide(Resolution::fallback(reason), &[]))
         }
         Ok(Identity::Lookup {
             workspace,
@@ -244,19 +244,25 @@ impl<'a> Pending<'a> {
                 plan: None,
             },
             (LookupOutcome::Failed, OnError::PlatformManaged)
-            | (LookupOutcome::Row(_) | LookupOutcome::NoRow, _) => self.decide(resolution),
+            | (LookupOutcome::Row(_) | LookupOutcome::NoRow, _) => {
+                self.decide(resolution, outcome.columns())
+            }
         }
     }
 
-    fn decide(self, resolution: Resolution) -> Decision<'a> {
+    fn decide(self, resolution: Resolution, columns: &[Option<String>]) -> Decision<'a> {
         let PodTarget {
             pod,
             namespace,
             scope,
         } = self.target;
-        let placeholders = Placeholders {
-            workspace_id: self.workspace,
+        let workspace = Workspace {
+            id: self.workspace,
             namespace,
+            columns: Columns {
+                names: &self.policy.columns,
+                values: columns,
+            },
         };
         let resolution = match scope {
             Scope::NewEphemeralContainers(_) if pod.was_created_as_platform_managed() => {
@@ -264,7 +270,7 @@ impl<'a> Pending<'a> {
             }
             Scope::NewEphemeralContainers(_) | Scope::Pod | Scope::Running => resolution,
         };
-        let planned = plan(self.policy, placeholders, resolution, pod, scope);
+        let planned = plan(self.policy, workspace, resolution, pod, scope);
         let (outcome, plan) = match (self.webhook, planned) {
             (Webhook::Validate, planned) => (validate(planned, resolution.reason), None),
             (Webhook::Mutate, Err(refusal)) => (Outcome::Refused(refusal), None),
@@ -353,7 +359,7 @@ mod tests {
     fn decision_has_workspace_reason_outcome_and_plan() {
         use LookupOutcome::{Failed, NoRow};
         use Webhook::{Mutate, Validate};
-        let byok = LookupOutcome::Row(Some("byok".to_owned()));
+        let byok = LookupOutcome::of_mode(Some("byok"));
         let label = |id: &str| json!({"molecule.ai/workspace-id": id});
         let mode = [
             "MOLECULE_LLM_BILLING_MODE",
@@ -444,7 +450,7 @@ mod tests {
             }
             let body = review(&request);
             let decoded = decode(body.as_bytes()).unwrap();
-            let byok = LookupOutcome::Row(Some("byok".to_owned()));
+            let byok = LookupOutcome::of_mode(Some("byok"));
             let decision = begin(&policy, webhook, &decoded).finish(&byok);
             let warned = decision
                 .warnings()
@@ -530,7 +536,7 @@ mod tests {
             } = decision.labels();
             [mode, source, reason, outcome]
         };
-        let byok = Resolution::from_lookup(&LookupOutcome::Row(Some("byok".to_owned())));
+        let byok = Resolution::from_lookup(&LookupOutcome::of_mode(Some("byok")));
         let refused = Outcome::Refused(Refusal::NoObject);
         let fallback = Resolution::fallback(Reason::LookupError);
         let untouched = ["none", "none", "none", "untouched"];

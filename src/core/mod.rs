@@ -25,5 +25,7 @@ pub mod refusal;
 pub mod resolution;
 pub mod response;
 pub mod restrictions;
+mod template;
+pub mod variables;
 pub mod warning;
 pub mod workload;

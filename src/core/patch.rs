@@ -198,23 +198,24 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::core::placeholders::Placeholders;
+    use crate::core::placeholders::Workspace;
     use crate::core::plan::{Scope, plan};
     use crate::core::policy::Policy;
     use crate::core::resolution::{BillingMode, Resolution};
-
-    const NOWHERE: Placeholders<'_> = Placeholders {
-        workspace_id: "",
-        namespace: "",
-    };
 
     /// Returns the operations for a byok pod.
     fn patch(pod: &Value, root: &str) -> Value {
         let text = pod.to_string();
         let pod = serde_json::from_str(&text).unwrap();
         let policy = Policy::parse("").unwrap();
-        let plan = plan(&policy, NOWHERE, Resolution::chosen(BillingMode::Byok), &pod, Scope::Pod)
-            .unwrap();
+        let plan = plan(
+            &policy,
+            Workspace::default(),
+            Resolution::chosen(BillingMode::Byok),
+            &pod,
+            Scope::Pod,
+        )
+        .unwrap();
         serde_json::from_str(&super::patch(&plan, root).json).unwrap()
     }
 
@@ -307,7 +308,7 @@ mod tests {
             let text = pod.to_string();
             let decoded = serde_json::from_str(&text).unwrap();
             let managed = Resolution::chosen(BillingMode::PlatformManaged);
-            let plan = plan(&policy, NOWHERE, managed, &decoded, Scope::Pod).unwrap();
+            let plan = plan(&policy, Workspace::default(), managed, &decoded, Scope::Pod).unwrap();
             let patch = super::patch(&plan, "").json;
             let patch: json_patch::Patch = serde_json::from_str(&patch).unwrap();
             json_patch::patch(&mut pod, &patch).unwrap();

@@ -1,66 +1,177 @@
-//! The placeholders of the policy's proxy settings, and the rules for names of Secrets and ConfigMaps. proxy.rs decides
+//! The placeholders of the policy's templates, and the rules for names of Secrets and ConfigMaps. template.rs decides
 //! where they are filled in.
 
-/// What the placeholders `{workspace_id}` and `{namespace}` in the proxy's settings stand for.
-#[derive(Clone, Copy)]
-pub struct Placeholders<'a> {
+use std::borrow::Cow;
+
+use super::resolution::Resolution;
+
+/// A pod's workspace, as far as templates use it.
+#[derive(Clone, Copy, Default)]
+pub struct Workspace<'a> {
     /// The workspace id in the pod's label; empty if there is none.
-    pub workspace_id: &'a str,
+    pub id: &'a str,
     /// The pod's namespace.
     pub namespace: &'a str,
+    /// The columns of its row in the platform's database.
+    pub columns: Columns<'a>,
 }
 
-impl Placeholders<'_> {
-    fn named(&self) -> [(&'static str, &str); 2] {
-        [
-            ("{workspace_id}", self.workspace_id),
-            ("{namespace}", self.namespace),
-        ]
-    }
+/// The columns of a workspace's row that the policy's templates name.
+#[derive(Clone, Copy, Default)]
+pub struct Columns<'a> {
+    /// Their names.
+    pub names: &'a [String],
+    /// Their values in the same order; `None` is NULL. Empty if the workspace has no row.
+    pub values: &'a [Option<String>],
+}
 
-    /// Reports whether the text has a placeholder.
-    pub(super) fn are_in(text: &str) -> bool {
-        let none = Placeholders {
-            workspace_id: "",
-            namespace: "",
-        };
-        none.named()
-            .iter()
-            .any(|(placeholder, _)| text.contains(placeholder))
+impl<'a> Columns<'a> {
+    fn get(&self, name: &str) -> Option<&'a str> {
+        let position = self.names.iter().position(|own| own == name)?;
+        self.values.get(position)?.as_deref()
     }
+}
 
-    /// Replaces each placeholder once: a workspace id that looks like a placeholder is not replaced again.
-    pub(super) fn fill(&self, text: &str) -> String {
-        let mut filled = String::with_capacity(text.len());
-        let mut rest = text;
-        while let Some(at) = rest.find('{') {
-            let (before, from_brace) = rest.split_at(at);
-            filled.push_str(before);
-            let placeholder = self
-                .named()
-                .into_iter()
-                .find(|(name, _)| from_brace.starts_with(name));
-            let (value, length) = placeholder.map_or(("{", 1), |(name, value)| (value, name.len()));
-            filled.push_str(value);
-            rest = from_brace.get(length..).unwrap_or_default();
+/// A part of a template.
+#[derive(Clone, Copy)]
+enum Piece<'t> {
+    /// Text without placeholders.
+    Text(&'t str),
+    /// `{mode}`
+    Mode,
+    /// `{source}`
+    Source,
+    /// `{workspace_id}`
+    WorkspaceId,
+    /// `{namespace}`
+    Namespace,
+    /// `{column NAME}`
+    Column(&'t str),
+}
+
+/// Splits a template. A brace that begins no placeholder is text.
+fn pieces(template: &str) -> impl Iterator<Item = Piece<'_>> {
+    let mut rest = template;
+    std::iter::from_fn(move || {
+        if let Some((piece, after)) = placeholder(rest) {
+            rest = after;
+            return Some(piece);
         }
-        filled.push_str(rest);
-        filled
+        if rest.is_empty() {
+            return None;
+        }
+        let next = rest.char_indices().skip(1).find(|(_, char)| *char == '{');
+        let (text, after) = rest.split_at(next.map_or(rest.len(), |(at, _)| at));
+        rest = after;
+        Some(Piece::Text(text))
+    })
+}
+
+/// Returns the placeholder at the start of a text, and the text after it.
+fn placeholder(text: &str) -> Option<(Piece<'_>, &str)> {
+    let (name, after) = text.strip_prefix('{')?.split_once('}')?;
+    let piece = match name {
+        "mode" => Piece::Mode,
+        "source" => Piece::Source,
+        "workspace_id" => Piece::WorkspaceId,
+        "namespace" => Piece::Namespace,
+        "column" => Piece::Column(""),
+        name => Piece::Column(name.strip_prefix("column ")?.trim()),
+    };
+    Some((piece, after))
+}
+
+/// Reports whether a template has a placeholder.
+pub(super) fn has_placeholders(template: &str) -> bool {
+    pieces(template).any(|piece| !matches!(piece, Piece::Text(_)))
+}
+
+/// Returns the names of the columns in a template; empty for a placeholder without a name.
+pub(super) fn columns_in(template: &str) -> impl Iterator<Item = &str> {
+    pieces(template).filter_map(|piece| match piece {
+        Piece::Column(name) => Some(name),
+        _ => None,
+    })
+}
+
+/// Replaces `{mode}`, so that a template can be filled for a mode once.
+pub(super) fn fill_mode(template: &str, mode: &str) -> String {
+    template.replace("{mode}", mode)
+}
+
+/// Reports whether a reference has a valid name and key for some workspace.
+pub(super) fn is_valid_reference(name: &str, key: &str) -> bool {
+    let sample = |template| -> String {
+        let sample = |piece| match piece {
+            Piece::Text(text) => text,
+            _ => "a",
+        };
+        pieces(template).map(sample).collect()
+    };
+    is_object_name(&sample(name)) && is_object_key(&sample(key))
+}
+
+/// What the placeholders stand for in the templates of one pod.
+#[derive(Clone, Copy)]
+pub(super) struct Placeholders<'a> {
+    pub(super) workspace: Workspace<'a>,
+    pub(super) resolution: Resolution,
+}
+
+impl<'a> Placeholders<'a> {
+    /// Returns the text that a piece stands for; `None` if it is a column that is NULL or absent.
+    fn value<'v>(&self, piece: Piece<'v>) -> Option<&'v str>
+    where
+        'a: 'v,
+    {
+        Some(match piece {
+            Piece::Text(text) => text,
+            Piece::Mode => self.resolution.mode.as_str(),
+            Piece::Source => self.resolution.source.as_str(),
+            Piece::WorkspaceId => self.workspace.id,
+            Piece::Namespace => self.workspace.namespace,
+            Piece::Column(name) => self.workspace.columns.get(name)?,
+        })
+    }
+
+    /// Fills the template of a literal value. The kubelet reads `$(NAME)` in it as a reference, which a column's value
+    /// must not make.
+    ///
+    /// # Errors
+    /// The name of the first column that is NULL or absent.
+    pub(super) fn fill<'t>(&self, template: &'t str) -> Result<String, &'t str> {
+        let mut filled = String::with_capacity(template.len());
+        for piece in pieces(template) {
+            match (piece, self.value(piece)) {
+                (Piece::Column(name), None) => return Err(name),
+                (Piece::Column(_), Some(value)) => filled.push_str(&escape(value)),
+                (_, value) => filled.push_str(value.unwrap_or_default()),
+            }
+        }
+        Ok(filled)
     }
 
     /// Fills the name and the key of a reference to a Secret or ConfigMap. Returns `None` if the result is not valid, or
     /// if a placeholder has no value: the result could then name another workspace's Secret.
     pub(super) fn fill_reference(&self, name: &str, key: &str) -> Option<(String, String)> {
-        let has_value = |text: &str| {
-            let mut named = self.named().into_iter();
-            named.all(|(placeholder, value)| !value.is_empty() || !text.contains(placeholder))
+        let fill = |template| -> Option<String> {
+            let mut values = pieces(template).map(|piece| self.value(piece));
+            values.try_fold(String::new(), |filled, value| {
+                let value = value.filter(|value| !value.is_empty())?;
+                Some(filled + value)
+            })
         };
-        let (filled_name, filled_key) = (self.fill(name), self.fill(key));
-        let is_valid = has_value(name)
-            && has_value(key)
-            && is_object_name(&filled_name)
-            && is_object_key(&filled_key);
-        is_valid.then_some((filled_name, filled_key))
+        let (name, key) = (fill(name)?, fill(key)?);
+        (is_object_name(&name) && is_object_key(&key)).then_some((name, key))
+    }
+}
+
+/// Escapes dollars: the kubelet reads `$$` as a dollar and `$(NAME)` as a reference.
+pub(super) fn escape(text: &str) -> Cow<'_, str> {
+    if text.contains('$') {
+        text.replace('$', "$$").into()
+    } else {
+        text.into()
     }
 }
 
@@ -93,10 +204,16 @@ fn is_object_key(key: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn placeholders<'a>(workspace_id: &'a str, namespace: &'a str) -> Placeholders<'a> {
+    use crate::core::resolution::BillingMode;
+
+    fn placeholders<'a>(id: &'a str, namespace: &'a str) -> Placeholders<'a> {
         Placeholders {
-            workspace_id,
-            namespace,
+            workspace: Workspace {
+                id,
+                namespace,
+                columns: Columns::default(),
+            },
+            resolution: Resolution::chosen(BillingMode::Byok),
         }
     }
 
@@ -109,9 +226,45 @@ mod tests {
             ("", ""),
         ];
         for (text, expected) in table {
-            assert_eq!(placeholders("w", "n").fill(text), expected, "{text}");
+            assert_eq!(placeholders("w", "n").fill(text), Ok(expected.to_owned()), "{text}");
         }
-        assert_eq!(placeholders("{namespace}", "n").fill("{workspace_id}"), "{namespace}");
+        let filled = placeholders("{namespace}", "n").fill("{workspace_id}");
+        assert_eq!(filled, Ok("{namespace}".to_owned()));
+    }
+
+    #[test]
+    fn columns_are_filled_by_name() {
+        let names = ["org", "plan", "team name"].map(str::to_owned);
+        let values = [Some("$(HOME)/$x".to_owned()), None, Some("t".to_owned())];
+        let columns = Columns {
+            names: &names,
+            values: &values,
+        };
+        let with = |columns| {
+            let mut placeholders = placeholders("w", "n");
+            placeholders.workspace.columns = columns;
+            placeholders
+        };
+        let table = [
+            ("{mode} {source}", Ok("byok workspace_override")),
+            ("{column org}/$(A)", Ok("$$(HOME)/$$x/$(A)")),
+            ("{column  team name }", Ok("t")),
+            ("{columns}{column org", Ok("{columns}{column org")),
+            ("a{column plan}{column other}", Err("plan")),
+            ("{column other}", Err("other")),
+            ("{column}", Err("")),
+        ];
+        for (template, expected) in table {
+            let filled = with(columns).fill(template);
+            assert_eq!(filled, expected.map(str::to_owned), "{template}");
+        }
+        assert_eq!(with(Columns::default()).fill("{column org}"), Err("org"));
+        let reference = |name, key| with(columns).fill_reference(name, key);
+        let valid = Some(("llm-t".to_owned(), "k".to_owned()));
+        assert_eq!(reference("llm-{column team name}", "k"), valid);
+        assert_eq!(reference("llm-{column plan}", "k"), None);
+        assert_eq!(reference("llm-{column org}", "k"), None);
+        assert_eq!(columns_in("{column a}{mode}{column b}").collect::<Vec<_>>(), ["a", "b"]);
     }
 
     #[test]

@@ -2,19 +2,19 @@
 //! it. patch.rs writes a plan as a JSON patch.
 
 use std::collections::BTreeSet;
-use std::sync::LazyLock;
 
 use super::catalogue::{self, Mask};
-use super::env::{Changes, Entry, Required, Value, Variable, could_set, reconcile};
-use super::placeholders::Placeholders;
+use super::env::{Changes, Entry, Required, Value, could_set, reconcile};
+use super::placeholders::{Placeholders, Workspace};
 use super::pod::{
     Container, ContainerList, EnvEntry, MODE_ANNOTATION, Pod, SOURCE_ANNOTATION, Text,
 };
 use super::policy::Policy;
 use super::policy_file::{ChangedEntriesRule, EnvFromRule, EnvSource};
 use super::refusal::Refusal;
-use super::resolution::{BillingMode, MODE_VARIABLE, RESOLVED_VARIABLE, Reason, Resolution};
+use super::resolution::{BillingMode, Reason, Resolution};
 use super::restrictions::{Class, Restriction, Restrictions};
+use super::template::Variables;
 use super::warning::{ChangedEntries, Warning, summarize_names, warn_about_container};
 
 /// How many variables of a container a refusal and a log line name.
@@ -172,18 +172,23 @@ impl Plan<'_> {
     }
 }
 
-/// Plans the changes to a pod. `placeholders` are the workspace id in its label, and its namespace.
+/// Plans the changes to a pod of this workspace.
 ///
 /// # Errors
-/// Returns [`Refusal::MissingPlatformProxy`], [`Refusal::InvalidReference`] or [`Refusal::EnvFromVendorKey`].
+/// Returns [`Refusal::MissingPlatformProxy`], [`Refusal::InvalidReference`], [`Refusal::MissingColumn`] or
+/// [`Refusal::EnvFromVendorKey`].
 pub fn plan<'a>(
     policy: &'a Policy,
-    placeholders: Placeholders<'_>,
+    workspace: Workspace<'_>,
     resolution: Resolution,
     pod: &'a Pod<'a>,
     scope: Scope<'_>,
 ) -> Result<Plan<'a>, Refusal> {
-    let rules = Rules::new(policy, placeholders, resolution.mode, pod)?;
+    let placeholders = Placeholders {
+        workspace,
+        resolution,
+    };
+    let rules = Rules::new(policy, placeholders, pod)?;
     let mut warnings = Vec::new();
     if resolution.reason == Reason::LookupError {
         warnings.push(Warning::lookup_failed());
@@ -205,7 +210,9 @@ pub fn plan<'a>(
         let required = rules.variables_for(container)?;
         needs_proxy |= !rules.excludes(container);
         let restrictions = rules.restrictions;
-        let changes = reconcile(container.entries(), &required, |name| restrictions.removes(name));
+        let changes = reconcile(container.entries(), &required, |name| {
+            restrictions.removes(name) || rules.is_absent(container, name)
+        });
         warn_about_container(restrictions, container, &required, &changes, &mut container_warnings);
         if warns_about_changes {
             changed.add(container, &required, &changes);
@@ -230,7 +237,11 @@ pub fn plan<'a>(
         annotations,
         annotations_parent,
         warnings,
-        proxy: if needs_proxy { rules.proxy } else { Vec::new() },
+        proxy: if needs_proxy {
+            rules.proxy.entries
+        } else {
+            Vec::new()
+        },
         restrictions: rules.restrictions,
     })
 }
@@ -318,8 +329,9 @@ static NO_RESTRICTIONS: Restrictions = Restrictions::NONE;
 
 /// The rules for every container of a pod.
 struct Rules<'a> {
-    mode: &'static [Variable; 2],
-    proxy: Vec<Entry<'a>>,
+    /// The variables of every container.
+    variables: Variables<'a>,
+    proxy: Variables<'a>,
     /// The containers that get no proxy variables.
     excluded: Option<&'a BTreeSet<String>>,
     restrictions: &'a Restrictions,
@@ -330,17 +342,16 @@ impl<'a> Rules<'a> {
     fn new(
         policy: &'a Policy,
         placeholders: Placeholders<'_>,
-        mode: BillingMode,
         pod: &Pod<'_>,
     ) -> Result<Self, Refusal> {
         let mut rules = Self {
-            mode: mode_variables(mode),
-            proxy: Vec::new(),
+            variables: policy.variables.fill(placeholders)?,
+            proxy: Variables::default(),
             excluded: None,
             restrictions: &NO_RESTRICTIONS,
             env_from: policy.env_from,
         };
-        if mode == BillingMode::PlatformManaged {
+        if placeholders.resolution.mode == BillingMode::PlatformManaged {
             let runtime = pod.label(policy.runtime_label.as_str()).unwrap_or_default();
             let proxy = policy.proxy.as_ref().ok_or(Refusal::MissingPlatformProxy)?;
             let variables = proxy.variables(runtime, placeholders)?;
@@ -356,12 +367,18 @@ impl<'a> Rules<'a> {
             .is_some_and(|excluded| excluded.contains(container.name.as_str()))
     }
 
-    /// Returns the variables that a container must have: mode, proxy, and masks of removed variables that envFrom could
-    /// set.
+    /// Reports whether a container must not have a variable, since a column is missing for it.
+    fn is_absent(&self, container: &Container<'_>, name: &str) -> bool {
+        self.variables.absent.contains(&name)
+            || self.proxy.absent.contains(&name) && !self.excludes(container)
+    }
+
+    /// Returns the variables that a container must have: those of every container, the proxy's, and masks of removed
+    /// variables that envFrom could set.
     fn variables_for(&self, container: &Container<'_>) -> Result<Required<'a>, Refusal> {
-        let mut variables: Vec<_> = self.mode.iter().map(Entry::from).collect();
+        let mut variables = self.variables.entries.clone();
         if !self.excludes(container) {
-            variables.extend_from_slice(&self.proxy);
+            variables.extend_from_slice(&self.proxy.entries);
         }
         let mut required = Required {
             variables,
@@ -412,23 +429,6 @@ fn mask<'a>(restriction: &'a Restriction, variables: &[Entry<'a>]) -> Entry<'a> 
     value.map_or_else(|| Entry::mask(masked), |value| value.masking(masked))
 }
 
-/// Returns the two variables that carry a mode, rendered once. Both hold the resolved mode.
-fn mode_variables(mode: BillingMode) -> &'static [Variable; 2] {
-    fn render(mode: BillingMode) -> [Variable; 2] {
-        let value = Value::Literal(mode.as_str().to_owned());
-        [MODE_VARIABLE, RESOLVED_VARIABLE].map(|name| Variable::new(name, value.clone()))
-    }
-    type Rendered = LazyLock<[Variable; 2]>;
-    static PLATFORM_MANAGED: Rendered = LazyLock::new(|| render(BillingMode::PlatformManaged));
-    static BYOK: Rendered = LazyLock::new(|| render(BillingMode::Byok));
-    static DISABLED: Rendered = LazyLock::new(|| render(BillingMode::Disabled));
-    match mode {
-        BillingMode::PlatformManaged => &PLATFORM_MANAGED,
-        BillingMode::Byok => &BYOK,
-        BillingMode::Disabled => &DISABLED,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
@@ -436,10 +436,6 @@ mod tests {
     use super::*;
     use crate::core::patch::patch;
 
-    const NOWHERE: Placeholders<'_> = Placeholders {
-        workspace_id: "",
-        namespace: "",
-    };
     const PROXY: &str = "proxy: {baseUrl: u, anthropicBaseUrl: a, usageToken: {value: t}";
 
     const NO_CATALOGUE: &str = "catalogue: {credential: ignore, endpoint: ignore, route: ignore, \
@@ -459,7 +455,7 @@ mod tests {
         let pod = serde_json::from_str(&text).unwrap();
         let plan = plan(
             policy,
-            NOWHERE,
+            Workspace::default(),
             Resolution::chosen(BillingMode::PlatformManaged),
             &pod,
             Scope::Pod,
@@ -559,7 +555,7 @@ mod tests {
             let text = pod.to_string();
             let pod = serde_json::from_str(&text).unwrap();
             let managed = Resolution::chosen(BillingMode::PlatformManaged);
-            let plan = plan(&policy, NOWHERE, managed, &pod, Scope::Pod).unwrap();
+            let plan = plan(&policy, Workspace::default(), managed, &pod, Scope::Pod).unwrap();
             let names = ["ANTHROPIC_AUTH_TOKEN", "OPENAI_API_BASE", "OPENAI_API_KEY"];
             let entry = |name: &&str| {
                 let mut added = plan.containers[0].changes.add.iter();
@@ -600,12 +596,12 @@ mod tests {
             ]);
             let pod = with_container(&json!({"name": container, "env": env}));
             let pod = serde_json::from_str(&pod).unwrap();
-            let placeholders = Placeholders {
-                workspace_id: "w",
-                namespace: "",
+            let workspace = Workspace {
+                id: "w",
+                ..Workspace::default()
             };
             let plan =
-                plan(&policy, placeholders, Resolution::chosen(mode), &pod, Scope::Pod).unwrap();
+                plan(&policy, workspace, Resolution::chosen(mode), &pod, Scope::Pod).unwrap();
             let classes: Vec<&str> = plan.removed().map(Class::as_str).collect();
             (classes, plan.secrets().into_iter().collect::<Vec<_>>())
         };
@@ -622,7 +618,8 @@ mod tests {
         let is_warned = |spec: &Value, mode, scope| {
             let pod = json!({"spec": spec}).to_string();
             let pod = serde_json::from_str(&pod).unwrap();
-            let plan = plan(&policy, NOWHERE, Resolution::chosen(mode), &pod, scope).unwrap();
+            let plan =
+                plan(&policy, Workspace::default(), Resolution::chosen(mode), &pod, scope).unwrap();
             let kinds: Vec<&str> = plan
                 .warnings
                 .iter()
@@ -669,11 +666,11 @@ mod tests {
             let text = pod.to_string();
             let pod = serde_json::from_str(&text).unwrap();
             let managed = Resolution::chosen(BillingMode::PlatformManaged);
-            let placeholders = Placeholders {
-                workspace_id: id,
-                namespace: "",
+            let workspace = Workspace {
+                id,
+                ..Workspace::default()
             };
-            let plan = plan(&policy, placeholders, managed, &pod, Scope::Pod).unwrap();
+            let plan = plan(&policy, workspace, managed, &pod, Scope::Pod).unwrap();
             patch(&plan, "").json
         };
         let patch: json_patch::Patch = serde_json::from_str(&patch_of(&pod)).unwrap();
@@ -695,7 +692,7 @@ mod tests {
             let pod = serde_json::from_str(&pod).unwrap();
             let plan = plan(
                 &policy,
-                NOWHERE,
+                Workspace::default(),
                 Resolution::chosen(BillingMode::PlatformManaged),
                 &pod,
                 Scope::Pod,
@@ -720,7 +717,7 @@ mod tests {
                 .to_string();
         let pod = serde_json::from_str(&pod).unwrap();
         let byok = Resolution::chosen(BillingMode::Byok);
-        let plan = plan(&policy, NOWHERE, byok, &pod, Scope::Pod).unwrap();
+        let plan = plan(&policy, Workspace::default(), byok, &pod, Scope::Pod).unwrap();
         let modes = "MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED";
         assert_eq!(plan.changed(), format!("i: {modes}; c: {modes}"));
         let listed = |names: &[&str]| {
@@ -747,8 +744,14 @@ mod tests {
         let policy = policy("", "");
         let planned = |old| {
             let scope = Scope::NewEphemeralContainers(old);
-            let plan =
-                plan(&policy, NOWHERE, Resolution::chosen(BillingMode::Byok), &new, scope).unwrap();
+            let plan = plan(
+                &policy,
+                Workspace::default(),
+                Resolution::chosen(BillingMode::Byok),
+                &new,
+                scope,
+            )
+            .unwrap();
             assert_eq!(plan.annotations, []);
             assert_eq!(plan.is_empty(), scope.needs_no_mode(&new));
             plan.containers

@@ -8,6 +8,7 @@ use super::policy_file::{
 };
 use super::proxy::Proxy;
 use super::restrictions::Restrictions;
+use super::variables::WorkspaceVariables;
 
 /// The compiled policy. Each field means what the field of the same name in [`PolicyFile`] means, unless it says
 /// otherwise.
@@ -21,6 +22,10 @@ pub struct Policy {
     pub unlabelled: Unlabelled,
     /// How a workspace's mode is looked up.
     pub lookup: Lookup,
+    /// The names of the columns in the templates of `variables` and `proxy`, sorted.
+    pub columns: Vec<String>,
+    /// The variables that every container of a workspace gets.
+    pub variables: WorkspaceVariables,
     /// The variables that are removed on platform_managed, or get a warning: `vendorKeys`, `catalogue` and `allow`.
     pub restrictions: Restrictions,
     /// What happens to removed variables that an envFrom source could set.
@@ -44,6 +49,8 @@ impl Policy {
 impl From<PolicyFile> for Policy {
     fn from(file: PolicyFile) -> Self {
         Self {
+            columns: file.columns(),
+            variables: WorkspaceVariables::new(&file.variables),
             restrictions: Restrictions::new(&file),
             workspace_label: file.workspace_label,
             runtime_label: file.runtime_label,

@@ -12,8 +12,8 @@ use serde_saphyr::Error as YamlError;
 use thiserror::Error;
 
 use super::catalogue::{self, Kind};
-use super::placeholders::Placeholders;
-use super::resolution::{MODE_VARIABLE, RESOLVED_VARIABLE};
+use super::placeholders::{columns_in, is_valid_reference};
+use super::resolution::{BillingMode, MODE_VARIABLE, RESOLVED_VARIABLE};
 
 /// The policy file with comments: every field with its default. A test keeps it equal to [`PolicyFile::default`].
 pub const DEFAULT_POLICY: &str = include_str!("policy.default.yaml");
@@ -31,6 +31,8 @@ pub struct PolicyFile {
     pub unlabelled: Unlabelled,
     /// How a workspace's mode is looked up.
     pub lookup: Lookup,
+    /// Variables that every container of a workspace gets.
+    pub variables: Vec<VariableSetting>,
     /// Variables that a platform_managed container must not have, unless the proxy sets them.
     pub vendor_keys: BTreeSet<Name>,
     /// What happens to the catalogue's variables on platform_managed, by kind; see `llm-billing-webhook catalogue`. No
@@ -53,6 +55,9 @@ impl Default for PolicyFile {
             runtime_label: Name::of("molecule.ai/runtime"),
             unlabelled: Unlabelled::Ignore,
             lookup: Lookup::default(),
+            variables: [MODE_VARIABLE, RESOLVED_VARIABLE]
+                .map(VariableSetting::of_mode)
+                .into(),
             vendor_keys: BTreeSet::from(VENDOR_KEYS.map(Name::of)),
             catalogue: CatalogueRules::default(),
             allow: BTreeSet::new(),
@@ -88,6 +93,18 @@ const VENDOR_KEYS: [&str; 23] = [
     "OPENROUTER_API_KEY",
     "XAI_API_KEY",
     "ZAI_API_KEY",
+];
+
+/// The variables that the proxy may set, from the contract's table.
+const PROXY_VARIABLES: [&str; 8] = [
+    "ANTHROPIC_API_KEY",
+    "ANTHROPIC_BASE_URL",
+    "MOLECULE_LLM_ANTHROPIC_BASE_URL",
+    "MOLECULE_LLM_BASE_URL",
+    "MOLECULE_LLM_USAGE_TOKEN",
+    "MOLECULE_LLM_USAGE_URL",
+    "OPENAI_API_KEY",
+    "OPENAI_BASE_URL",
 ];
 
 /// A name of a variable, label, Secret or key. It cannot be blank.
@@ -135,7 +152,7 @@ pub enum Unlabelled {
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Lookup {
     /// Returns one row whose first column is the mode; no row means that the workspace is unknown, several rows are an
-    /// error.
+    /// error. Templates refer to further columns by name; these are text.
     #[serde(deserialize_with = "query")]
     pub query: String,
     /// The values of the query's $1, $2, …, in that order.
@@ -298,6 +315,37 @@ pub enum CatalogueRule {
     Ignore,
 }
 
+/// A variable that every container of a workspace gets.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VariableSetting {
+    /// The variable's name.
+    pub name: Name,
+    /// The value. `{mode}`, `{source}`, `{workspace_id}`, `{namespace}` and `{column NAME}` in it are replaced. If the
+    /// column is NULL or the workspace has no row, the variable is left out, and removed if the container has it.
+    pub value: String,
+    /// The modes in which containers get it. If absent, all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub modes: Option<BTreeSet<BillingMode>>,
+}
+
+impl VariableSetting {
+    fn of_mode(name: &str) -> Self {
+        Self {
+            name: Name::of(name),
+            value: "{mode}".to_owned(),
+            modes: None,
+        }
+    }
+
+    /// Reports whether containers get it in this mode.
+    pub(super) fn is_for(&self, mode: BillingMode) -> bool {
+        self.modes
+            .as_ref()
+            .is_none_or(|modes| modes.contains(&mode))
+    }
+}
+
 /// What happens to removed variables that an envFrom source could set.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -320,7 +368,8 @@ pub enum ChangedEntriesRule {
     Ignore,
 }
 
-/// The metered proxy. Values are trimmed; a blank value counts as absent.
+/// The metered proxy. Values are trimmed; a blank value counts as absent. All values, and the names and keys of references,
+/// can have the placeholders of `variables`. A pod is refused if a column is NULL, except for a literal in extraEnv.
 #[derive(Clone, PartialEq, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 #[schemars(rename = "Proxy")]
@@ -368,11 +417,13 @@ enum RawUsageToken {
 #[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct SecretKey {
-    /// The Secret's name. `{workspace_id}` and `{namespace}` in it are replaced with the pod's, so that each workspace
-    /// can have its own token. A pod for which the result is not a valid name is refused.
-    name: Name,
+    /// The Secret's name. Its placeholders are replaced, so that each workspace can have its own token. A pod for which
+    /// the result is not a valid name is refused.
+    #[schemars(length(min = 1))]
+    name: String,
     /// The key in it, with the same placeholders.
-    key: Name,
+    #[schemars(length(min = 1))]
+    key: String,
 }
 
 impl From<RawUsageToken> for UsageToken {
@@ -396,7 +447,8 @@ impl From<RawUsageToken> for UsageToken {
 pub struct ExtraEnv {
     /// The variable's name.
     pub name: Name,
-    /// The literal value. `{workspace_id}` and `{namespace}` in it are replaced with the pod's.
+    /// The literal value. If it has the placeholder of a column that is NULL, the entry is left out, and removed if the
+    /// container has it.
     pub value: Option<String>,
     /// The source of the value, instead of a literal.
     pub value_from: Option<EnvSource>,
@@ -422,10 +474,12 @@ pub enum EnvSource {
 #[derive(Clone, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OptionalKey {
-    /// The object's name. `{workspace_id}` and `{namespace}` in it are replaced with the pod's.
-    pub name: Name,
+    /// The object's name. Its placeholders are replaced.
+    #[schemars(length(min = 1))]
+    pub name: String,
     /// The key in it, with the same placeholders.
-    pub key: Name,
+    #[schemars(length(min = 1))]
+    pub key: String,
     /// Whether the container starts if the key is missing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub optional: Option<bool>,
@@ -556,23 +610,114 @@ impl PolicyFile {
         matches!(token, Some(UsageToken::Literal(_)))
     }
 
+    /// Returns each text that may have placeholders, with its field's path.
+    fn templates(&self) -> Vec<(String, &str)> {
+        let variables = self.variables.iter().enumerate();
+        let mut templates: Vec<_> = variables
+            .map(|(index, variable)| (format!("variables[{index}]"), variable.value.as_str()))
+            .collect();
+        let Some(proxy) = &self.proxy else {
+            return templates;
+        };
+        for (field, text) in [
+            ("baseUrl", &proxy.base_url),
+            ("anthropicBaseUrl", &proxy.anthropic_base_url),
+            ("usageUrl", &proxy.usage_url),
+        ] {
+            templates.extend(text.as_deref().map(|text| (format!("proxy.{field}"), text)));
+        }
+        let field = "proxy.usageToken";
+        match &proxy.usage_token {
+            Some(UsageToken::Literal(token)) => templates.push((field.to_owned(), token)),
+            Some(UsageToken::Reference(source)) => templates.extend(source.templates(field)),
+            None => {}
+        }
+        for (index, extra) in proxy.extra_env.iter().enumerate() {
+            let field = format!("proxy.extraEnv[{index}]");
+            let sources = extra.value_from.iter();
+            templates.extend(sources.flat_map(|source| source.templates(&field)));
+            templates.extend(extra.value.as_deref().map(|value| (field, value)));
+        }
+        templates
+    }
+
+    /// Returns the names of the columns that the query must return besides the mode, sorted.
+    #[must_use]
+    pub fn columns(&self) -> Vec<String> {
+        let templates = self.templates();
+        let columns = templates
+            .iter()
+            .flat_map(|(_, template)| columns_in(template));
+        let columns: BTreeSet<&str> = columns.collect();
+        columns.into_iter().map(str::to_owned).collect()
+    }
+
     fn validate(&self) -> Result<(), PolicyError> {
-        let contradiction =
-            |field: String, problem| Err(PolicyError::Contradiction { field, problem });
-        let extra_env = self
-            .proxy
+        for (field, template) in self.templates() {
+            // A nested placeholder is not supported.
+            if columns_in(template).any(|name| name.is_empty() || name.contains('{')) {
+                return contradiction(field, "has {column NAME} without the name of a column");
+            }
+        }
+        self.validate_variables()?;
+        self.proxy
             .as_ref()
-            .map_or(&[][..], |proxy| &proxy.extra_env);
-        let token = self
-            .proxy
-            .as_ref()
-            .and_then(|proxy| proxy.usage_token.as_ref());
-        if let Some(UsageToken::Reference(source)) = token
+            .map_or(Ok(()), |proxy| proxy.validate(&self.variables))
+    }
+
+    fn validate_variables(&self) -> Result<(), PolicyError> {
+        let is_mode =
+            |variable: &VariableSetting| *variable == VariableSetting::of_mode(MODE_VARIABLE);
+        if !self.variables.iter().any(is_mode) {
+            return contradiction(
+                "variables".to_owned(),
+                "lacks {name: MOLECULE_LLM_BILLING_MODE, value: '{mode}'}, which audits and checks rely on; add it",
+            );
+        }
+        for (index, variable) in self.variables.iter().enumerate() {
+            let field = format!("variables[{index}]");
+            if variable.modes.as_ref().is_some_and(BTreeSet::is_empty) {
+                return contradiction(
+                    field,
+                    "has an empty list of modes; leave modes out to mean all",
+                );
+            }
+            if variable.is_for(BillingMode::PlatformManaged)
+                && PROXY_VARIABLES.contains(&variable.name.as_str())
+            {
+                return contradiction(
+                    field,
+                    "sets a variable that the proxy sets; give it modes: [byok, disabled], or use proxy.extraEnv",
+                );
+            }
+            let shares_a_mode = |other: &VariableSetting| {
+                let mut modes = BillingMode::ALL.into_iter();
+                other.name == variable.name
+                    && modes.any(|mode| other.is_for(mode) && variable.is_for(mode))
+            };
+            if self.variables.iter().take(index).any(shares_a_mode) {
+                return contradiction(
+                    field,
+                    "sets a variable that an earlier entry sets in the same mode",
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+fn contradiction(field: String, problem: &'static str) -> Result<(), PolicyError> {
+    Err(PolicyError::Contradiction { field, problem })
+}
+
+impl ProxySettings {
+    fn validate(&self, variables: &[VariableSetting]) -> Result<(), PolicyError> {
+        if let Some(UsageToken::Reference(source)) = &self.usage_token
             && !source.is_valid()
         {
             return contradiction("proxy.usageToken".to_owned(), INVALID_REFERENCE);
         }
-        for (index, extra) in extra_env.iter().enumerate() {
+        for (index, extra) in self.extra_env.iter().enumerate() {
             let field = format!("proxy.extraEnv[{index}]");
             if extra
                 .value_from
@@ -581,10 +726,13 @@ impl PolicyFile {
             {
                 return contradiction(field, INVALID_REFERENCE);
             }
-            if [MODE_VARIABLE, RESOLVED_VARIABLE].contains(&extra.name.as_str()) {
+            let is_set = |variable: &VariableSetting| {
+                variable.name == extra.name && variable.is_for(BillingMode::PlatformManaged)
+            };
+            if variables.iter().any(is_set) {
                 return contradiction(
                     field,
-                    "sets a variable that the webhook sets on every container; remove the entry",
+                    "sets a variable that `variables` sets on every container; remove the entry",
                 );
             }
             if extra.value.is_some() && extra.value_from.is_some() {
@@ -596,11 +744,8 @@ impl PolicyFile {
                     "has an empty list of runtimes; leave runtimes out to mean all",
                 );
             }
-            if extra_env
-                .iter()
-                .take(index)
-                .any(|other| other.name == extra.name && extra.shares_a_runtime_with(other))
-            {
+            let mut earlier = self.extra_env.iter().take(index);
+            if earlier.any(|other| other.name == extra.name && extra.shares_a_runtime_with(other)) {
                 return contradiction(
                     field,
                     "sets a variable that an earlier entry sets for the same runtime",
@@ -612,7 +757,7 @@ impl PolicyFile {
 }
 
 const INVALID_REFERENCE: &str = "refers to a Secret, ConfigMap or key with an invalid name; names are lower-case letters, \
-     digits, \"-\" and \".\", and the placeholders are {workspace_id} and {namespace}";
+     digits, \"-\" and \".\", and the placeholders are {workspace_id}, {namespace} and {column NAME}";
 
 impl EnvSource {
     /// Returns the key of a Secret or ConfigMap that the source refers to.
@@ -623,24 +768,24 @@ impl EnvSource {
         }
     }
 
-    /// Reports whether a reference has the workspace id in its name or key.
-    fn needs_workspace_id(&self) -> bool {
-        let has_id = |name: &Name| name.as_str().contains("{workspace_id}");
-        self.reference()
-            .is_some_and(|reference| has_id(&reference.name) || has_id(&reference.key))
+    /// Returns the texts that may have placeholders, each with the source's field.
+    fn templates<'a>(&'a self, field: &str) -> impl Iterator<Item = (String, &'a str)> {
+        let reference = self.reference().into_iter();
+        let texts =
+            reference.flat_map(|reference| [reference.name.as_str(), reference.key.as_str()]);
+        texts.map(move |text| (field.to_owned(), text))
     }
 
-    /// Reports whether a reference is valid for some workspace id and namespace.
+    /// Reports whether a reference has the workspace id in its name or key.
+    fn needs_workspace_id(&self) -> bool {
+        self.templates("")
+            .any(|(_, text)| text.contains("{workspace_id}"))
+    }
+
+    /// Reports whether a reference is valid for some workspace.
     fn is_valid(&self) -> bool {
-        let sample = Placeholders {
-            workspace_id: "a",
-            namespace: "a",
-        };
-        self.reference().is_none_or(|reference| {
-            sample
-                .fill_reference(reference.name.as_str(), reference.key.as_str())
-                .is_some()
-        })
+        self.reference()
+            .is_none_or(|reference| is_valid_reference(&reference.name, &reference.key))
     }
 }
 
@@ -847,11 +992,6 @@ mod tests {
             ("proxy:\n  usageToken: sk-secret", 2, "expected one of secretKeyRef, value"),
             ("proxy:\n  usageToken: [sk-secret]", 2, "the value does not have the expected shape"),
             ("proxy:\n  usageToken: {secretKeyRef: {name: x}}", 2, "field \"key\" is missing"),
-            (
-                "proxy:\n  usageToken: {secretKeyRef: {name: '', key: x}}",
-                2,
-                "a name must not be empty",
-            ),
             ("proxy:\n  baseUrl: {sk-secret: x}", 2, "expected string scalar"),
             (
                 "vendorKeys:\n- A B",
@@ -882,11 +1022,11 @@ mod tests {
         let table = [
             (
                 "[{name: MOLECULE_LLM_BILLING_MODE, value: byok}]",
-                "proxy.extraEnv[0] sets a variable that the webhook",
+                "proxy.extraEnv[0] sets a variable that `variables` sets",
             ),
             (
                 "[{name: MOLECULE_LLM_BILLING_MODE_RESOLVED}]",
-                "proxy.extraEnv[0] sets a variable that the webhook",
+                "proxy.extraEnv[0] sets a variable that `variables` sets",
             ),
             (
                 "[{name: A}, {name: B, value: b, valueFrom: {fieldRef: {fieldPath: x}}}]",
@@ -914,6 +1054,10 @@ mod tests {
                 "proxy.extraEnv[0] refers to a Secret, ConfigMap or key with an invalid name",
             ),
             (
+                "[], usageToken: {secretKeyRef: {name: '', key: k}}",
+                "proxy.usageToken refers to a Secret, ConfigMap or key with an invalid name",
+            ),
+            (
                 "[], usageToken: {secretKeyRef: {name: 'A-{workspace_id}', key: k}}",
                 "proxy.usageToken refers to a Secret, ConfigMap or key with an invalid name",
             ),
@@ -935,6 +1079,89 @@ mod tests {
                 "{extra_env}"
             );
         }
+    }
+
+    #[test]
+    fn variables_that_contradict_are_rejected_with_their_path() {
+        let mode = "{name: MOLECULE_LLM_BILLING_MODE, value: '{mode}'}";
+        let table = [
+            ("[]", "variables lacks {name: MOLECULE_LLM_BILLING_MODE, value: '{mode}'}"),
+            ("[{name: MOLECULE_LLM_BILLING_MODE, value: '{source}'}]", "variables lacks "),
+            (
+                "[{name: MOLECULE_LLM_BILLING_MODE, value: '{mode}', modes: [byok]}]",
+                "variables lacks ",
+            ),
+            ("[MODE, {name: A, value: a, modes: []}]", "variables[1] has an empty list of modes"),
+            (
+                "[MODE, {name: OPENAI_API_KEY, value: a}]",
+                "variables[1] sets a variable that the proxy",
+            ),
+            (
+                "[MODE, {name: A, value: a}, {name: A, value: b, modes: [byok]}]",
+                "variables[2] sets a variable that an earlier entry sets in the same mode",
+            ),
+            ("[MODE, {name: A, value: '{column }'}]", "variables[1] has {column NAME} without"),
+            ("[MODE, {name: A, value: '{column}'}]", "variables[1] has {column NAME} without"),
+            (
+                "[MODE, {name: A, value: '{column {mode}}'}]",
+                "variables[1] has {column NAME} without",
+            ),
+            (
+                "[MODE, {name: A, value: a}]\nproxy: {extraEnv: [{name: A, value: b}]}",
+                "proxy.extraEnv[0] sets a variable that `variables` sets",
+            ),
+            ("[MODE]\nproxy: {baseUrl: '{column}'}", "proxy.baseUrl has {column NAME} without"),
+            (
+                "[MODE]\nproxy: {usageToken: {secretKeyRef: {name: a, key: '{column}'}}}",
+                "proxy.usageToken has {column NAME} without",
+            ),
+        ];
+        let parse = |variables: &str| {
+            PolicyFile::parse(&format!(
+                "variables: {}",
+                variables.replace("[MODE", &format!("[{mode}"))
+            ))
+        };
+        for (variables, expected) in table {
+            let error = parse(variables).err().unwrap().to_string();
+            assert!(error.starts_with(expected), "{variables}: {error}");
+        }
+        for variables in [
+            "[MODE, {name: A, value: a, modes: [byok]}, {name: A, value: b, modes: [disabled]}]",
+            "[MODE, {name: OPENAI_API_KEY, value: a, modes: [byok]}]",
+            "[MODE, {name: A, value: a, modes: [byok]}]\nproxy: {extraEnv: [{name: A, value: b}]}",
+        ] {
+            assert!(parse(variables).is_ok(), "{variables}");
+        }
+    }
+
+    #[test]
+    fn columns_come_from_all_templates() {
+        let policy = "
+            variables:
+            - {name: MOLECULE_LLM_BILLING_MODE, value: '{mode}'}
+            - {name: PROVIDER, value: '{column provider}/{column provider}'}
+            proxy:
+              baseUrl: '{column base}'
+              anthropicBaseUrl: '{column anthropic}'
+              usageUrl: '{column usage}'
+              usageToken: {secretKeyRef: {name: '{column secret}', key: '{column key}'}}
+              extraEnv:
+              - {name: A, value: '{column extra}'}
+              - {name: B, valueFrom: {configMapKeyRef: {name: '{column map}', key: k}}}";
+        let columns = PolicyFile::parse(policy).unwrap().columns();
+        let expected = [
+            "anthropic",
+            "base",
+            "extra",
+            "key",
+            "map",
+            "provider",
+            "secret",
+            "usage",
+        ];
+        assert_eq!(columns, expected);
+        assert_eq!(PolicyFile::default().columns(), [""; 0]);
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! The proxy variables of a platform_managed container: the contract's table, then the operator's extraEnv. plan.rs
-//! decides which containers get them.
+//! decides which containers get them, template.rs fills their placeholders.
 
 use std::collections::BTreeSet;
 
-use super::env::{Entry, Value, Variable};
-use super::placeholders::Placeholders;
-use super::policy_file::{EnvSource, ExtraEnv, Name, OptionalKey, ProxySettings, UsageToken};
+use super::env::Value;
+use super::placeholders::{Placeholders, escape};
+use super::policy_file::{ExtraEnv, ProxySettings, UsageToken};
 use super::refusal::Refusal;
+use super::template::{Template, Variables};
 
 /// The runtime that uses Anthropic's API. All others are assumed to use OpenAI's.
 const CLAUDE_CODE: &str = "claude-code";
@@ -26,13 +27,6 @@ pub struct Proxy {
 struct Contract {
     claude_code: Vec<Template>,
     others: Vec<Template>,
-}
-
-/// A variable, with or without placeholders.
-#[derive(Clone)]
-struct Template {
-    variable: Variable,
-    has_placeholders: bool,
 }
 
 impl From<ProxySettings> for Proxy {
@@ -56,15 +50,11 @@ impl From<ProxySettings> for Proxy {
 
 impl Contract {
     fn of(settings: &ProxySettings) -> Option<Self> {
-        let literal = |name: &str, text: &String| Template {
-            variable: Variable::new(name, Value::Literal(text.clone())),
-            has_placeholders: false,
-        };
+        let literal = |name: &str, text: &str| Template::new(name, Value::Literal(text.to_owned()));
         let base_url = settings.base_url.as_ref()?;
         let token = settings.usage_token.as_ref()?;
         let token = |name: &str| match token {
-            // The kubelet reads `$$` as a dollar and `$(NAME)` as a reference.
-            UsageToken::Literal(token) => literal(name, &token.replace('$', "$$")),
+            UsageToken::Literal(token) => literal(name, &escape(token)),
             UsageToken::Reference(source) => Template::new(name, Value::Source(source.clone())),
         };
 
@@ -103,12 +93,12 @@ impl Proxy {
     /// or the usage token is absent.
     ///
     /// # Errors
-    /// [`Refusal::InvalidReference`]
-    pub fn variables(
+    /// [`Refusal::InvalidReference`], and [`Refusal::MissingColumn`] for a variable of the contract.
+    pub(super) fn variables(
         &self,
         runtime: &str,
         placeholders: Placeholders<'_>,
-    ) -> Result<Option<Vec<Entry<'_>>>, Refusal> {
+    ) -> Result<Option<Variables<'_>>, Refusal> {
         let Some(contract) = &self.contract else {
             return Ok(None);
         };
@@ -117,69 +107,21 @@ impl Proxy {
         } else {
             &contract.others
         };
-        let mut templates: Vec<&Template> = contract.iter().collect();
-        let extra = self.extra.iter();
-        for (_, template) in extra.filter(|(extra, _)| extra.is_for(runtime)) {
-            templates.retain(|other| other.variable.name() != template.variable.name());
-            templates.push(template);
-        }
-        let filled = templates
-            .into_iter()
-            .map(|template| template.fill(placeholders));
-        filled.collect::<Result<_, _>>().map(Some)
-    }
-}
-
-impl Template {
-    fn new(name: &str, value: Value) -> Self {
-        let has_placeholders = match &value {
-            Value::Literal(text) => Placeholders::are_in(text),
-            Value::Source(source) => source.reference().is_some_and(|reference| {
-                Placeholders::are_in(reference.name.as_str())
-                    || Placeholders::are_in(reference.key.as_str())
-            }),
+        let extra = self.extra.iter().filter(|(extra, _)| extra.is_for(runtime));
+        let is_overridden = |template: &&Template| {
+            let mut extra = extra.clone();
+            extra.any(|(_, other)| other.name() == template.name())
         };
-        Self {
-            variable: Variable::new(name, value),
-            has_placeholders,
+        let mut variables = Variables::default();
+        for template in contract.iter().filter(|template| !is_overridden(template)) {
+            variables
+                .entries
+                .push(template.fill_required(placeholders)?);
         }
-    }
-
-    fn fill(&self, placeholders: Placeholders<'_>) -> Result<Entry<'_>, Refusal> {
-        if !self.has_placeholders {
-            return Ok(Entry::from(&self.variable));
+        for (_, template) in extra.clone() {
+            variables.add(template, placeholders)?;
         }
-        let name = self.variable.name();
-        let value = match self.variable.value() {
-            Value::Literal(text) => Value::Literal(placeholders.fill(text)),
-            Value::Source(source) => {
-                let filled = source.fill(placeholders);
-                Value::Source(filled.ok_or_else(|| Refusal::InvalidReference {
-                    variable: name.to_owned(),
-                })?)
-            }
-        };
-        Ok(Entry::filled(Variable::new(name, value)))
-    }
-}
-
-impl EnvSource {
-    /// Fills the placeholders of a reference. Returns `None` if the result is not a valid name or key.
-    fn fill(&self, placeholders: Placeholders<'_>) -> Option<Self> {
-        let fill = |reference: &OptionalKey| {
-            let (name, key) =
-                placeholders.fill_reference(reference.name.as_str(), reference.key.as_str())?;
-            Some(OptionalKey {
-                name: Name::of(&name),
-                key: Name::of(&key),
-                optional: reference.optional,
-            })
-        };
-        Some(match self {
-            Self::SecretKeyRef(reference) => Self::SecretKeyRef(fill(reference)?),
-            Self::ConfigMapKeyRef(reference) => Self::ConfigMapKeyRef(fill(reference)?),
-            Self::FieldRef(_) | Self::ResourceFieldRef(_) => self.clone(),
-        })
+        Ok(Some(variables))
     }
 }
 
@@ -187,22 +129,119 @@ impl EnvSource {
 mod tests {
     use super::*;
     use crate::core::json::list;
+    use crate::core::placeholders::{Columns, Workspace};
     use crate::core::policy::Policy;
+    use crate::core::resolution::{BillingMode, Resolution};
 
-    const PLACEHOLDERS: Placeholders<'_> = Placeholders {
-        workspace_id: "ws-1",
+    const WORKSPACE: Workspace<'_> = Workspace {
+        id: "ws-1",
         namespace: "ws-acme",
+        columns: Columns {
+            names: &[],
+            values: &[],
+        },
     };
 
-    fn render(proxy: &str, runtime: &str) -> Option<String> {
-        let proxy = Policy::parse(&format!("proxy: {proxy}"))
-            .unwrap()
-            .proxy
-            .unwrap();
-        let variables = proxy.variables(runtime, PLACEHOLDERS).unwrap()?;
+    fn of(workspace: Workspace<'_>) -> Placeholders<'_> {
+        let resolution = Resolution::chosen(BillingMode::PlatformManaged);
+        Placeholders {
+            workspace,
+            resolution,
+        }
+    }
+
+    fn parse(fields: &str) -> Proxy {
+        let policy = Policy::parse(&format!("proxy: {fields}")).unwrap();
+        policy.proxy.unwrap()
+    }
+
+    fn json(variables: &Variables<'_>) -> String {
         let mut entries = String::new();
-        list(&mut entries, &variables, |out, entry| entry.write(out));
-        Some(entries)
+        list(&mut entries, &variables.entries, |out, entry| entry.write(out));
+        entries
+    }
+
+    fn render(fields: &str, runtime: &str) -> Option<String> {
+        let proxy = parse(fields);
+        let variables = proxy.variables(runtime, of(WORKSPACE)).unwrap()?;
+        Some(json(&variables))
+    }
+
+    #[test]
+    fn columns_fill_the_proxys_settings() {
+        let proxy = parse(
+            "
+            baseUrl: 'https://{column org}.example.com/{mode}'
+            anthropicBaseUrl: 'https://{column org}.example.com'
+            usageToken: {secretKeyRef: {name: 'llm-{column org}', key: k}}
+            extraEnv:
+            - {name: PLAN, value: '{column plan}'}
+            - {name: TEAM, value: '{column team}'}",
+        );
+        let names = ["org", "plan", "team"].map(str::to_owned);
+        let variables = |values: &[Option<&str>]| {
+            let values: Vec<Option<String>> = values
+                .iter()
+                .map(|value| value.map(str::to_owned))
+                .collect();
+            let columns = Columns {
+                names: &names,
+                values: &values,
+            };
+            let workspace = Workspace {
+                columns,
+                ..WORKSPACE
+            };
+            let variables = proxy.variables("hermes", of(workspace));
+            variables.map(|variables| {
+                let variables = variables.unwrap();
+                (json(&variables), variables.absent.join(","))
+            })
+        };
+        let token = r#""valueFrom":{"secretKeyRef":{"name":"llm-acme","key":"k"}}"#;
+        let url = "https://acme.example.com/platform_managed";
+        let expected = format!(
+            r#"[{{"name":"MOLECULE_LLM_BASE_URL","value":"{url}"}},{{"name":"MOLECULE_LLM_USAGE_TOKEN",{token}}},{{"name":"MOLECULE_LLM_ANTHROPIC_BASE_URL","value":"https://acme.example.com"}},{{"name":"OPENAI_API_KEY",{token}}},{{"name":"OPENAI_BASE_URL","value":"{url}"}},{{"name":"TEAM"}}]"#
+        );
+        let acme = variables(&[Some("acme"), None, Some("")]);
+        assert_eq!(acme, Ok((expected, "PLAN".to_owned())));
+        let missing = Err(Refusal::MissingColumn {
+            variable: "MOLECULE_LLM_BASE_URL".to_owned(),
+            column: "org".to_owned(),
+        });
+        assert_eq!(variables(&[None, None, None]), missing);
+        assert_eq!(variables(&[]), missing);
+    }
+
+    #[test]
+    fn proxy_setting_that_is_blank_is_refused() {
+        let proxy = parse("{baseUrl: '{column url}', usageToken: {value: '{column token}'}}");
+        let names = ["token", "url"].map(str::to_owned);
+        for (token, url, variable) in [
+            (Some(" "), Some("u"), Some("MOLECULE_LLM_USAGE_TOKEN")),
+            (Some("t"), Some(""), Some("MOLECULE_LLM_BASE_URL")),
+            (Some("t$"), Some("u"), None),
+        ] {
+            let values = [token, url].map(|value| value.map(str::to_owned));
+            let columns = Columns {
+                names: &names,
+                values: &values,
+            };
+            let workspace = Workspace {
+                columns,
+                ..WORKSPACE
+            };
+            match (proxy.variables("", of(workspace)), variable) {
+                (Err(Refusal::MissingColumn { variable, .. }), Some(expected)) => {
+                    assert_eq!(variable, expected);
+                }
+                (Ok(variables), None) => {
+                    let json = json(&variables.unwrap());
+                    assert!(json.contains(r#""OPENAI_API_KEY","value":"t$$""#), "{json}");
+                }
+                _ => panic!("{token:?} {url:?}"),
+            }
+        }
     }
 
     #[test]
@@ -300,18 +339,12 @@ mod tests {
             ]
             .concat()
         );
-        let proxy = Policy::parse(&format!("proxy: {proxy}"))
-            .unwrap()
-            .proxy
-            .unwrap();
-        for workspace_id in ["", "Upper", "a_b"] {
-            let placeholders = Placeholders {
-                workspace_id,
-                ..PLACEHOLDERS
-            };
-            let refusal = proxy.variables("", placeholders).err();
+        let proxy = parse(&proxy);
+        for id in ["", "Upper", "a_b"] {
+            let workspace = Workspace { id, ..WORKSPACE };
+            let refusal = proxy.variables("", of(workspace)).err();
             let variable = "MOLECULE_LLM_USAGE_TOKEN".to_owned();
-            assert_eq!(refusal, Some(Refusal::InvalidReference { variable }), "{workspace_id}");
+            assert_eq!(refusal, Some(Refusal::InvalidReference { variable }), "{id}");
         }
     }
 }

@@ -26,11 +26,22 @@ pub enum Refusal {
     /// A reference of the proxy's settings has placeholders, and the pod's workspace id or namespace makes it invalid.
     #[error(
         "INVALID_REFERENCE: the Secret or ConfigMap that the webhook's policy names for {variable} has no valid name for \
-         this pod's workspace id and namespace; correct the pod's label, or the reference in the policy's proxy"
+         this pod's workspace id, namespace and row; correct the pod's label, the row, or the reference in the policy's proxy"
     )]
     InvalidReference {
         /// The name of the variable that the policy sets.
         variable: String,
+    },
+    /// A proxy setting has the placeholder of a column that is NULL or blank, or of a workspace without a row.
+    #[error(
+        "MISSING_COLUMN: {variable} needs the column {column:?} of the workspace's row, and it is NULL or blank, or the \
+         workspace has no row; set it in the platform's database, or change the proxy in the webhook's policy"
+    )]
+    MissingColumn {
+        /// The name of the variable that the policy sets.
+        variable: String,
+        /// The column's name.
+        column: String,
     },
     /// The pod has no workspace label and the policy says `unlabelled: deny`.
     #[error(
@@ -75,6 +86,7 @@ impl Refusal {
             Self::MissingPlatformProxy => "MISSING_PLATFORM_PROXY",
             Self::EnvFromVendorKey { .. } => "ENV_FROM_VENDOR_KEY",
             Self::InvalidReference { .. } => "INVALID_REFERENCE",
+            Self::MissingColumn { .. } => "MISSING_COLUMN",
             Self::MissingWorkspaceLabel { .. } => "MISSING_WORKSPACE_LABEL",
             Self::LookupFailed => "LOOKUP_FAILED",
             Self::NotSettled { .. } => "ENV_NOT_SETTLED",
@@ -90,6 +102,7 @@ impl Refusal {
             Self::MissingPlatformProxy
             | Self::EnvFromVendorKey { .. }
             | Self::InvalidReference { .. }
+            | Self::MissingColumn { .. }
             | Self::MissingWorkspaceLabel { .. }
             | Self::NotSettled { .. } => (403, "Forbidden"),
             Self::LookupFailed => (503, "ServiceUnavailable"),

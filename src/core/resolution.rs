@@ -3,7 +3,8 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 
 /// The variable that holds a container's billing mode.
 pub const MODE_VARIABLE: &str = "MOLECULE_LLM_BILLING_MODE";
@@ -11,7 +12,9 @@ pub const MODE_VARIABLE: &str = "MOLECULE_LLM_BILLING_MODE";
 pub const RESOLVED_VARIABLE: &str = "MOLECULE_LLM_BILLING_MODE_RESOLVED";
 
 /// Who pays for a workspace's LLM calls. The contract has only these three modes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum BillingMode {
     /// Calls go through the platform's metered proxy; vendor keys and the catalogue's variables are removed.
@@ -52,12 +55,48 @@ impl fmt::Display for BillingMode {
 /// What the database returned for a workspace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LookupOutcome {
-    /// The workspace's row; `None` is NULL: no mode was chosen.
-    Row(Option<String>),
+    /// The workspace's row.
+    Row(Row),
     /// The workspace has no row.
     NoRow,
     /// The lookup failed or timed out.
     Failed,
+}
+
+/// A workspace's row.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Row {
+    /// The first column; `None` is NULL: no mode was chosen.
+    pub mode: Option<String>,
+    /// The columns that the policy names, in the order of its `columns`; `None` is NULL.
+    pub columns: Vec<Option<String>>,
+}
+
+impl fmt::Debug for Row {
+    /// Shows no column's value: it becomes the value of an env entry.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Row({:?}, {} columns)", self.mode, self.columns.len())
+    }
+}
+
+impl LookupOutcome {
+    /// Returns the outcome for a row of a mode alone; `None` is NULL.
+    #[must_use]
+    pub fn of_mode(mode: Option<&str>) -> Self {
+        Self::Row(Row {
+            mode: mode.map(str::to_owned),
+            columns: Vec::new(),
+        })
+    }
+
+    /// Returns the columns of the row; none if there is no row.
+    #[must_use]
+    pub fn columns(&self) -> &[Option<String>] {
+        match self {
+            Self::Row(row) => &row.columns,
+            Self::NoRow | Self::Failed => &[],
+        }
+    }
 }
 
 /// Where a mode comes from.
@@ -170,9 +209,11 @@ impl Resolution {
     #[must_use]
     pub fn from_lookup(outcome: &LookupOutcome) -> Self {
         match outcome {
-            LookupOutcome::Row(Some(mode)) => BillingMode::from_column(mode)
-                .map_or(Self::fallback(Reason::UnknownMode), Self::chosen),
-            LookupOutcome::Row(None) => Self::fallback(Reason::NoOverride),
+            LookupOutcome::Row(row) => match &row.mode {
+                Some(mode) => BillingMode::from_column(mode)
+                    .map_or(Self::fallback(Reason::UnknownMode), Self::chosen),
+                None => Self::fallback(Reason::NoOverride),
+            },
             LookupOutcome::NoRow => Self::fallback(Reason::WorkspaceNotFound),
             LookupOutcome::Failed => Self::fallback(Reason::LookupError),
         }
@@ -185,7 +226,7 @@ mod tests {
 
     #[test]
     fn lookup_outcome_resolves_as_the_contract_says() {
-        let row = |mode: &str| LookupOutcome::Row(Some(mode.to_owned()));
+        let row = |mode: &str| LookupOutcome::of_mode(Some(mode));
         let table = [
             (row("platform_managed"), "platform_managed", "workspace_override", "override"),
             (row("byok"), "byok", "workspace_override", "override"),
@@ -195,7 +236,7 @@ mod tests {
             (row(" byok"), "platform_managed", "constant_fallback", "unknown_mode"),
             (row("byok\n"), "platform_managed", "constant_fallback", "unknown_mode"),
             (row("platform-managed"), "platform_managed", "constant_fallback", "unknown_mode"),
-            (LookupOutcome::Row(None), "platform_managed", "constant_fallback", "no_override"),
+            (LookupOutcome::of_mode(None), "platform_managed", "constant_fallback", "no_override"),
             (LookupOutcome::NoRow, "platform_managed", "constant_fallback", "workspace_not_found"),
             (LookupOutcome::Failed, "platform_managed", "constant_fallback", "lookup_error"),
         ];

@@ -301,16 +301,11 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
-    use crate::core::placeholders::Placeholders;
+    use crate::core::placeholders::Workspace;
     use crate::core::plan::{Scope, plan};
     use crate::core::pod::Pod;
     use crate::core::policy::Policy;
     use crate::core::resolution::{BillingMode, Reason, Resolution};
-
-    const NOWHERE: Placeholders<'_> = Placeholders {
-        workspace_id: "",
-        namespace: "",
-    };
 
     /// Parses a policy without warnings about changed entries, which have a test of their own.
     fn policy(fields: &str, proxy_fields: &str) -> Policy {
@@ -329,7 +324,7 @@ mod tests {
         let pod = serde_json::from_str(&pod).unwrap();
         let warnings = plan(
             policy,
-            NOWHERE,
+            Workspace::default(),
             Resolution::chosen(BillingMode::PlatformManaged),
             &pod,
             Scope::Pod,
@@ -359,7 +354,8 @@ mod tests {
         let warnings = |fields: &str, mode, scope| {
             let proxy = "proxy: {baseUrl: u, usageToken: {value: t}}";
             let policy = Policy::parse(&format!("{fields}\n{proxy}")).unwrap();
-            let plan = plan(&policy, NOWHERE, Resolution::chosen(mode), &pod, scope).unwrap();
+            let plan =
+                plan(&policy, Workspace::default(), Resolution::chosen(mode), &pod, scope).unwrap();
             let warnings = plan.warnings.iter();
             let changed = warnings.filter(|one| one.kind == WarningKind::ChangedEntries);
             changed.map(|one| one.text.clone()).collect::<Vec<_>>()
@@ -467,15 +463,21 @@ mod tests {
         let policy = policy("", "");
         let managed = plan(
             &policy,
-            NOWHERE,
+            Workspace::default(),
             Resolution::chosen(BillingMode::PlatformManaged),
             &pod,
             Scope::Pod,
         )
         .unwrap();
         assert_eq!(managed.warnings, []);
-        let byok = plan(&policy, NOWHERE, Resolution::chosen(BillingMode::Byok), &pod, Scope::Pod)
-            .unwrap();
+        let byok = plan(
+            &policy,
+            Workspace::default(),
+            Resolution::chosen(BillingMode::Byok),
+            &pod,
+            Scope::Pod,
+        )
+        .unwrap();
         assert_eq!(byok.warnings, []);
     }
 
@@ -508,7 +510,7 @@ mod tests {
         let text = with_container(&container);
         let pod = serde_json::from_str(&text).unwrap();
         let (restricted, byok) = (policy("", ""), Resolution::chosen(BillingMode::Byok));
-        let plan = plan(&restricted, NOWHERE, byok, &pod, Scope::Pod).unwrap();
+        let plan = plan(&restricted, Workspace::default(), byok, &pod, Scope::Pod).unwrap();
         assert_eq!(plan.warnings, []);
     }
 
@@ -518,7 +520,8 @@ mod tests {
         let pod = Pod::default();
         let warnings = |reason| {
             let plan =
-                plan(&policy, NOWHERE, Resolution::fallback(reason), &pod, Scope::Pod).unwrap();
+                plan(&policy, Workspace::default(), Resolution::fallback(reason), &pod, Scope::Pod)
+                    .unwrap();
             within_limits(&plan.warnings)
         };
         assert_eq!(
@@ -543,7 +546,7 @@ mod tests {
         let pod = serde_json::from_str(&text).unwrap();
         let policy = Policy::parse("proxy: {baseUrl: u, usageToken: {value: t}}").unwrap();
         let resolution = Resolution::fallback(Reason::LookupError);
-        let plan = plan(&policy, NOWHERE, resolution, &pod, Scope::Pod).unwrap();
+        let plan = plan(&policy, Workspace::default(), resolution, &pod, Scope::Pod).unwrap();
         let kinds: Vec<&str> = plan.warnings.iter().map(|one| one.kind.as_str()).collect();
         let expected = [
             "lookup_failed",

@@ -38,17 +38,52 @@ pub enum LookupError {
     /// The database rejects the query itself, which a retry cannot fix. Quotes the database's message.
     #[error("the database refuses the policy's query: {0}")]
     Refused(String),
-    /// The query returns several rows for one workspace, and which one comes first depends on the database's plan.
-    #[error(
-        "the policy's query returns more than one row for one workspace; it must return one row, whose first column is the mode"
-    )]
-    SeveralRows,
+    /// The database executes the query, and its answer is not one row of text as the policy needs it.
+    #[error("the policy's query {0}")]
+    Answer(AnswerError),
 }
 
-/// The source of the [`sqlx::Error`] that becomes [`LookupError::SeveralRows`].
-#[derive(Debug, Error)]
-#[error("several rows")]
-pub(super) struct SeveralRows;
+/// What is wrong with the answer to the policy's query. Quotes no value.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum AnswerError {
+    /// Which row comes first depends on the database's plan.
+    #[error(
+        "returns more than one row for one workspace; it must return one row, whose first column is the mode"
+    )]
+    SeveralRows,
+    /// The first column is not text.
+    #[error("returns a first column that is not text; cast it to text")]
+    ModeNotText,
+    /// The first column is `char(n)`.
+    #[error(
+        "returns a first column of type char(n), which pads modes with blanks; cast it to text"
+    )]
+    ModeIsPadded,
+    /// A template refers to a column that is not there.
+    #[error("returns no column {0:?}, which the policy's variables or proxy name")]
+    MissingColumn(String),
+    /// A template refers to a column that is not text.
+    #[error("returns a column {0:?} that is not text; cast it to text")]
+    NotText(String),
+    /// A workspace's value cannot be a variable's.
+    #[error(
+        "returns a value of more than 4096 bytes, or one with a NUL character, in column {0:?}"
+    )]
+    UnusableValue(String),
+}
+
+impl AnswerError {
+    /// Reports whether the answer about another workspace may be correct.
+    pub(super) const fn is_of_one_workspace(&self) -> bool {
+        matches!(self, Self::SeveralRows | Self::UnusableValue(_))
+    }
+}
+
+impl From<AnswerError> for sqlx::Error {
+    fn from(error: AnswerError) -> Self {
+        Self::Decode(Box::new(error))
+    }
+}
 
 impl LookupError {
     /// Returns the error's kind, as in the metrics' `result` label.
@@ -59,14 +94,23 @@ impl LookupError {
             Self::Overloaded => "crowded",
             Self::Unavailable { .. } | Self::Panicked => "unavailable",
             Self::Unusable(_) => "unusable",
-            Self::Refused(_) | Self::SeveralRows => "refused",
+            Self::Refused(_) | Self::Answer(_) => "refused",
+        }
+    }
+
+    /// Reports whether the lookup of another workspace may succeed.
+    pub(super) const fn is_of_one_workspace(&self) -> bool {
+        match self {
+            Self::Unusable(_) => true,
+            Self::Answer(error) => error.is_of_one_workspace(),
+            _ => false,
         }
     }
 
     /// Reports whether only a correction of the query, the schema or the role's permissions helps.
     #[must_use]
     pub const fn is_refused(&self) -> bool {
-        matches!(self, Self::Refused(_) | Self::SeveralRows)
+        matches!(self, Self::Refused(_) | Self::Answer(_))
     }
 }
 
@@ -106,9 +150,8 @@ impl LookupError {
                     unavailable(message.to_owned())
                 }
             }
-            sqlx::Error::Decode(source) if source.is::<SeveralRows>() => Self::SeveralRows,
-            sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => {
-                Self::Refused("the first column that it returns is not text".to_owned())
+            sqlx::Error::Decode(source) if let Some(error) = source.downcast_ref() => {
+                Self::Answer(AnswerError::clone(error))
             }
             sqlx::Error::Encode(_) | sqlx::Error::Protocol(_) => Self::Refused(error.to_string()),
             _ => unavailable(error.to_string()),
@@ -166,9 +209,7 @@ pub(super) fn is_connection_lost(error: &sqlx::Error) -> bool {
 /// Reports whether the database processed the query despite the error, so that the connection can be reused.
 pub(super) fn leaves_connection_usable(error: &sqlx::Error) -> bool {
     match error {
-        sqlx::Error::Decode(_)
-        | sqlx::Error::ColumnDecode { .. }
-        | sqlx::Error::ColumnIndexOutOfBounds { .. } => true,
+        sqlx::Error::Decode(source) => source.is::<AnswerError>(),
         sqlx::Error::Database(error) => {
             is_query_refused(error.as_ref())
                 || is_parameter_unusable(&error.code().unwrap_or_default())

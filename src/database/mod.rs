@@ -21,20 +21,19 @@ use std::time::Duration;
 use futures_util::{StreamExt, TryStreamExt};
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
-use sqlx::{
-    AssertSqlSafe, Column, ConnectOptions, Connection, Executor, SqlSafeStr, Statement, TypeInfo,
-};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, SqlSafeStr, Statement};
 use tokio::time::{Instant, timeout_at};
 use uuid::Uuid;
 
 pub use self::embedded::{Embedded, EmbeddedError};
-pub use self::error::LookupError;
+pub use self::error::{AnswerError, LookupError};
 use self::error::{is_connection_lost, is_login_refused, leaves_connection_usable};
 use self::pool::{Acquired, MAX_CONNECTIONS, Pool};
-use self::query::{BatchLookup, Query, SingleLookup, batch_query};
+use self::query::{BatchLookup, Query, SingleLookup, batch_query, probe_query};
 pub use self::url::{DatabaseUrl, SourceError, UrlError, UrlSource, UrlText};
 use crate::core::identity::ParameterValue;
-use crate::core::policy_file::{Lookup, Parameter, ParameterType};
+use crate::core::policy::Policy;
+use crate::core::policy_file::{Parameter, ParameterType};
 use crate::core::resolution::LookupOutcome;
 use crate::metrics::{ConnectionMetrics, Connections};
 
@@ -53,7 +52,11 @@ pub struct Database {
     source: UrlSource,
     current: RwLock<Arc<Current>>,
     query: Arc<str>,
+    /// A query that shows the query's columns.
+    probe: Arc<str>,
     parameters: Vec<Parameter>,
+    /// The columns that the policy names.
+    columns: Vec<String>,
     timeout: Duration,
     limiter: Limiter,
     /// Metrics of the connections.
@@ -170,12 +173,15 @@ impl Database {
     ///
     /// # Errors
     /// [`SourceError`]
-    pub fn connect_lazily(source: UrlSource, lookup: &Lookup) -> Result<Arc<Self>, SourceError> {
+    pub fn connect_lazily(source: UrlSource, policy: &Policy) -> Result<Arc<Self>, SourceError> {
+        let lookup = &policy.lookup;
         let current = Current::new(source.read()?, lookup.timeout)?;
         Ok(Arc::new(Self {
             source,
             current: RwLock::new(Arc::new(current)),
             query: lookup.query.as_str().into(),
+            probe: probe_query(&lookup.query).into(),
+            columns: policy.columns.clone(),
             parameters: lookup.parameters.clone(),
             timeout: lookup.timeout,
             limiter: Limiter::default(),
@@ -219,7 +225,8 @@ impl Database {
             let _permit = database.limiter.acquire().ok_or(LookupError::Overloaded)?;
             let deadline = Instant::now()
                 + limit.map_or(database.timeout, |limit| limit.min(database.timeout));
-            let result = database.execute_single(&parameters, deadline).await;
+            let query = &database.query;
+            let result = database.execute_single(query, &parameters, deadline).await;
             let is_degraded = match &result {
                 // The server's own time-out may be shorter.
                 Err(LookupError::Timeout(_)) => true,
@@ -235,14 +242,15 @@ impl Database {
         .await
     }
 
-    /// Executes the policy's query without a limit on concurrent lookups. Reloads the URL if the login is rejected.
+    /// Executes a query without a limit on concurrent lookups. Reloads the URL if the login is rejected.
     async fn execute_single(
         &self,
+        query: &Arc<str>,
         parameters: &[ParameterValue],
         deadline: Instant,
     ) -> Result<LookupOutcome, LookupError> {
         let mut used = self.current();
-        let mut result = self.execute_on(&used, parameters, deadline).await;
+        let mut result = self.execute_on(&used, query, parameters, deadline).await;
         if result.as_ref().is_err_and(is_login_refused) {
             // Another task may have reloaded the URL first, so compare it instead of using the result. The server's
             // reload task reports an unusable URL.
@@ -250,7 +258,7 @@ impl Database {
             let current = self.current();
             if current.url != used.url {
                 used = current;
-                result = self.execute_on(&used, parameters, deadline).await;
+                result = self.execute_on(&used, query, parameters, deadline).await;
             }
         }
         result.map_err(|error| LookupError::new(&error, &used.place))
@@ -259,12 +267,14 @@ impl Database {
     async fn execute_on(
         &self,
         current: &Current,
+        query: &Arc<str>,
         parameters: &[ParameterValue],
         deadline: Instant,
     ) -> Result<LookupOutcome, sqlx::Error> {
         let lookup = |begin| SingleLookup {
-            query: &self.query,
+            query,
             parameters,
+            columns: &self.columns,
             begin,
         };
         match &current.pool {
@@ -294,10 +304,9 @@ impl Database {
             }
             let single = async |values: &Vec<ParameterValue>| {
                 let deadline = Instant::now() + database.timeout;
-                match database.execute_single(values, deadline).await {
-                    Err(error @ (LookupError::Unusable(_) | LookupError::SeveralRows)) => {
-                        Ok(Err(error))
-                    }
+                let query = &database.query;
+                match database.execute_single(query, values, deadline).await {
+                    Err(error) if error.is_of_one_workspace() => Ok(Err(error)),
                     result => result.map(Ok),
                 }
             };
@@ -326,6 +335,7 @@ impl Database {
             query: &query,
             parameters: &self.parameters,
             values,
+            columns: &self.columns,
             begin: begin.as_ref(),
         };
         let deadline = Instant::now() + self.timeout;
@@ -360,51 +370,57 @@ impl Database {
         let parameters: Vec<ParameterValue> = self.parameters.iter().map(sample).collect();
         let count = parameters.len();
         // PostgreSQL ignores surplus parameters, so their number is compared.
-        match self.describe().await {
-            Some((expected, _)) if expected != count => Err(LookupError::Refused(format!(
+        if let Some(expected) = self.count_parameters().await
+            && expected != count
+        {
+            return Err(LookupError::Refused(format!(
                 "it takes {expected} parameters, and lookup.parameters has {count}"
-            ))),
-            Some((_, true)) => Err(LookupError::Refused(
-                "the first column that it returns is char(n), which pads modes with blanks; cast it to text"
-                    .to_owned(),
-            )),
-            _ => {
-                let database = Arc::clone(self);
-                let deadline = Instant::now() + self.timeout;
-                let sample = async move { database.execute_single(&parameters, deadline).await };
-                match in_own_task(sample).await {
-                    // The query is valid; only the sample is unusable, for example for a cast to a number.
-                    Ok(_) | Err(LookupError::Unusable(_)) => Ok(()),
-                    Err(error) => Err(error),
-                }
-            }
+            )));
         }
+        let database = Arc::clone(self);
+        in_own_task(async move {
+            let execute = async |query: &Arc<str>| {
+                let deadline = Instant::now() + database.timeout;
+                database.execute_single(query, &parameters, deadline).await
+            };
+            match execute(&database.query).await {
+                Ok(_) => {}
+                // The query is valid; only the sample is unusable, for example for a cast to a number.
+                Err(LookupError::Unusable(_)) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+            match execute(&database.probe).await {
+                Err(error @ LookupError::Answer(_)) => Err(error),
+                // A query that cannot be part of another one.
+                Ok(_) | Err(_) => Ok(()),
+            }
+        })
+        .await
     }
 
-    /// Returns the query's number of parameters, and whether its first column is padded; `None` if the database cannot
-    /// tell without the parameters' types.
-    async fn describe(&self) -> Option<(usize, bool)> {
+    /// Returns the query's number of parameters; `None` if the database cannot tell without their types.
+    async fn count_parameters(&self) -> Option<usize> {
         let query = AssertSqlSafe(Arc::clone(&self.query)).into_sql_str();
         let deadline = Instant::now() + self.timeout;
         let current = self.current();
         // Lookups must not reuse a statement that was prepared without types, so the connection is taken out of the
         // pool and closed.
-        let description = async {
+        let count = async {
             match &current.pool {
                 // The pooler would keep a named statement.
                 AnyPool::Postgres { begin: Some(_), .. } => Ok(None),
                 AnyPool::Postgres { pool, .. } => {
                     let mut connection = Acquired::take(pool.acquire(deadline).await?);
-                    Ok(describe(&(&mut connection).prepare(query).await?))
+                    Ok(count_parameters(&(&mut connection).prepare(query).await?))
                 }
                 AnyPool::Sqlite(pool) => {
                     let mut connection = Acquired::take(pool.acquire(deadline).await?);
-                    Ok(describe(&(&mut connection).prepare(query).await?))
+                    Ok(count_parameters(&(&mut connection).prepare(query).await?))
                 }
             }
         };
-        let description: Result<_, sqlx::Error> = timeout_at(deadline, description).await.ok()?;
-        description.ok()?
+        let count: Result<_, sqlx::Error> = timeout_at(deadline, count).await.ok()?;
+        count.ok()?
     }
 
     /// Returns the current numbers of connections.
@@ -424,12 +440,9 @@ impl Database {
     }
 }
 
-/// Returns a statement's number of parameters, and whether its first column is PostgreSQL's `char(n)`.
-fn describe<S: Statement>(statement: &S) -> Option<(usize, bool)> {
+fn count_parameters<S: Statement>(statement: &S) -> Option<usize> {
     let parameters = statement.parameters()?;
-    let count = parameters.either(<[_]>::len, |count| count);
-    let first = statement.columns().first();
-    Some((count, first.is_some_and(|column| column.type_info().name() == "CHAR")))
+    Some(parameters.either(<[_]>::len, |count| count))
 }
 
 /// Awaits work in its own task, which continues if the caller is cancelled.
@@ -479,13 +492,12 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::policy::Policy;
 
     #[tokio::test]
     async fn check_takes_no_permit_of_a_lookup() {
         let policy = Policy::parse("").unwrap();
         let source = UrlSource::Given("sqlite://nowhere.sqlite".into());
-        let database = Database::connect_lazily(source, &policy.lookup).unwrap();
+        let database = Database::connect_lazily(source, &policy).unwrap();
         let permits: Vec<_> = (0..MAX_LOOKUPS)
             .map(|_| database.limiter.acquire().unwrap())
             .collect();

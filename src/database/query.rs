@@ -4,14 +4,17 @@
 use std::sync::Arc;
 
 use futures_util::{Stream, TryStreamExt};
-use sqlx::postgres::{PgConnection, PgRow, PgTypeKind};
-use sqlx::sqlite::SqliteConnection;
-use sqlx::{AssertSqlSafe, Connection, Row, TypeInfo, ValueRef};
+use sqlx::postgres::{PgConnection, PgRow, PgTypeInfo, PgTypeKind, Postgres};
+use sqlx::sqlite::{SqliteConnection, SqliteRow};
+use sqlx::{AssertSqlSafe, Column, Connection, Row as _, Type, TypeInfo, ValueRef};
 
-use super::error::{LookupError, SeveralRows, is_statement_missing};
+use super::error::{AnswerError, LookupError, is_statement_missing};
 use crate::core::identity::ParameterValue;
 use crate::core::policy_file::{Parameter, ParameterType};
-use crate::core::resolution::LookupOutcome;
+use crate::core::resolution::{LookupOutcome, Row};
+
+/// Limit on the length of a column's value. The kernel's limit on a variable is 128 KiB.
+const MAX_COLUMN_BYTES: usize = 4096;
 
 /// A query that can be executed over this type of connection.
 pub(super) trait Query<C: Send>: Sync {
@@ -44,6 +47,8 @@ pub(super) trait Query<C: Send>: Sync {
 pub(super) struct SingleLookup<'a> {
     pub(super) query: &'a Arc<str>,
     pub(super) parameters: &'a [ParameterValue],
+    /// The columns to read besides the mode.
+    pub(super) columns: &'a [String],
     pub(super) begin: Option<&'a Arc<str>>,
 }
 
@@ -54,16 +59,13 @@ impl Query<PgConnection> for SingleLookup<'_> {
         &self,
         connection: &mut PgConnection,
     ) -> Result<LookupOutcome, sqlx::Error> {
-        let Self {
-            query, parameters, ..
-        } = self;
         let Some(begin) = self.begin else {
-            return select(connection, query, parameters, true).await;
+            return select(connection, self, true).await;
         };
         let mut transaction = connection
             .begin_with(AssertSqlSafe(Arc::clone(begin)))
             .await?;
-        let selected = select(&mut transaction, query, parameters, false).await;
+        let selected = select(&mut transaction, self, false).await;
         transaction.rollback().await?;
         selected
     }
@@ -71,13 +73,12 @@ impl Query<PgConnection> for SingleLookup<'_> {
 
 async fn select(
     connection: &mut PgConnection,
-    query: &Arc<str>,
-    parameters: &[ParameterValue],
+    lookup: &SingleLookup<'_>,
     prepared: bool,
 ) -> Result<LookupOutcome, sqlx::Error> {
     // The query is the operator's, from the policy file. Values from pods are bound, never interpolated.
-    let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(query))).persistent(prepared);
-    for parameter in parameters {
+    let mut statement = sqlx::query(AssertSqlSafe(Arc::clone(lookup.query))).persistent(prepared);
+    for parameter in lookup.parameters {
         statement = match parameter {
             ParameterValue::Uuid(uuid) => statement.bind(uuid),
             ParameterValue::Text(text) => statement.bind(text),
@@ -86,7 +87,7 @@ async fn select(
     let Some(row) = only_row(statement.fetch(connection)).await? else {
         return Ok(LookupOutcome::NoRow);
     };
-    Ok(LookupOutcome::Row(mode(&row)?))
+    Ok(LookupOutcome::Row(read_row(&row, 0, lookup.columns, pg_text)?))
 }
 
 /// Returns the row of a result that has at most one. Reads the others too, so that the connection stays usable.
@@ -101,7 +102,7 @@ async fn only_row<R>(
         has_several = true;
     }
     if has_several {
-        return Err(sqlx::Error::Decode(Box::new(SeveralRows)));
+        return Err(AnswerError::SeveralRows.into());
     }
     Ok(Some(first))
 }
@@ -124,14 +125,7 @@ impl Query<SqliteConnection> for SingleLookup<'_> {
         let Some(row) = only_row(statement.fetch(connection)).await? else {
             return Ok(LookupOutcome::NoRow);
         };
-        let value = row.try_get_raw(0)?;
-        if !value.is_null() && value.type_info().name() != "TEXT" {
-            return Err(sqlx::Error::ColumnDecode {
-                index: "0".to_owned(),
-                source: "not text".into(),
-            });
-        }
-        Ok(LookupOutcome::Row(row.try_get(0)?))
+        Ok(LookupOutcome::Row(read_row(&row, 0, self.columns, sqlite_text)?))
     }
 }
 
@@ -142,6 +136,8 @@ pub(super) struct BatchLookup<'a> {
     pub(super) parameters: &'a [Parameter],
     /// Each workspace's parameter values.
     pub(super) values: &'a [Vec<ParameterValue>],
+    /// The columns to read besides the mode.
+    pub(super) columns: &'a [String],
     pub(super) begin: Option<&'a Arc<str>>,
 }
 
@@ -181,11 +177,18 @@ impl Query<PgConnection> for BatchLookup<'_> {
             }
         };
         let outcome = |row: &PgRow| {
-            Ok(match row.try_get::<Option<i64>, _>(1)? {
-                None => Ok(LookupOutcome::NoRow),
-                Some(1) => Ok(LookupOutcome::Row(mode(row)?)),
-                Some(_) => Err(LookupError::SeveralRows),
-            })
+            let read = || read_row(row, 1, self.columns, pg_text);
+            match row.try_get::<Option<i64>, _>(0)? {
+                None => Ok(Ok(LookupOutcome::NoRow)),
+                Some(1) => match read() {
+                    Ok(row) => Ok(Ok(LookupOutcome::Row(row))),
+                    Err(error) if error.is_of_one_workspace() => {
+                        Ok(Err(LookupError::Answer(error)))
+                    }
+                    Err(error) => Err(error.into()),
+                },
+                Some(_) => Ok(Err(LookupError::Answer(AnswerError::SeveralRows))),
+            }
         };
         rows.iter().map(outcome).collect()
     }
@@ -202,28 +205,46 @@ const fn is_uuid(parameter: &Parameter) -> bool {
 }
 
 /// Derives a query for many workspaces from the policy's query: each parameter such as `$1` becomes a column of a
-/// joined list. Returns `None` if the query has quotes, comments or several statements, where `$1` might not be
-/// a parameter, or refers to a parameter that the policy does not list.
+/// joined list. Returns `None` if the query has comments, several statements, or strings in which `$1` might not be a
+/// parameter, or refers to a parameter that the policy does not list.
 pub(super) fn batch_query(query: &str, parameters: &[Parameter]) -> Option<String> {
-    if ["'", "\"", ";", "--", "/*", "$$"]
-        .iter()
-        .any(|token| query.contains(token))
-    {
-        return None;
+    let mut single = String::with_capacity(query.len() * 2);
+    let mut rest = query;
+    while let Some(at) = rest.find(['\'', '"', ';', '-', '/', '$']) {
+        let (before, from) = rest.split_at(at);
+        single.push_str(before);
+        let (piece, after) = match from.as_bytes() {
+            // A doubled quote ends one string and begins another.
+            [quote @ (b'\'' | b'"'), ..] => {
+                let is_escape_string = before.ends_with(['e', 'E', '&']);
+                let end = from.get(1..)?.find(char::from(*quote))? + 2;
+                if is_escape_string {
+                    return None;
+                }
+                let (string, after) = from.split_at(end);
+                (string.to_owned(), after)
+            }
+            [b'$', ..] => {
+                let name = from.get(1..)?;
+                let digits =
+                    name.len() - name.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+                let (number, after) = name.split_at(digits);
+                number
+                    .parse()
+                    .ok()
+                    .filter(|number| (1..=parameters.len()).contains(number))?;
+                (format!("llm_billing_input.llm_billing_p{number}"), after)
+            }
+            [b';', ..] | [b'-', b'-', ..] | [b'/', b'*', ..] => return None,
+            _ => {
+                let (operator, after) = from.split_at(1);
+                (operator.to_owned(), after)
+            }
+        };
+        single.push_str(&piece);
+        rest = after;
     }
-    let mut pieces = query.split('$');
-    let mut single = pieces.next()?.to_owned();
-    for piece in pieces {
-        let digits = piece.len() - piece.trim_start_matches(|c: char| c.is_ascii_digit()).len();
-        let (number, rest) = piece.split_at(digits);
-        let is_parameter = number
-            .parse()
-            .is_ok_and(|number| (1..=parameters.len()).contains(&number));
-        if !is_parameter {
-            return None;
-        }
-        single += &format!("llm_billing_input.llm_billing_p{number}{rest}");
-    }
+    single.push_str(rest);
     let list = |format: &dyn Fn((usize, &Parameter)) -> String| -> String {
         let items: Vec<String> = parameters.iter().enumerate().map(format).collect();
         items.join(", ")
@@ -234,24 +255,75 @@ pub(super) fn batch_query(query: &str, parameters: &[Parameter]) -> Option<Strin
     });
     let columns = list(&|(index, _)| format!("llm_billing_p{}", index + 1));
     Some(format!(
-        "SELECT llm_billing_found.mode, llm_billing_found.count
+        "SELECT llm_billing_found.*
          FROM unnest({arrays}) WITH ORDINALITY AS llm_billing_input({columns}, llm_billing_index)
          LEFT JOIN LATERAL (
-             SELECT llm_billing_two.mode, count(*) OVER () FROM (
-                 SELECT llm_billing_one.mode FROM ({single}) AS llm_billing_one(mode) LIMIT 2
+             SELECT count(*) OVER (), llm_billing_two.* FROM (
+                 SELECT * FROM ({single}) AS llm_billing_one LIMIT 2
              ) AS llm_billing_two LIMIT 1
-         ) AS llm_billing_found(mode, count) ON true
+         ) AS llm_billing_found ON true
          ORDER BY llm_billing_input.llm_billing_index"
     ))
 }
 
-/// Returns the mode in a row's first column.
-fn mode(row: &PgRow) -> Result<Option<String>, sqlx::Error> {
-    let is_enum = matches!(row.try_get_raw(0)?.type_info().kind(), PgTypeKind::Enum(_));
-    // PostgreSQL sends an enum as its label, which sqlx decodes as text only without a type check.
-    if is_enum {
-        row.try_get_unchecked(0)
-    } else {
-        row.try_get(0)
+/// Derives a query that returns a row even if the policy's query returns none, to see its columns.
+pub(super) fn probe_query(query: &str) -> String {
+    let query = query.trim_end().trim_end_matches(';');
+    format!(
+        "SELECT llm_billing_two.* FROM (SELECT 1 AS llm_billing_one) AS llm_billing_one
+         LEFT JOIN ({query}
+         ) AS llm_billing_two ON true"
+    )
+}
+
+/// Reads a row of the policy's query, whose first column is at `first`: the mode, and the named columns.
+fn read_row<R: sqlx::Row>(
+    row: &R,
+    first: usize,
+    columns: &[String],
+    text: impl Fn(&R, usize) -> Option<Option<String>>,
+) -> Result<Row, AnswerError> {
+    let column = |name: &String| {
+        let own = row.columns().iter().skip(first);
+        let index = own.map(Column::name).position(|own| own == name);
+        let index = index.ok_or_else(|| AnswerError::MissingColumn(name.clone()))? + first;
+        let value = text(row, index).ok_or_else(|| AnswerError::NotText(name.clone()))?;
+        match &value {
+            Some(value) if value.len() > MAX_COLUMN_BYTES || value.contains('\0') => {
+                Err(AnswerError::UnusableValue(name.clone()))
+            }
+            _ => Ok(value),
+        }
+    };
+    let mode = row.columns().get(first).ok_or(AnswerError::ModeNotText)?;
+    // PostgreSQL pads values of char(n) with blanks, so none would be a mode.
+    if mode.type_info().name() == "CHAR" {
+        return Err(AnswerError::ModeIsPadded);
     }
+    Ok(Row {
+        mode: text(row, first).ok_or(AnswerError::ModeNotText)?,
+        columns: columns.iter().map(column).collect::<Result<_, _>>()?,
+    })
+}
+
+/// Returns a column's text; `None` if it is not text.
+fn pg_text(row: &PgRow, index: usize) -> Option<Option<String>> {
+    // PostgreSQL sends an enum as its label. sqlx decodes that, and a domain, only without a check of the type, which it
+    // skips for NULL.
+    fn is_text(kind: &PgTypeInfo) -> bool {
+        match kind.kind() {
+            PgTypeKind::Enum(_) => true,
+            PgTypeKind::Domain(of) => is_text(of),
+            _ => <String as Type<Postgres>>::compatible(kind),
+        }
+    }
+    let value = row.try_get_raw(index).ok()?;
+    is_text(&value.type_info()).then(|| row.try_get_unchecked(index).ok())?
+}
+
+/// Returns a column's text; `None` if it is not text.
+fn sqlite_text(row: &SqliteRow, index: usize) -> Option<Option<String>> {
+    let value = row.try_get_raw(index).ok()?;
+    let is_text = value.is_null() || value.type_info().name() == "TEXT";
+    is_text.then(|| row.try_get(index).ok())?
 }

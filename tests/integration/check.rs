@@ -72,7 +72,7 @@ fn all_errors_are_reported_at_once() {
     assert_eq!(code, 2);
     let expected = format!(
         "error policy       cannot use policy {} (see: llm-billing-webhook policy schema): line 2, column 1: \
-         unknown field \"vendorKey\" (did you mean vendorKeys?); expected one of workspaceLabel, runtimeLabel, unlabelled, lookup, vendorKeys, catalogue, allow, envFrom, changedEntries, proxy\n\
+         unknown field \"vendorKey\" (did you mean vendorKeys?); expected one of workspaceLabel, runtimeLabel, unlabelled, lookup, variables, vendorKeys, catalogue, allow, envFrom, changedEntries, proxy\n\
          error certificate  cannot read {}: No such file or directory (os error 2)\n\
          skip  database     not queried, because the policy is invalid\n",
         path("policy.yaml"),

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use test_support::fixtures;
 use test_support::program::run;
 use test_support::transcript::page;
 
@@ -127,6 +128,21 @@ fn generated() -> String {
     let mut text = HEAD.to_owned();
     let defaults = serde_saphyr::from_str(&run(&["policy", "default"]).1).unwrap();
     rows(&schema, &defaults, &schema, "", &mut text);
+    text += "\n## A schema of your own\n\nThe query maps any schema to a mode, and its further columns to variables. Each example is a schema and the policy for\nit; `tests/integration/columns.rs` runs both on PostgreSQL and SQLite.\n\n";
+    for (title, name) in [
+        ("The contract's column", "mode"),
+        ("A mode derived from a provider, with variables of its own", "provider"),
+    ] {
+        let read = |extension: &str| {
+            fs::read_to_string(fixtures("schemas").join(format!("{name}.{extension}"))).unwrap()
+        };
+        text += &format!(
+            "### {title}\n\n```sql\n{}```\n\n```yaml\n{}```\n\n",
+            read("sql"),
+            read("yaml")
+        );
+    }
+    text += "An answer that is not as the policy needs it is a failed lookup, and `check` and `serve` report a column that is missing\nor not text before any pod does: several rows, a first column that is not text, a value of more than 4,096 bytes.\n";
     text += "\n## The command line\n\nEvery flag can also be set by the environment variable that its help names. Errors go to\nstderr, or into the report of `check`, and the exit code is then 2.\n";
     for name in commands(&[]) {
         for path in [vec![name.as_str()]].into_iter().chain(

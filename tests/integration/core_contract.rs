@@ -12,7 +12,7 @@ fn stored(vector: &Value) -> LookupOutcome {
     let stored = &vector["stored"];
     match (stored["lookup_error"].as_bool(), stored["row"].as_bool()) {
         (Some(true), _) => LookupOutcome::Failed,
-        (_, Some(true)) => LookupOutcome::Row(stored["mode"].as_str().map(str::to_owned)),
+        (_, Some(true)) => LookupOutcome::of_mode(stored["mode"].as_str()),
         _ => LookupOutcome::NoRow,
     }
 }
@@ -50,10 +50,10 @@ fn reason_names_the_lookup_outcome() {
             .to_owned()
     };
     let id = json!("88888888-8888-8888-8888-888888888888");
-    let row = |mode: &str| LookupOutcome::Row(Some(mode.to_owned()));
+    let row = |mode: &str| LookupOutcome::of_mode(Some(mode));
     let table = [
         (&id, row("byok"), "override"),
-        (&id, LookupOutcome::Row(None), "no_override"),
+        (&id, LookupOutcome::of_mode(None), "no_override"),
         (&id, row("x"), "unknown_mode"),
         (&id, LookupOutcome::NoRow, "workspace_not_found"),
         (&id, LookupOutcome::Failed, "lookup_error"),

@@ -59,7 +59,7 @@ fn start(policy: &str, database_url: &str) -> Webhook {
 }
 
 /// Returns exit code and stderr of a `serve` that fails to start.
-fn fail_to_start(policy: &str, database_url: &str) -> (i32, String) {
+pub(crate) fn fail_to_start(policy: &str, database_url: &str) -> (i32, String) {
     let folder = tempfile::tempdir().unwrap();
     let (certificate, key) = Authority::generate().issue("localhost");
     std::fs::write(folder.path().join("tls.crt"), certificate).unwrap();
@@ -231,18 +231,18 @@ fn several_rows_for_one_workspace_are_no_answer() {
         assert!(line.contains("\"ERROR\"") && line.contains(ERROR), "{line}");
         assert_eq!(resolved(OTHER), ("byok".to_owned(), "override".to_owned()));
 
-        // In one query for both workspaces, and, because of the literal, in one for each.
-        for condition in ["id = $1", "id = $1 AND '$1' <> ''"] {
+        // In one query for both workspaces, and, because of the comment, in one for each.
+        for condition in ["id = $1", "id = $1 /* one */"] {
             let policy = Policy::parse(&policy(condition)).unwrap();
             let source = UrlSource::Given(url.as_str().into());
-            let database = Database::connect_lazily(source, &policy.lookup).unwrap();
+            let database = Database::connect_lazily(source, &policy).unwrap();
             let keys = [ID, OTHER].map(|id| vec![ParameterValue::Uuid(id.parse().unwrap())]);
             let outcomes = runtime
                 .block_on(database.lookup_batch(keys.to_vec()))
                 .unwrap();
             let [several, one] = outcomes.try_into().unwrap();
             assert!(several.unwrap_err().to_string().starts_with(ERROR));
-            assert_eq!(one.unwrap(), LookupOutcome::Row(Some("byok".to_owned())));
+            assert_eq!(one.unwrap(), LookupOutcome::of_mode(Some("byok")));
         }
 
         let folder = tempfile::tempdir().unwrap();
@@ -264,7 +264,8 @@ fn several_rows_for_one_workspace_are_no_answer() {
 fn padded_mode_column_is_refused_by_check() {
     let postgres =
         Postgres::with("CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode char(20))");
-    let expected = "the first column that it returns is char(n), which pads modes with blanks; cast it to text";
+    let expected =
+        "returns a first column of type char(n), which pads modes with blanks; cast it to text";
     let (code, stdout) = check(PROXY, &postgres.url());
     assert!(code == 2 && stdout.contains(expected), "{code} {stdout}");
     let (code, stderr) = fail_to_start(PROXY, &postgres.url());
@@ -276,25 +277,23 @@ fn padded_mode_column_is_refused_by_check() {
 
 #[test]
 fn mode_column_that_is_not_text_is_refused() {
-    for kind in Kind::both() {
-        let url = kind.with(&format!(
-            "CREATE TABLE workspaces (id uuid, llm_billing_mode integer); INSERT INTO workspaces VALUES ('{ID}', 7)"
-        ));
-        let webhook = start(PROXY, &url);
-        assert_eq!(
-            resolved(&webhook, &pod(ID, &json!([]))),
-            ("platform_managed".to_owned(), "lookup_error".to_owned())
-        );
-        let line = webhook.wait_for_log("lookup refused");
-        // The line has the request's uid, like the admission's line.
-        let uid = "\"uid\":\"00000000-0000-0000-0000-0000000000aa\"";
-        assert!(line.contains(uid), "{line}");
-        assert!(
-            line.contains("\"ERROR\"")
-                && line.contains("the first column that it returns is not text"),
-            "{line}"
-        );
-    }
+    const ERROR: &str =
+        "the policy's query returns a first column that is not text; cast it to text";
+    let schema = format!(
+        "CREATE TABLE workspaces (id uuid, llm_billing_mode integer); INSERT INTO workspaces VALUES ('{ID}', 7)"
+    );
+    let postgres = Postgres::with(&schema);
+    let (code, stderr) = fail_to_start(PROXY, &postgres.url());
+    assert!(code == 2 && stderr.contains(ERROR), "{stderr}");
+    // A column of SQLite has no type, its values have.
+    let sqlite = Kind::Sqlite(tempfile::tempdir().unwrap());
+    let webhook = start(PROXY, &sqlite.with(&schema));
+    let answer = resolved(&webhook, &pod(ID, &json!([])));
+    assert_eq!(answer, ("platform_managed".to_owned(), "lookup_error".to_owned()));
+    let line = webhook.wait_for_log("lookup refused");
+    // The line has the request's uid, like the admission's line.
+    let uid = "\"uid\":\"00000000-0000-0000-0000-0000000000aa\"";
+    assert!(line.contains(uid) && line.contains("\"ERROR\"") && line.contains(ERROR), "{line}");
 }
 
 #[test]
@@ -703,7 +702,7 @@ fn lookups_work_through_pgbouncer_in_transaction_mode() {
     // A batch lookup on a connection that has not loaded the enum's type yet.
     let policy = Policy::parse(PROXY).unwrap();
     let source = UrlSource::Given(url.as_str().into());
-    let database = Database::connect_lazily(source, &policy.lookup).unwrap();
+    let database = Database::connect_lazily(source, &policy).unwrap();
     let keys = [ID, "99999999-9999-4999-8999-999999999999"];
     let keys = keys.map(|id| vec![ParameterValue::Uuid(id.parse().unwrap())]);
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -711,13 +710,7 @@ fn lookups_work_through_pgbouncer_in_transaction_mode() {
         .block_on(database.lookup_batch(keys.to_vec()))
         .unwrap();
     let outcomes: Vec<LookupOutcome> = outcomes.into_iter().map(Result::unwrap).collect();
-    assert_eq!(
-        outcomes,
-        [
-            LookupOutcome::Row(Some("byok".to_owned())),
-            LookupOutcome::NoRow
-        ]
-    );
+    assert_eq!(outcomes, [LookupOutcome::of_mode(Some("byok")), LookupOutcome::NoRow]);
 }
 
 /// The benchmarks rely on it: a backend that ended between two readings made their difference negative.

@@ -8,6 +8,7 @@ mod boundary;
 mod catalogue;
 mod chart;
 mod check;
+mod columns;
 mod configuration;
 mod contract;
 mod core_contract;

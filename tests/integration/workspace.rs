@@ -134,7 +134,7 @@ fn default_policy_and_schema_are_printed() {
     assert_eq!(code, 0);
     let schema: serde_json::Value = serde_json::from_str(&schema).unwrap();
     assert_eq!(schema["additionalProperties"], false);
-    assert_eq!(schema["properties"].as_object().unwrap().len(), 10);
+    assert_eq!(schema["properties"].as_object().unwrap().len(), 11);
 }
 
 #[test]

@@ -31,5 +31,5 @@ pub fn answer_json(
 
 /// Returns the outcome of a lookup that finds this mode.
 pub fn stored(mode: &str) -> LookupOutcome {
-    LookupOutcome::Row(Some(mode.to_owned()))
+    LookupOutcome::of_mode(Some(mode))
 }
