@@ -2,6 +2,7 @@
 //! are in cli, metrics in server.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Namespace, Pod as PodResource};
@@ -104,6 +105,9 @@ pub struct AuditedPod {
     pub details: Vec<String>,
     /// The Secrets of its namespace that its proxy variables refer to, each as `NAME (key KEY)`.
     pub secrets: BTreeSet<String>,
+    /// Distinguishes the states of the workspace's row, as far as its pods' env depends on them.
+    #[serde(skip)]
+    pub fingerprint: u64,
 }
 
 /// Why a sweep ended early.
@@ -243,7 +247,8 @@ pub async fn sweep(
             // Parsing and planning 500 large pods takes long; meanwhile another thread serves admissions and probes.
             let page: Page<'_> = block_in_place(|| serde_json::from_str(&page))
                 .map_err(|_| SweepError::Page(location.clone()))?;
-            for verdict in audit_page(&page, database, policy, &location).await? {
+            let items: Vec<&str> = page.items.iter().map(|item| item.get()).collect();
+            for verdict in audit_pods(&items, database, policy, &location).await? {
                 match verdict {
                     Ok(audited) => {
                         report.count(audited.mode, &audited.findings);
@@ -264,14 +269,22 @@ pub async fn sweep(
 /// An audited pod, or why it was not audited.
 type PodAudit = Result<AuditedPod, String>;
 
-async fn audit_page(
-    page: &Page<'_>,
+/// Audits pods, given as JSON, with one batch lookup. Pods of no workspace are left out, and so are those that terminate.
+/// `location` is for errors.
+///
+/// # Errors
+/// [`SweepError::Lookup`]
+///
+/// # Panics
+/// See [`sweep`].
+pub(crate) async fn audit_pods(
+    pods: &[&str],
     database: &Arc<Database>,
     policy: &Policy,
     location: &str,
 ) -> Result<Vec<PodAudit>, SweepError> {
     let pods: Vec<_> = block_in_place(|| {
-        let items = page.items.iter();
+        let items = pods.iter();
         items.map(|item| running_pod(item, location)).collect()
     });
     let (started, lookups) = block_in_place(|| begin_page(policy, &pods));
@@ -283,15 +296,19 @@ async fn audit_page(
     let outcomes: BTreeMap<_, _> = lookups.iter().zip(outcomes).collect();
     let finish = |started: Started<'_>| -> PodAudit {
         let (metadata, pod, step) = started?;
+        let mut hasher = DefaultHasher::new();
         let decision = match step {
             Step::Done(decision) => decision,
             Step::Lookup(parameters, pending) => match outcomes.get(&parameters) {
-                Some(Ok(outcome)) => pending.finish(outcome),
+                Some(Ok(outcome)) => {
+                    outcome.columns().hash(&mut hasher);
+                    pending.finish(outcome)
+                }
                 Some(Err(error)) => return Err(format!("{}: {error}", metadata.title())),
                 None => return Err(format!("{}: it was not looked up", metadata.title())),
             },
         };
-        Ok(audited(policy, metadata, pod, &decision))
+        Ok(audited(policy, metadata, pod, &decision, hasher))
     };
     Ok(block_in_place(|| started.into_iter().map(finish).collect()))
 }
@@ -343,11 +360,11 @@ fn begin_page<'a>(
 }
 
 /// Reads one item of a page.
-fn running_pod<'a>(item: &'a RawValue, location: &str) -> PageItem<'a> {
-    let Ok(Running { metadata }) = serde_json::from_str(item.get()) else {
+fn running_pod<'a>(item: &'a str, location: &str) -> PageItem<'a> {
+    let Ok(Running { metadata }) = serde_json::from_str(item) else {
         return Err(format!("a pod in {location} cannot be read"));
     };
-    match serde_json::from_str(item.get()) {
+    match serde_json::from_str(item) {
         Ok(pod) => Ok((metadata, pod)),
         Err(_) => Err(format!("{}: it cannot be read", metadata.title())),
     }
@@ -358,6 +375,7 @@ fn audited(
     running: &RunningMetadata<'_>,
     pod: &Pod<'_>,
     decision: &Decision<'_>,
+    mut hasher: DefaultHasher,
 ) -> AuditedPod {
     let Verdict {
         mode_in_env,
@@ -368,6 +386,7 @@ fn audited(
     // A pod without its label has no resolution, nor has one that is refused for it.
     let missing = Resolution::fallback(Reason::MissingWorkspaceId);
     let resolution = decision.resolution.unwrap_or(missing);
+    resolution.hash(&mut hasher);
     let controller = running
         .owner_references
         .iter()
@@ -385,5 +404,6 @@ fn audited(
         findings: findings.into_iter().collect(),
         details,
         secrets,
+        fingerprint: hasher.finish(),
     }
 }

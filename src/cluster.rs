@@ -8,10 +8,10 @@ use k8s_openapi::api::core::v1::{Event, EventSource, ObjectReference, Pod};
 use k8s_openapi::api::policy::v1::Eviction;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{DeleteOptions, Preconditions, Time};
 use k8s_openapi::jiff::Timestamp;
-use kube::api::PostParams;
+use kube::api::{Patch, PatchParams, PostParams, Request};
 use kube::core::{ObjectMeta, Status};
 use kube::{Api, Client, Config};
-use serde_json::Value;
+use serde_json::{Value, json};
 use thiserror::Error;
 
 use crate::telemetry;
@@ -170,13 +170,49 @@ fn is_budget_refusal(status: &Status) -> bool {
     status.code == 429 && reasons.any(|reason| reason == "DisruptionBudget")
 }
 
-/// Writes a warning event on a pod, which `kubectl describe pod` shows.
+/// The annotation of a pod template by which `kubectl rollout restart` changes it.
+pub const RESTARTED_ANNOTATION: &str = "kubectl.kubernetes.io/restartedAt";
+
+/// Restarts a Deployment, StatefulSet or DaemonSet, named by its plural, as `kubectl rollout restart` does.
 ///
 /// # Errors
 /// [`ClusterError`]
-pub async fn warn_on_pod(
+pub async fn restart(
+    client: &Client,
+    namespace: &str,
+    plural: &str,
+    name: &str,
+) -> Result<(), ClusterError> {
+    let path = format!("/apis/apps/v1/namespaces/{namespace}/{plural}");
+    let annotations = json!({RESTARTED_ANNOTATION: Timestamp::now().to_string()});
+    let patch = json!({"spec": {"template": {"metadata": {"annotations": annotations}}}});
+    let parameters = PatchParams {
+        field_manager: Some(env!("CARGO_PKG_NAME").to_owned()),
+        ..PatchParams::default()
+    };
+    let request = Request::new(path).patch(name, &parameters, &Patch::Strategic(&patch));
+    let request = request.map_err(|error| ClusterError::Unreachable(error.to_string()))?;
+    client.request::<Value>(request).await?;
+    Ok(())
+}
+
+/// The type of an event.
+#[derive(Clone, Copy, Debug)]
+pub enum EventType {
+    /// For information.
+    Normal,
+    /// Something needs attention.
+    Warning,
+}
+
+/// Writes an event on a pod, which `kubectl describe pod` shows.
+///
+/// # Errors
+/// [`ClusterError`]
+pub async fn event_on_pod(
     client: &Client,
     pod: PodName<'_>,
+    kind: EventType,
     reason: &str,
     message: &str,
 ) -> Result<(), ClusterError> {
@@ -197,7 +233,10 @@ pub async fn warn_on_pod(
             uid: text(pod.uid),
             ..ObjectReference::default()
         },
-        type_: text("Warning"),
+        type_: text(match kind {
+            EventType::Normal => "Normal",
+            EventType::Warning => "Warning",
+        }),
         reason: text(reason),
         message: message.map(str::to_owned),
         source: Some(EventSource {

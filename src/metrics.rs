@@ -409,6 +409,116 @@ impl Metrics {
     }
 }
 
+/// Labels of a recreation.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct RecreationLabels {
+    kind: &'static str,
+    result: &'static str,
+}
+
+/// Labels of drifted workloads.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StateLabels {
+    state: &'static str,
+}
+
+/// All metrics of `converge`.
+#[derive(Debug)]
+pub struct ConvergeMetrics {
+    registry: Registry,
+    /// Metrics of its comparisons.
+    pub audits: AuditMetrics,
+    active: Gauge,
+    switches: Counter,
+    recreations: Family<RecreationLabels, Counter>,
+    workloads: Family<StateLabels, Gauge>,
+}
+
+impl ConvergeMetrics {
+    /// Registers all metrics. Without `policy_text`, the checksum of the policy is left out.
+    #[must_use]
+    pub fn new(policy_text: Option<&str>, dropped_lines: ErrorCounter) -> Self {
+        let mut registry = Registry::with_prefix(PREFIX);
+        let audits = AuditMetrics::default();
+        audits.register(&mut registry);
+        let active = Gauge::default();
+        registry.register(
+            "converge_active",
+            "Whether this replica holds the Lease, and acts",
+            active.clone(),
+        );
+        let switches = Counter::default();
+        registry.register(
+            "switches",
+            "Changes of a workspace's row that its running pods' env depends on",
+            switches.clone(),
+        );
+        let recreations = Family::default();
+        registry.register("recreations", "Workloads recreated, by result", recreations.clone());
+        let workloads = Family::default();
+        registry.register(
+            "drifted_workloads",
+            "Workloads with a pod whose env does not match the billing mode, by what becomes of them",
+            workloads.clone(),
+        );
+        registry.register_collector(Box::new(DroppedLines(dropped_lines)));
+        register_build(&mut registry, policy_text);
+        Self {
+            registry,
+            audits,
+            active,
+            switches,
+            recreations,
+            workloads,
+        }
+    }
+
+    /// Records whether this replica acts.
+    pub fn set_active(&self, is_active: bool) {
+        self.active.set(i64::from(is_active));
+    }
+
+    /// Counts changed workspaces.
+    pub fn switched(&self, workspaces: usize) {
+        self.switches
+            .inc_by(u64::try_from(workspaces).unwrap_or(u64::MAX));
+    }
+
+    /// Counts a recreation of a workload by its kind and result. Kinds outside Kubernetes' own are `other`.
+    pub fn recreation(&self, kind: &str, result: &'static str) {
+        let known = [
+            "Deployment",
+            "StatefulSet",
+            "DaemonSet",
+            "ReplicaSet",
+            "Job",
+            "Pod",
+        ];
+        let kind = known
+            .into_iter()
+            .find(|known| *known == kind)
+            .unwrap_or("other");
+        self.recreations
+            .get_or_create(&RecreationLabels { kind, result })
+            .inc();
+    }
+
+    /// Records the number of workloads in a state.
+    pub fn workloads(&self, state: &'static str, count: usize) {
+        self.workloads
+            .get_or_create(&StateLabels { state })
+            .set(gauge(count));
+    }
+
+    /// Returns all metrics in the OpenMetrics text format.
+    ///
+    /// # Errors
+    /// None in practice: writing to a string does not fail.
+    pub fn encode(&self) -> Result<String, std::fmt::Error> {
+        encode(&self.registry)
+    }
+}
+
 /// Collects the log writer's count of dropped lines.
 #[derive(Debug)]
 struct DroppedLines(ErrorCounter);

@@ -15,7 +15,7 @@ use serde_json::json;
 use super::args::{DatabaseArgs, PolicyArgs};
 use super::terminal::{aligned, is_coloured, note, print};
 use crate::audit::{AuditedPod, Namespaces, Selection, SweepError, sweep};
-use crate::cluster::{self, Evicted, PodName};
+use crate::cluster::{self, EventType, Evicted, PodName};
 use crate::core::audit::{Finding, Report};
 use crate::database::Database;
 use crate::metrics::AuditMetrics;
@@ -373,8 +373,9 @@ async fn warn_on_pods(client: &Client, pods: &[&AuditedPod]) -> anyhow::Result<b
             join_findings(&pod.findings),
             pod.details.join("; ")
         );
+        let kind = EventType::Warning;
         let written =
-            cluster::warn_on_pod(client, pod_name(pod), "LlmBillingDrift", &message).await;
+            cluster::event_on_pod(client, pod_name(pod), kind, "LlmBillingDrift", &message).await;
         if let Err(error) = written {
             succeeded = false;
             note(&format!(

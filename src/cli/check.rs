@@ -21,7 +21,7 @@ use crate::core::policy::Policy;
 use crate::core::proxy::Proxy;
 use crate::core::refusal::Refusal;
 use crate::core::resolution::MODE_VARIABLE;
-use crate::database::Database;
+use crate::database::{Database, Notifications};
 use crate::server::certificate::tls::Certificate;
 use crate::telemetry;
 
@@ -139,8 +139,36 @@ async fn check_database(args: &DatabaseArgs, policy: Option<&Policy>, report: &m
     };
     match database.check().await {
         Ok(()) => report.line("ok", "database", &format!("{url} answers the policy's query")),
-        Err(error) => report.fail("database", &error),
+        Err(error) => return report.fail("database", &error),
     }
+    if let Some(channel) = &policy.lookup.channel {
+        check_channel(&database, channel.as_str(), report).await;
+    }
+}
+
+/// Without notifications, `converge` finds changed rows by comparison alone, so that this is no error.
+async fn check_channel(database: &Database, channel: &str, report: &mut Report) {
+    let remark = match database.check_channel(channel).await {
+        Err(error) => return report.fail("channel", &error),
+        Ok(Notifications::Ready) => {
+            let remark =
+                format!("a notification on {channel} arrives, and a trigger's function names it");
+            return report.line("ok", "channel", &remark);
+        }
+        Ok(Notifications::NoTrigger) => {
+            format!(
+                "no trigger's function names {channel}, so no changed row is notified of; see docs/audit.md"
+            )
+        }
+        Ok(Notifications::Lost) => format!(
+            "no notification on {channel} arrives: a pooler in transaction mode passes none on; give converge a URL of \
+             the database itself"
+        ),
+        Ok(Notifications::Unsupported) => {
+            "SQLite has no notifications; converge compares all pods at its interval".to_owned()
+        }
+    };
+    report.line("warn", "channel", &remark);
 }
 
 /// Limit on the time until the webhook is called: after an installation, replicas write its configuration only when they

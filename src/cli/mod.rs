@@ -4,6 +4,7 @@ mod args;
 mod audit;
 mod catalogue;
 mod check;
+mod converge;
 mod dev;
 mod policy;
 mod review;
@@ -47,6 +48,8 @@ enum Command {
     Review(review::ReviewArgs),
     /// Compares running pods with the database. Exit codes: 0 in sync, 1 drift, 2 error
     Audit(Box<audit::AuditArgs>),
+    /// Keeps running pods in sync with the database: reports, and with --apply recreates, those that are not
+    Converge(Box<converge::ConvergeArgs>),
     /// Shows a workspace's billing mode, its source and the reason
     Resolve(workspace::ResolveArgs),
     /// Edits the embedded SQLite database; never writes to the platform's database
@@ -77,6 +80,7 @@ pub async fn run(cli: Cli) -> ExitCode {
         Command::Serve(args) => serve::serve(*args).await,
         Command::Review(args) => review::review(args).await,
         Command::Audit(args) => audit::audit(*args).await,
+        Command::Converge(args) => converge::converge(*args).await,
         Command::Resolve(args) => workspace::resolve(args).await,
         Command::Workspace(command) => workspace::workspace(command).await,
         Command::Check(args) => check::check(args).await,

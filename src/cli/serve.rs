@@ -302,7 +302,7 @@ async fn database(args: &ServeArgs) -> anyhow::Result<UrlSource> {
 }
 
 /// Fails if the database refuses the query. If it cannot be reached, it may come up later, and readiness waits for it.
-async fn reject_refused_query(database: &Arc<Database>) -> anyhow::Result<()> {
+pub(super) async fn reject_refused_query(database: &Arc<Database>) -> anyhow::Result<()> {
     match database.check().await {
         Err(error) if error.is_refused() => Err(error).context("cannot start"),
         _ => Ok(()),

@@ -10,6 +10,7 @@ pub mod admission;
 pub mod audit;
 pub mod catalogue;
 mod compact_json;
+pub mod converge;
 pub mod decision;
 pub mod env;
 pub mod identity;

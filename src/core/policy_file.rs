@@ -164,6 +164,9 @@ pub struct Lookup {
     pub timeout: Duration,
     /// What happens when the lookup fails.
     pub on_error: OnError,
+    /// The channel on which PostgreSQL notifies `converge` of changed rows. The payload is the workspace id, or empty if
+    /// any row may have changed.
+    pub channel: Option<Name>,
 }
 
 impl Default for Lookup {
@@ -176,6 +179,7 @@ impl Default for Lookup {
             }],
             timeout: Duration::from_secs(2),
             on_error: OnError::PlatformManaged,
+            channel: None,
         }
     }
 }

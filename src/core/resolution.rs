@@ -13,7 +13,7 @@ pub const RESOLVED_VARIABLE: &str = "MOLECULE_LLM_BILLING_MODE_RESOLVED";
 
 /// Who pays for a workspace's LLM calls. The contract has only these three modes.
 #[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema,
 )]
 #[serde(rename_all = "snake_case")]
 pub enum BillingMode {
@@ -100,7 +100,7 @@ impl LookupOutcome {
 }
 
 /// Where a mode comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
     /// The workspace's row names one of the three modes.
@@ -121,7 +121,7 @@ impl Source {
 }
 
 /// The row of the contract's resolution table that applied.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// The row names one of the three modes.
@@ -160,7 +160,7 @@ impl Reason {
 }
 
 /// The mode of one workspace, with its source and reason.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 pub struct Resolution {
     /// The mode that the env must match.
     pub mode: BillingMode,

@@ -10,6 +10,7 @@
 
 mod embedded;
 mod error;
+mod notifications;
 mod pool;
 mod query;
 mod url;
@@ -22,12 +23,15 @@ use futures_util::{StreamExt, TryStreamExt};
 use sqlx::postgres::PgConnection;
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, SqlSafeStr, Statement};
-use tokio::time::{Instant, timeout_at};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::warn;
 use uuid::Uuid;
 
 pub use self::embedded::{Embedded, EmbeddedError};
 pub use self::error::{AnswerError, LookupError};
 use self::error::{is_connection_lost, is_login_refused, leaves_connection_usable};
+pub use self::notifications::{Change, Notifications};
 use self::pool::{Acquired, MAX_CONNECTIONS, Pool};
 use self::query::{BatchLookup, Query, SingleLookup, batch_query, probe_query};
 pub use self::url::{DatabaseUrl, SourceError, UrlError, UrlSource, UrlText};
@@ -44,6 +48,10 @@ const MAX_LOOKUPS: usize = 1024;
 const MAX_DEGRADED_LOOKUPS: usize = MAX_CONNECTIONS;
 /// Limit on an audit's concurrent single lookups, so that admissions come first.
 const MAX_AUDIT_LOOKUPS: usize = 4;
+/// Limit on notifications that wait to be received. PostgreSQL keeps further ones.
+const MAX_WAITING_CHANGES: usize = 1024;
+/// Pause before a connection that listened is opened again.
+const RELISTEN_INTERVAL: Duration = Duration::from_secs(5);
 /// The id that `check` looks up. It need not exist.
 const SAMPLE_ID: Uuid = Uuid::nil();
 
@@ -421,6 +429,53 @@ impl Database {
         };
         let count: Result<_, sqlx::Error> = timeout_at(deadline, count).await.ok()?;
         count.ok()?
+    }
+
+    /// Checks whether notifications on a channel arrive.
+    ///
+    /// # Errors
+    /// [`LookupError`] if the database cannot be reached.
+    pub async fn check_channel(&self, channel: &str) -> Result<Notifications, LookupError> {
+        let current = self.current();
+        match current.url.0.parse() {
+            Ok(DatabaseUrl::Postgres { session: false, .. }) => Ok(Notifications::Lost),
+            Ok(DatabaseUrl::Postgres { options, .. }) => {
+                let checked = notifications::check(*options, channel, self.timeout).await;
+                checked.map_err(|error| LookupError::new(&error, &current.place))
+            }
+            Ok(DatabaseUrl::Sqlite(_)) | Err(_) => Ok(Notifications::Unsupported),
+        }
+    }
+
+    /// Listens on a channel in a task of its own, until the receiver is dropped. A pooler in transaction mode is not asked
+    /// to listen: it would pass notifications to other clients, whose queries they would break.
+    pub fn listen(self: Arc<Self>, channel: &str) -> mpsc::Receiver<Change> {
+        let (sender, receiver) = mpsc::channel(MAX_WAITING_CHANGES);
+        let channel = channel.to_owned();
+        tokio::spawn(async move {
+            let mut is_failing = false;
+            while !sender.is_closed() {
+                let current = self.current();
+                let Ok(DatabaseUrl::Postgres {
+                    options,
+                    session: true,
+                }) = current.url.0.parse()
+                else {
+                    warn!(channel, "the database URL allows no notifications; see check");
+                    return;
+                };
+                let forwarded =
+                    notifications::forward(*options, &channel, &sender, &mut is_failing).await;
+                if let Err(error) = forwarded
+                    && !std::mem::replace(&mut is_failing, true)
+                {
+                    let error = LookupError::new(&error, &current.place);
+                    warn!(%error, channel, "no notifications; changes are found by comparison alone");
+                }
+                sleep(RELISTEN_INTERVAL).await;
+            }
+        });
+        receiver
     }
 
     /// Returns the current numbers of connections.

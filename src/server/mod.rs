@@ -10,7 +10,7 @@ pub mod readiness;
 mod tasks;
 pub mod webhook;
 
-use std::future::pending;
+use std::future::{Future, pending};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::pin::pin;
@@ -28,6 +28,7 @@ use crate::server::certificate::tls::{
     self, Certificate, CertificateFiles, CertificatePem, LiveCertificate,
 };
 use crate::server::closer::Closer;
+use crate::server::health::Health;
 use crate::server::listener::{ConnectionLimit, HEAD_TIMEOUT, listen, with_timeouts};
 use crate::server::maintenance::{Audits, audit, maintain_connections, wait_for_database};
 use crate::server::readiness::Readiness;
@@ -71,17 +72,6 @@ impl Bound {
     /// # Errors
     /// An IO error that names the address.
     pub fn bind(webhook: SocketAddr, health: SocketAddr) -> io::Result<Self> {
-        let bind = |address: SocketAddr| {
-            let listener = listen(address).map_err(|error| {
-                io::Error::new(
-                    error.kind(),
-                    format!(
-                        "cannot listen on {address}: {error} (see --listen and --health-listen)"
-                    ),
-                )
-            })?;
-            Ok::<_, io::Error>((listener.local_addr()?, listener))
-        };
         let (webhook_address, webhook) = bind(webhook)?;
         let (health_address, health) = bind(health)?;
         Ok(Self {
@@ -225,21 +215,45 @@ impl CertificateSource {
     }
 }
 
+/// Binds an address, and serves health and metrics on it.
+///
+/// # Errors
+/// An IO error that names the address.
+pub fn serve_health<H: Health>(
+    address: SocketAddr,
+    health: Arc<H>,
+) -> io::Result<impl Future<Output = io::Result<()>>> {
+    let (address, listener) = bind(address)?;
+    let server = with_timeouts(axum_server::from_tcp(listener)?).acceptor(ConnectionLimit::new());
+    info!(health = %address, "listening");
+    Ok(server.serve(health::routes(health).into_make_service()))
+}
+
+fn bind(address: SocketAddr) -> io::Result<(SocketAddr, TcpListener)> {
+    let listener = listen(address).map_err(|error| {
+        io::Error::new(
+            error.kind(),
+            format!("cannot listen on {address}: {error} (see --listen and --health-listen)"),
+        )
+    })?;
+    Ok((listener.local_addr()?, listener))
+}
+
 /// The signals that stop the process.
-struct StopSignals {
+pub(crate) struct StopSignals {
     terminate: Signal,
     interrupt: Signal,
 }
 
 impl StopSignals {
-    fn new() -> io::Result<Self> {
+    pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
         })
     }
 
-    async fn received(&mut self) {
+    pub(crate) async fn received(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}

@@ -26,6 +26,7 @@ use crate::core::resolution::LookupOutcome;
 use crate::core::response::{Response as AdmissionResponse, recorded_workspace, truncate};
 use crate::database::Database;
 use crate::metrics::Metrics;
+use crate::server::health::Health;
 use crate::server::readiness::Readiness;
 use crate::telemetry::traces;
 
@@ -286,6 +287,16 @@ fn discard(mut body: Body) {
     if !body.is_end_stream() {
         let rest = async move { while let Some(Ok(_)) = body.frame().await {} };
         tokio::spawn(timeout(DISCARD_TIMEOUT, rest));
+    }
+}
+
+impl Health for App {
+    fn not_ready_reason(&self) -> Option<&'static str> {
+        self.readiness.not_ready_reason()
+    }
+
+    fn metrics(&self) -> Result<String, std::fmt::Error> {
+        self.metrics.encode(self.database.connections())
     }
 }
 

@@ -34,7 +34,7 @@ fn template(case: usize, kind: &str, workspace: &str) -> Value {
     })
 }
 
-fn workload(case: usize, kind: &str, workspace: &str) -> Value {
+pub(crate) fn workload(case: usize, kind: &str, workspace: &str) -> Value {
     let name = format!("{}-{case}", kind.to_lowercase());
     let template = template(case, kind, workspace);
     let selector = json!({"matchLabels": {"case": case.to_string(), "of": kind}});

@@ -9,6 +9,7 @@
 )]
 
 mod admission;
+mod converge;
 mod creation;
 mod operation;
 mod world;

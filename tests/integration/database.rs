@@ -14,6 +14,7 @@ use test_support::postgres::{Cluster, PgBouncer, Postgres};
 use test_support::process::is_closed_by_peer;
 use test_support::program::{Authority, Start, Webhook, decode_output, run, wait_for};
 use test_support::relay::Relay;
+use test_support::transcript::{page, sql};
 use test_support::{PROXY, create, pod};
 
 const ID: &str = "88888888-8888-8888-8888-888888888888";
@@ -711,6 +712,41 @@ fn lookups_work_through_pgbouncer_in_transaction_mode() {
         .unwrap();
     let outcomes: Vec<LookupOutcome> = outcomes.into_iter().map(Result::unwrap).collect();
     assert_eq!(outcomes, [LookupOutcome::of_mode(Some("byok")), LookupOutcome::NoRow]);
+}
+
+#[test]
+fn check_tells_whether_notifications_arrive() {
+    let policy = format!("lookup: {{channel: llm_billing_modes}}\n{PROXY}");
+    let remark = |url: &str| {
+        let (code, report) = check(&policy, url);
+        assert_eq!(code, 0, "{report}");
+        let line = report.lines().find(|line| line[6..].starts_with("channel"));
+        line.unwrap().to_owned()
+    };
+    let cluster = Cluster::start();
+    let postgres = Postgres::on(&cluster, &load::schema());
+    assert_eq!(
+        remark(&postgres.url()),
+        "warn  channel      no trigger's function names llm_billing_modes, so no changed row is notified of; see docs/audit.md"
+    );
+    postgres.execute(&sql(&page("docs/audit.md")));
+    assert_eq!(
+        remark(&postgres.url()),
+        "ok    channel      a notification on llm_billing_modes arrives, and a trigger's function names it"
+    );
+    let pooler = PgBouncer::start(&cluster);
+    let pooled = postgres.url_via(pooler.port()) + "?statement-cache-capacity=0";
+    let lost = remark(&pooled);
+    assert!(
+        lost.starts_with("warn  channel      no notification on llm_billing_modes arrives: "),
+        "{lost}"
+    );
+    let sqlite = Kind::Sqlite(tempfile::tempdir().unwrap());
+    let unsupported = remark(&sqlite.with(&load::schema()));
+    assert!(
+        unsupported.starts_with("warn  channel      SQLite has no notifications"),
+        "{unsupported}"
+    );
 }
 
 /// The benchmarks rely on it: a backend that ended between two readings made their difference negative.

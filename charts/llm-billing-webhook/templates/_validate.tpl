@@ -13,6 +13,9 @@
 {{- if and $sqlite .Values.audit.cronJob.enabled }}
 {{- fail "database.sqlite is a file in one pod, which the audit job cannot read: set audit.interval instead of audit.cronJob.enabled" }}
 {{- end }}
+{{- if and $sqlite .Values.converge.enabled }}
+{{- fail "database.sqlite is a file in one pod, which converge cannot read: set converge.enabled=false" }}
+{{- end }}
 {{- if and .Values.autoscaling.enabled (lt (int .Values.autoscaling.maxReplicas) (int .Values.autoscaling.minReplicas)) }}
 {{- fail "autoscaling.maxReplicas is less than autoscaling.minReplicas: raise it" }}
 {{- end }}

@@ -132,12 +132,108 @@ impl Authority {
     }
 }
 
-/// A running `serve`.
-pub struct Webhook {
+/// A running program, killed on drop.
+pub struct Running {
     child: Child,
     log: Arc<Mutex<String>>,
     /// Reads stderr into `log` until stderr closes.
     log_reader: Option<JoinHandle<()>>,
+}
+
+impl Running {
+    /// Starts a program whose log is kept.
+    pub fn start(command: &mut Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let mut lines = BufReader::new(child.stderr.take().unwrap());
+        let shared = Arc::clone(&log);
+        let log_reader = std::thread::spawn(move || {
+            let mut line = Vec::new();
+            while lines.read_until(b'\n', &mut line).unwrap_or(0) > 0 {
+                shared
+                    .lock()
+                    .unwrap()
+                    .push_str(&String::from_utf8_lossy(&line));
+                line.clear();
+            }
+        });
+        Self {
+            child,
+            log,
+            log_reader: Some(log_reader),
+        }
+    }
+
+    /// Waits for the line with the addresses that the program listens on.
+    pub fn wait_until_listening(&mut self) -> Value {
+        wait_for("the program listens", || {
+            let log = self.log.lock().unwrap();
+            assert!(self.child.try_wait().unwrap().is_none(), "ended during start:\n{log}");
+            let line = log.lines().find(|line| line.contains("\"listening\""))?;
+            serde_json::from_str::<Value>(line).ok()
+        })
+    }
+
+    /// Returns everything logged so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Waits for a log line with this text, and returns the line.
+    pub fn wait_for_log(&self, text: &str) -> String {
+        wait_for(text, || {
+            self.log()
+                .lines()
+                .find(|line| line.contains(text))
+                .map(str::to_owned)
+        })
+    }
+
+    /// Sends a signal, such as `TERM`.
+    pub fn signal(&self, signal: &str) {
+        let pid = self.child.id().to_string();
+        assert!(
+            Command::new("kill")
+                .args(["-s", signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+
+    /// Waits for the program's exit and for the rest of its log.
+    pub fn wait(&mut self) -> ExitStatus {
+        let status = wait_for("the program ends", || self.child.try_wait().unwrap());
+        if let Some(log_reader) = self.log_reader.take() {
+            log_reader.join().unwrap();
+        }
+        status
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only if the process has ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("log of the program:\n{}", self.log());
+        }
+    }
+}
+
+/// Returns the answer of a health endpoint: its status and text.
+pub fn health(address: SocketAddr, path: &str) -> (u16, String) {
+    let mut response = super::api_server::agent(None)
+        .get(format!("http://{address}{path}"))
+        .call()
+        .unwrap();
+    (response.status().as_u16(), response.body_mut().read_to_string().unwrap())
+}
+
+/// A running `serve`.
+pub struct Webhook {
+    running: Running,
     /// The webhook's address.
     pub address: SocketAddr,
     /// The address of health and metrics.
@@ -174,37 +270,13 @@ impl Start<'_> {
         let (certificate, key) = authority.issue("localhost");
         fs::write(folder.path().join("tls.crt"), certificate).unwrap();
         fs::write(folder.path().join("tls.key"), key).unwrap();
-        let mut child = self
-            .command(folder.path())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let log = Arc::new(Mutex::new(String::new()));
-        let mut lines = BufReader::new(child.stderr.take().unwrap());
-        let shared = Arc::clone(&log);
-        let log_reader = std::thread::spawn(move || {
-            let mut line = Vec::new();
-            while lines.read_until(b'\n', &mut line).unwrap_or(0) > 0 {
-                shared
-                    .lock()
-                    .unwrap()
-                    .push_str(&String::from_utf8_lossy(&line));
-                line.clear();
-            }
-        });
-        let listening = wait_for("the program listens", || {
-            let log = log.lock().unwrap();
-            assert!(child.try_wait().unwrap().is_none(), "ended during start:\n{log}");
-            let line = log.lines().find(|line| line.contains("\"listening\""))?;
-            serde_json::from_str::<Value>(line).ok()
-        });
+        let mut running = Running::start(&mut self.command(folder.path()));
+        let listening = running.wait_until_listening();
         let address = |field: &str| listening[field].as_str().unwrap().parse().unwrap();
         let (address, health) = (address("webhook"), address("health"));
         let client = authority.client();
         Webhook {
-            child,
-            log,
-            log_reader: Some(log_reader),
+            running,
             address,
             health,
             authority,
@@ -326,12 +398,12 @@ impl Webhook {
 
     /// Returns the program's resident memory in KiB.
     pub fn memory(&self) -> u64 {
-        memory_of(self.child.id(), "VmRSS")
+        memory_of(self.running.child.id(), "VmRSS")
     }
 
     /// Returns the most memory that the program has had, in KiB.
     pub fn peak_memory(&self) -> u64 {
-        memory_of(self.child.id(), "VmHWM")
+        memory_of(self.running.child.id(), "VmHWM")
     }
 
     /// Returns status and text of a page of the health port.
@@ -346,22 +418,17 @@ impl Webhook {
 
     /// Returns everything logged so far.
     pub fn log(&self) -> String {
-        self.log.lock().unwrap().clone()
+        self.running.log()
     }
 
-    /// Waits for a log line with this text, and returns the line.
+    /// See [`Running::wait_for_log`].
     pub fn wait_for_log(&self, text: &str) -> String {
-        wait_for(text, || {
-            self.log()
-                .lines()
-                .find(|line| line.contains(text))
-                .map(str::to_owned)
-        })
+        self.running.wait_for_log(text)
     }
 
     /// Stops reading the log until the guard is dropped.
     pub fn stop_reading_log(&self) -> MutexGuard<'_, String> {
-        self.log.lock().unwrap()
+        self.running.log.lock().unwrap()
     }
 
     /// Waits until `/readyz` returns 200.
@@ -371,23 +438,12 @@ impl Webhook {
 
     /// Sends a signal, such as `TERM`.
     pub fn signal(&self, signal: &str) {
-        let pid = self.child.id().to_string();
-        assert!(
-            Command::new("kill")
-                .args(["-s", signal, &pid])
-                .status()
-                .unwrap()
-                .success()
-        );
+        self.running.signal(signal);
     }
 
-    /// Waits for the program's exit and for the rest of its log.
+    /// See [`Running::wait`].
     pub fn wait(&mut self) -> ExitStatus {
-        let status = wait_for("the program ends", || self.child.try_wait().unwrap());
-        if let Some(log_reader) = self.log_reader.take() {
-            log_reader.join().unwrap();
-        }
-        status
+        self.running.wait()
     }
 
     /// Stops the program and returns its whole log.
@@ -395,17 +451,6 @@ impl Webhook {
         self.signal("TERM");
         self.wait();
         self.log()
-    }
-}
-
-impl Drop for Webhook {
-    fn drop(&mut self) {
-        // Both fail only if the process has ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        if std::thread::panicking() {
-            eprintln!("log of the program:\n{}", self.log());
-        }
     }
 }
 

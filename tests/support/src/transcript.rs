@@ -7,6 +7,12 @@ use super::chart::with_tools;
 use super::program::{program, program_path};
 use super::repository;
 
+/// Returns the first SQL block of a page.
+pub fn sql(page: &str) -> String {
+    let block = page.split("```sql\n").nth(1).unwrap();
+    block.split("```").next().unwrap().to_owned()
+}
+
 /// Returns a page by its path in the repository.
 pub fn page(path: &str) -> String {
     fs::read_to_string(repository().join(path)).unwrap()

@@ -1,0 +1,501 @@
+//! Which workloads to recreate next, so that running pods follow the database: under a budget, once for each change, and
+//! never again if the new pods are out of sync too. The requests are in converge/, which also tells the time.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::str::FromStr;
+use std::time::Duration;
+
+/// How long a workload may have no pod at all before it counts as gone. A Job waits before it replaces a pod.
+const REPLACEMENT_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Limits on recreation.
+#[derive(Clone, Copy, Debug)]
+pub struct Budget {
+    /// Limit on the workspaces that are recreated at once.
+    pub max_unavailable: usize,
+    /// Limit on the workloads whose recreation begins within a minute.
+    pub per_minute: usize,
+    /// How long a recreation may take.
+    pub timeout: Duration,
+}
+
+/// The time of the day, in UTC, at which workloads may be recreated, such as `22:00-06:00`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// The first second of the day in it.
+    from: u32,
+    /// The first second of the day after it; less than `from` if midnight is in it.
+    to: u32,
+}
+
+impl Window {
+    /// Reports whether a second of the day is in it.
+    #[must_use]
+    pub const fn contains(self, second: u32) -> bool {
+        if self.from < self.to {
+            self.from <= second && second < self.to
+        } else {
+            self.from <= second || second < self.to
+        }
+    }
+}
+
+impl FromStr for Window {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        fn second(text: &str) -> Option<u32> {
+            let (hour, minute) = text.split_once(':')?;
+            let (hour, minute): (u32, u32) = (hour.parse().ok()?, minute.parse().ok()?);
+            (hour < 24 && minute < 60).then_some(hour * 3600 + minute * 60)
+        }
+        let times = text.split_once('-');
+        let times = times.and_then(|(from, to)| Some((second(from)?, second(to)?)));
+        match times {
+            Some((from, to)) if from != to => Ok(Self { from, to }),
+            _ => Err("expected two different times of the day in UTC, such as 22:00-06:00"),
+        }
+    }
+}
+
+/// Why a workload with a pod that is out of sync is not recreated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Obstacle {
+    /// An annotation of the workload or pod says so.
+    Paused,
+    /// No controller would recreate the pod.
+    Bare,
+    /// The kubelet would restart the static pod unchanged.
+    Static,
+    /// The webhook would refuse the new pod.
+    Refused,
+}
+
+impl Obstacle {
+    /// Every obstacle.
+    pub const ALL: [Self; 4] = [Self::Paused, Self::Bare, Self::Static, Self::Refused];
+
+    /// Returns the name in metrics and messages.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Paused => "paused",
+            Self::Bare => "bare",
+            Self::Static => "static",
+            Self::Refused => "refused",
+        }
+    }
+}
+
+/// A workload, or a pod without one, that has a pod which is out of sync or is being recreated.
+#[derive(Clone, Debug, Default)]
+pub struct Workload {
+    /// The workspace of its pods.
+    pub workspace: String,
+    /// Distinguishes the states of the workspace's row.
+    pub fingerprint: u64,
+    /// The uids of its pods, each with whether the pod is out of sync.
+    pub pods: BTreeMap<String, bool>,
+    /// Why it is not recreated.
+    pub obstacle: Option<Obstacle>,
+}
+
+impl Workload {
+    fn is_drifted(&self) -> bool {
+        self.pods.values().any(|is_drifted| *is_drifted)
+    }
+}
+
+/// How a recreation failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// A new pod is out of sync too: recreating it again would not help.
+    OutOfSyncAgain,
+    /// Old pods are still there, or no new one is.
+    TimedOut,
+}
+
+impl Failure {
+    /// Returns the name in metrics and messages.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::OutOfSyncAgain => "out_of_sync_again",
+            Self::TimedOut => "timed_out",
+        }
+    }
+}
+
+/// One recreation of a workload.
+#[derive(Clone, Debug)]
+struct Attempt {
+    workspace: String,
+    fingerprint: u64,
+    /// The pods at its beginning, each with whether it was out of sync and is to be replaced.
+    before: BTreeMap<String, bool>,
+    begun: Duration,
+    failure: Option<Failure>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    Running,
+    Succeeded,
+    Failed(Failure),
+}
+
+/// What to do now. Workloads are named by their keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    /// The workloads to recreate.
+    pub begin: Vec<String>,
+    /// The workloads whose recreation has just succeeded.
+    pub succeeded: Vec<String>,
+    /// The workloads whose recreation has just failed.
+    pub failed: Vec<(String, Failure)>,
+    /// The number of workloads that wait for the budget or the window.
+    pub waiting: usize,
+    /// The number of workloads that are being recreated.
+    pub running: usize,
+    /// The number of workloads whose recreation failed, and that are still out of sync.
+    pub stuck: usize,
+}
+
+/// The recreations so far. Time is passed in, counted from any start.
+#[derive(Debug)]
+pub struct Converger {
+    budget: Budget,
+    attempts: BTreeMap<String, Attempt>,
+    /// When the recreations of the last minute began.
+    recent: VecDeque<Duration>,
+}
+
+impl Converger {
+    /// Returns a converger that has recreated nothing.
+    #[must_use]
+    pub const fn new(budget: Budget) -> Self {
+        Self {
+            budget,
+            attempts: BTreeMap::new(),
+            recent: VecDeque::new(),
+        }
+    }
+
+    /// Decides about the workloads, by their keys. Nothing begins outside the window.
+    pub fn step(
+        &mut self,
+        now: Duration,
+        is_open: bool,
+        workloads: &BTreeMap<String, Workload>,
+    ) -> Step {
+        let mut step = Step::default();
+        self.forget(now, workloads);
+        self.attempts.retain(|key, attempt| {
+            let (Some(workload), None) = (workloads.get(key), attempt.failure) else {
+                return true;
+            };
+            match attempt.progress(workload, now, self.budget.timeout) {
+                Progress::Running => true,
+                Progress::Succeeded => {
+                    step.succeeded.push(key.clone());
+                    false
+                }
+                Progress::Failed(failure) => {
+                    step.failed.push((key.clone(), failure));
+                    attempt.failure = Some(failure);
+                    true
+                }
+            }
+        });
+        let is_old = |begun: &Duration| now.saturating_sub(*begun) >= Duration::from_secs(60);
+        while self.recent.front().is_some_and(is_old) {
+            self.recent.pop_front();
+        }
+        for (key, workload) in workloads {
+            if let Some(attempt) = self.attempts.get(key) {
+                step.stuck += usize::from(attempt.failure.is_some());
+                continue;
+            }
+            if !workload.is_drifted() || workload.obstacle.is_some() {
+                continue;
+            }
+            if !is_open || !self.has_room(&workload.workspace) {
+                step.waiting += 1;
+                continue;
+            }
+            self.recent.push_back(now);
+            let attempt = Attempt {
+                workspace: workload.workspace.clone(),
+                fingerprint: workload.fingerprint,
+                before: workload.pods.clone(),
+                begun: now,
+                failure: None,
+            };
+            self.attempts.insert(key.clone(), attempt);
+            step.begin.push(key.clone());
+        }
+        step.running = self.running().count();
+        step
+    }
+
+    /// Returns the keys of the workloads that are being recreated or failed.
+    pub fn attempted(&self) -> impl Iterator<Item = &str> {
+        self.attempts.keys().map(String::as_str)
+    }
+
+    /// Takes over a recreation that another process has begun: the pods that are in sync are new ones.
+    pub fn resume(&mut self, key: &str) {
+        if let Some(attempt) = self.attempts.get_mut(key) {
+            attempt.before.retain(|_, is_drifted| *is_drifted);
+        }
+    }
+
+    /// Undoes the beginning of a recreation that could not be requested. It is tried again.
+    pub fn postpone(&mut self, key: &str) {
+        self.attempts.remove(key);
+    }
+
+    /// Forgets attempts for an earlier state of the row, those of workloads that are gone, and failures of workloads that
+    /// are in sync now.
+    fn forget(&mut self, now: Duration, workloads: &BTreeMap<String, Workload>) {
+        self.attempts
+            .retain(|key, attempt| match workloads.get(key) {
+                Some(workload) => {
+                    workload.fingerprint == attempt.fingerprint
+                        && (attempt.failure.is_none() || workload.is_drifted())
+                }
+                None => {
+                    let is_waiting = now.saturating_sub(attempt.begun) < REPLACEMENT_TIMEOUT;
+                    attempt.failure.is_none() && is_waiting
+                }
+            });
+    }
+
+    fn running(&self) -> impl Iterator<Item = &Attempt> {
+        let attempts = self.attempts.values();
+        attempts.filter(|attempt| attempt.failure.is_none())
+    }
+
+    fn has_room(&self, workspace: &str) -> bool {
+        let running: BTreeSet<&str> = self
+            .running()
+            .map(|attempt| attempt.workspace.as_str())
+            .collect();
+        let is_within_budget =
+            running.contains(workspace) || running.len() < self.budget.max_unavailable;
+        is_within_budget && self.recent.len() < self.budget.per_minute
+    }
+}
+
+impl Attempt {
+    /// Returns how far the recreation is, by the workload's pods.
+    fn progress(&self, workload: &Workload, now: Duration, timeout: Duration) -> Progress {
+        let new = workload.pods.iter();
+        let mut new = new.filter(|(uid, _)| !self.before.contains_key(*uid));
+        if new.clone().any(|(_, is_drifted)| *is_drifted) {
+            return Progress::Failed(Failure::OutOfSyncAgain);
+        }
+        let mut replaced = self.before.iter().filter(|(_, is_drifted)| **is_drifted);
+        let are_gone = replaced.all(|(uid, _)| !workload.pods.contains_key(uid));
+        if are_gone && new.next().is_some() {
+            return Progress::Succeeded;
+        }
+        if now.saturating_sub(self.begun) >= timeout {
+            return Progress::Failed(Failure::TimedOut);
+        }
+        Progress::Running
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUDGET: Budget = Budget {
+        max_unavailable: 2,
+        per_minute: 3,
+        timeout: Duration::from_secs(600),
+    };
+
+    fn workload(workspace: &str, fingerprint: u64, pods: &[(&str, bool)]) -> Workload {
+        let pods = pods.iter();
+        Workload {
+            workspace: workspace.to_owned(),
+            fingerprint,
+            pods: pods
+                .map(|(uid, drifted)| ((*uid).to_owned(), *drifted))
+                .collect(),
+            obstacle: None,
+        }
+    }
+
+    fn workloads<const N: usize>(all: [(&str, Workload); N]) -> BTreeMap<String, Workload> {
+        all.into_iter()
+            .map(|(key, one)| (key.to_owned(), one))
+            .collect()
+    }
+
+    const fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn window_contains_the_times_between_its_ends() {
+        let hour = |hour: u32| hour * 3600;
+        for (text, inside, outside) in [
+            ("22:00-06:00", [hour(22), hour(0), hour(6) - 1], [hour(22) - 1, hour(6), hour(12)]),
+            ("06:00-22:30", [hour(6), hour(12), hour(22)], [hour(6) - 1, hour(23), hour(0)]),
+        ] {
+            let window: Window = text.parse().unwrap();
+            assert!(inside.into_iter().all(|second| window.contains(second)), "{text}");
+            assert!(!outside.into_iter().any(|second| window.contains(second)), "{text}");
+        }
+        for text in [
+            "",
+            "22:00",
+            "22:00-24:00",
+            "22-06",
+            "22:60-06:00",
+            "06:00-06:00",
+            "a:b-c:d",
+        ] {
+            assert!(text.parse::<Window>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn workspaces_begin_within_the_budget() {
+        let mut converger = Converger::new(BUDGET);
+        let mut all = workloads([
+            ("a", workload("w1", 1, &[("a1", true)])),
+            ("b", workload("w1", 1, &[("b1", true)])),
+            ("c", workload("w2", 1, &[("c1", true)])),
+            ("d", workload("w3", 1, &[("d1", true)])),
+            ("e", workload("w4", 1, &[("e1", false)])),
+        ]);
+        let closed = converger.step(at(0), false, &all);
+        assert_eq!((closed.begin.len(), closed.waiting), (0, 4));
+        // Two workloads of one workspace count once; a third workspace is too many.
+        let first = converger.step(at(0), true, &all);
+        assert_eq!(first.begin, ["a", "b", "c"]);
+        assert_eq!((first.waiting, first.running), (1, 3));
+        all.insert("c".to_owned(), workload("w2", 1, &[("c2", false)]));
+        let second = converger.step(at(1), true, &all);
+        assert_eq!(second.succeeded, ["c"]);
+        // The rate is used up until a minute after the first ones.
+        assert_eq!((second.begin.len(), second.waiting), (0, 1));
+        assert_eq!(converger.step(at(59), true, &all).begin.len(), 0);
+        assert_eq!(converger.step(at(60), true, &all).begin, ["d"]);
+    }
+
+    #[test]
+    fn workload_is_recreated_once_for_each_change() {
+        let mut converger = Converger::new(BUDGET);
+        let mut step = |seconds, workload: Workload| {
+            converger.step(at(seconds), true, &workloads([("a", workload)]))
+        };
+        let old = [("a1", true), ("a2", true)];
+        assert_eq!(step(0, workload("w", 1, &old)).begin, ["a"]);
+        // The rollout is in progress.
+        let during = step(1, workload("w", 1, &[("a2", true), ("a3", false)]));
+        assert_eq!((during.begin.len(), during.running), (0, 1));
+        assert_eq!(step(2, workload("w", 1, &[("a3", false)])).succeeded, ["a"]);
+        assert_eq!(step(3, workload("w", 1, &[("a3", false)])), Step::default());
+        // Switched back, and again during that rollout.
+        assert_eq!(step(70, workload("w", 2, &[("a3", true)])).begin, ["a"]);
+        let again = step(71, workload("w", 1, &[("a3", false), ("a4", true)]));
+        assert_eq!(again.begin, ["a"]);
+        let end = step(72, workload("w", 1, &[("a5", false)]));
+        assert_eq!((end.succeeded, end.begin), (vec!["a".to_owned()], vec![]));
+    }
+
+    #[test]
+    fn failed_recreation_is_not_repeated() {
+        let mut converger = Converger::new(BUDGET);
+        let mut step = |seconds, workload: Workload| {
+            converger.step(at(seconds), true, &workloads([("a", workload)]))
+        };
+        assert_eq!(step(0, workload("w", 1, &[("a1", true)])).begin, ["a"]);
+        let failed = step(1, workload("w", 1, &[("a2", true)]));
+        assert_eq!(failed.failed, [("a".to_owned(), Failure::OutOfSyncAgain)]);
+        assert_eq!((failed.stuck, failed.running), (1, 0));
+        let later = step(1000, workload("w", 1, &[("a3", true)]));
+        assert_eq!((later.begin.len(), later.failed.len(), later.stuck), (0, 0, 1));
+        // Another change of the row is another reason.
+        assert_eq!(step(1001, workload("w", 2, &[("a3", true)])).begin, ["a"]);
+        // The new pod cannot start, and the old one stays.
+        let stuck = [("a3", true), ("a4", false)];
+        assert_eq!(step(1600, workload("w", 2, &stuck)).failed, []);
+        let timed_out = step(1601, workload("w", 2, &stuck));
+        assert_eq!(timed_out.failed, [("a".to_owned(), Failure::TimedOut)]);
+        assert_eq!(step(9999, workload("w", 2, &stuck)).begin.len(), 0);
+    }
+
+    #[test]
+    fn later_drift_is_another_reason() {
+        let mut converger = Converger::new(BUDGET);
+        let mut step = |seconds, pods: &[(&str, bool)]| {
+            converger.step(at(seconds), true, &workloads([("a", workload("w", 1, pods))]))
+        };
+        // A pod that is in sync is not replaced.
+        assert_eq!(step(0, &[("a1", true), ("a2", false)]).begin, ["a"]);
+        assert_eq!(step(1, &[("a2", false), ("a3", false)]).succeeded, ["a"]);
+        assert_eq!(step(2, &[("a2", false), ("a4", true)]).begin, ["a"]);
+        // What failed is mended by hand.
+        let failed = step(3, &[("a5", true)]);
+        assert_eq!(failed.failed, [("a".to_owned(), Failure::OutOfSyncAgain)]);
+        assert_eq!(step(4, &[("a6", false)]), Step::default());
+        assert_eq!(step(61, &[("a7", true)]).begin, ["a"]);
+    }
+
+    #[test]
+    fn workload_without_pods_is_awaited_for_two_minutes() {
+        let mut converger = Converger::new(BUDGET);
+        let drifted = workloads([("a", workload("w", 1, &[("a1", true)]))]);
+        let settled = workloads([("a", workload("w", 1, &[("a2", false)]))]);
+        assert_eq!(converger.step(at(0), true, &drifted).begin, ["a"]);
+        let between = converger.step(at(119), true, &BTreeMap::new());
+        assert_eq!(between.running, 1);
+        assert_eq!(converger.step(at(120), true, &settled).succeeded, ["a"]);
+        assert_eq!(converger.step(at(200), true, &drifted).begin, ["a"]);
+        let gone = converger.step(at(320), true, &BTreeMap::new());
+        assert_eq!(gone, Step::default());
+    }
+
+    #[test]
+    fn obstacle_prevents_recreation() {
+        for obstacle in Obstacle::ALL {
+            let mut converger = Converger::new(BUDGET);
+            let mut blocked = workload("w", 1, &[("a1", true)]);
+            blocked.obstacle = Some(obstacle);
+            let step = converger.step(at(0), true, &workloads([("a", blocked)]));
+            assert_eq!(step, Step::default(), "{}", obstacle.as_str());
+        }
+    }
+
+    #[test]
+    fn resumed_recreation_needs_no_further_pod() {
+        for (resumes, expected) in [(true, vec!["a".to_owned()]), (false, vec![])] {
+            let mut converger = Converger::new(BUDGET);
+            let begun = workloads([("a", workload("w", 1, &[("a1", true), ("a2", false)]))]);
+            assert_eq!(converger.step(at(0), true, &begun).begin, ["a"]);
+            if resumes {
+                converger.resume("a");
+            }
+            let ended = workloads([("a", workload("w", 1, &[("a2", false)]))]);
+            assert_eq!(converger.step(at(1), true, &ended).succeeded, expected);
+        }
+    }
+
+    #[test]
+    fn postponed_workload_begins_again() {
+        let mut converger = Converger::new(BUDGET);
+        let all = workloads([("a", workload("w", 1, &[("a1", true)]))]);
+        for seconds in 0..3 {
+            assert_eq!(converger.step(at(seconds), true, &all).begin, ["a"]);
+            converger.postpone("a");
+        }
+        // Requests that failed count towards the rate.
+        assert_eq!(converger.step(at(3), true, &all).waiting, 1);
+    }
+}

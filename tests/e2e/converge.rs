@@ -1,0 +1,611 @@
+//! `converge`: running pods follow a switch in the database, under faults too. There is no kubelet, so the tests mark pods
+//! as ready themselves.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::creation::workload;
+use crate::world::{BYOK, NAMESPACE, World, pod, policy};
+use test_support::chart::{RELEASE, render};
+use test_support::postgres::Postgres;
+use test_support::program::{Running, Webhook, health, program, wait_for};
+use test_support::transcript::{page, sql};
+
+/// A cluster with controllers, the webhook and its database.
+struct Platform {
+    world: World,
+    postgres: Postgres,
+    _webhook: Webhook,
+    policy: String,
+}
+
+impl Platform {
+    fn start() -> Option<Self> {
+        let mut world = World::start()?;
+        let postgres = World::workspaces();
+        postgres.execute(&sql(&page("docs/audit.md")));
+        let webhook = world.install(&postgres, &policy(""), &[]);
+        if !world.start_controllers() {
+            return None;
+        }
+        let policy = world.write("policy.yaml", &policy("lookup: {channel: llm_billing_modes}"));
+        Some(Self {
+            world,
+            postgres,
+            _webhook: webhook,
+            policy,
+        })
+    }
+
+    /// Starts `converge`, waits until it has compared the pods, and returns it with the address of its health endpoint.
+    fn converge(&self, arguments: &[&str]) -> (Running, SocketAddr) {
+        let (running, address) = self.start_converge(arguments, self.world.kubeconfig());
+        wait_for("the pods are compared", || (health(address, "/readyz").0 == 200).then_some(()));
+        (running, address)
+    }
+
+    fn start_converge(&self, arguments: &[&str], kubeconfig: &str) -> (Running, SocketAddr) {
+        let mut command = program(&["converge", "--policy", &self.policy]);
+        command
+            .args(["--database-url", &self.postgres.url()])
+            .args(["--health-listen", "127.0.0.1:0"])
+            .args(arguments)
+            .env("KUBECONFIG", kubeconfig)
+            .stdin(Stdio::null());
+        let mut running = Running::start(&mut command);
+        let listening = running.wait_until_listening();
+        let address = listening["health"].as_str().unwrap().parse().unwrap();
+        (running, address)
+    }
+
+    fn set(&self, mode: &str) {
+        self.postgres.execute(&format!(
+            "UPDATE workspaces SET llm_billing_mode = '{mode}' WHERE id = '{BYOK}'"
+        ));
+    }
+
+    /// Returns the mode of each pod that is not terminating, by its name.
+    fn modes(&self) -> BTreeMap<String, String> {
+        let pods = self.world.pods().into_iter();
+        let living = pods.filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+        let mode =
+            |pod: &Value| pod["metadata"]["annotations"]["molecule.ai/llm-billing-mode"].clone();
+        let text = |value: Value| value.as_str().unwrap_or("-").to_owned();
+        living
+            .map(|pod| (text(pod["metadata"]["name"].clone()), text(mode(&pod))))
+            .collect()
+    }
+
+    /// Runs the closure while all pods are marked as ready.
+    fn with_kubelet(&self, work: impl FnOnce()) {
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(Ordering::Relaxed) {
+                    self.mark_ready();
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+            });
+            let guard = SetOnDrop(&is_over);
+            work();
+            drop(guard);
+        });
+    }
+
+    fn mark_ready(&self) {
+        for pod in self.world.pods() {
+            if pod["status"]["phase"] == "Running" {
+                continue;
+            }
+            let name = pod["metadata"]["name"].as_str().unwrap();
+            let path = format!("/api/v1/namespaces/{NAMESPACE}/pods/{name}/status");
+            let mut ready = pod.clone();
+            ready["status"] = json!({"phase": "Running", "conditions": [
+                {"type": "Ready", "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"},
+            ]});
+            // The pod may be gone, or may have changed.
+            self.world.api.request("PUT", &path, Some(&ready));
+        }
+    }
+}
+
+/// Returns a ReplicaSet that belongs to no Deployment.
+fn replica_set() -> Value {
+    let mut replica_set = workload(1, "Deployment", BYOK);
+    replica_set["kind"] = "ReplicaSet".into();
+    replica_set["metadata"]["name"] = "replicaset-1".into();
+    for field in ["selector", "template"] {
+        let labels = ["/matchLabels/of", "/metadata/labels/of"];
+        for label in labels {
+            if let Some(of) = replica_set["spec"][field].pointer_mut(label) {
+                *of = "ReplicaSet".into();
+            }
+        }
+    }
+    replica_set
+}
+
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Waits until the metrics have this line.
+fn wait_for_metric(address: SocketAddr, line: &str) {
+    wait_for(line, || {
+        let metrics = health(address, "/metrics").1;
+        metrics.lines().any(|own| own == line).then_some(())
+    });
+}
+
+#[test]
+fn each_kind_of_owner_follows_a_switch() {
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node"}});
+    platform.world.api.create_all([&node, &replica_set()]);
+    for kind in ["Deployment", "StatefulSet", "DaemonSet", "Job"] {
+        platform.world.api.create_all([&workload(1, kind, BYOK)]);
+    }
+    platform
+        .world
+        .api
+        .create_all([&pod("bare", BYOK, &json!([]))]);
+    platform.with_kubelet(|| {
+        wait_for("all pods exist", || (platform.modes().len() == 6).then_some(()));
+        assert!(platform.modes().values().all(|mode| mode == "byok"));
+        let before: BTreeSet<String> = platform.modes().into_keys().collect();
+        let (converge, address) = platform.converge(&["--apply"]);
+        converge.wait_for_log("listening for changed rows");
+        platform.set("platform_managed");
+        wait_for("all pods but the bare one have the new mode", || {
+            let modes = platform.modes();
+            let managed = modes
+                .values()
+                .filter(|mode| *mode == "platform_managed")
+                .count();
+            (modes.len() == 6 && managed == 5).then_some(())
+        });
+        assert_eq!(platform.modes()["bare"], "byok");
+        for kind in [
+            "Deployment",
+            "StatefulSet",
+            "DaemonSet",
+            "Job",
+            "ReplicaSet",
+        ] {
+            for result in ["begun", "succeeded"] {
+                let line = format!(
+                    "llm_billing_recreations_total{{kind=\"{kind}\",result=\"{result}\"}} 1"
+                );
+                wait_for_metric(address, &line);
+            }
+        }
+        wait_for_metric(address, "llm_billing_switches_total 1");
+        let metrics = health(address, "/metrics").1;
+        let documentation = page("docs/metrics.md");
+        let documented = documentation
+            .split("## The series of `converge`")
+            .nth(1)
+            .unwrap();
+        for line in documented
+            .lines()
+            .filter(|line| line.starts_with("| `llm_billing_"))
+        {
+            let cells: Vec<&str> = line
+                .split('|')
+                .map(|cell| cell.trim().trim_matches('`'))
+                .collect();
+            let family = format!("# TYPE {} {}\n", cells[1].trim_end_matches("_total"), cells[2]);
+            assert!(metrics.contains(&family), "{family}");
+        }
+        wait_for_metric(address, "llm_billing_drifted_workloads{state=\"bare\"} 1");
+        wait_for_metric(address, "llm_billing_drifted_workloads{state=\"running\"} 0");
+        let after: BTreeSet<String> = platform.modes().into_keys().collect();
+        // A StatefulSet's pod has its name again.
+        let same: Vec<&String> = before.intersection(&after).collect();
+        assert_eq!(same, ["bare", "statefulset-1-0"]);
+    });
+}
+
+#[test]
+fn nothing_is_recreated_without_apply() {
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    platform
+        .world
+        .api
+        .create_all([&workload(1, "Deployment", BYOK)]);
+    platform.with_kubelet(|| {
+        wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
+        let before = platform.modes();
+        let (converge, address) = platform.converge(&[]);
+        platform.set("disabled");
+        converge.wait_for_log("would be recreated (--apply is not set)");
+        assert_eq!(platform.modes(), before);
+        wait_for_metric(address, "llm_billing_drifted_workloads{state=\"waiting\"} 1");
+        let line = "llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 1";
+        wait_for_metric(address, line);
+        let path = format!("/api/v1/namespaces/{NAMESPACE}/events");
+        let events = wait_for("the event is written", || {
+            let events = platform.world.api.get(&path).unwrap()["items"].clone();
+            let events = events.as_array().unwrap().clone();
+            let mut drift = events
+                .into_iter()
+                .filter(|event| event["reason"] == "LlmBillingDrift");
+            drift.next()
+        });
+        let message = events["message"].as_str().unwrap();
+        let expected = format!(
+            "the env of this pod does not match the billing mode (wrong_mode): container \"init\": \
+             MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED; container \"agent\": \
+             MOLECULE_LLM_BILLING_MODE, MOLECULE_LLM_BILLING_MODE_RESOLVED; \
+             {NAMESPACE}/Deployment/deployment-1 would be recreated (--apply is not set)"
+        );
+        assert_eq!(message, expected);
+    });
+}
+
+#[test]
+fn paused_workload_is_left_alone() {
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    let annotations = json!({"molecule.ai/llm-billing-converge": "paused"});
+    // By an annotation of its own, and of its pods.
+    let mut deployment = workload(1, "Deployment", BYOK);
+    deployment["metadata"]["annotations"] = annotations.clone();
+    let mut replica_set = replica_set();
+    replica_set["spec"]["template"]["metadata"]["annotations"] = annotations;
+    platform.world.api.create_all([&deployment, &replica_set]);
+    platform.with_kubelet(|| {
+        wait_for("the pods exist", || (platform.modes().len() == 2).then_some(()));
+        let before = platform.modes();
+        let (_converge, address) = platform.converge(&["--apply"]);
+        platform.set("disabled");
+        wait_for_metric(address, "llm_billing_drifted_workloads{state=\"paused\"} 2");
+        assert_eq!(platform.modes(), before);
+    });
+}
+
+#[test]
+fn pod_that_stays_out_of_sync_is_recreated_once() {
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    platform
+        .world
+        .api
+        .create_all([&workload(1, "Deployment", BYOK)]);
+    platform.with_kubelet(|| {
+        wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
+        let (converge, address) = platform.converge(&["--apply"]);
+        // New pods are no longer mutated.
+        platform.world.kubectl_ok(&[
+            "delete",
+            "mutatingwebhookconfiguration",
+            "llm-billing-webhook",
+        ]);
+        let probe = pod("probe", BYOK, &json!([]));
+        wait_for("the webhook is not called any more", || {
+            let path = format!("/api/v1/namespaces/{NAMESPACE}/pods?dryRun=All");
+            let created = platform.world.api.request("POST", &path, Some(&probe)).1;
+            created["metadata"]
+                .get("annotations")
+                .is_none()
+                .then_some(())
+        });
+        platform.set("disabled");
+        converge.wait_for_log("recreation failed; it is not repeated for this mode");
+        let line = "llm_billing_recreations_total{kind=\"Deployment\",result=\"failed\"} 1";
+        wait_for_metric(address, line);
+        wait_for_metric(
+            address,
+            "llm_billing_recreations_total{kind=\"Deployment\",result=\"begun\"} 1",
+        );
+        wait_for("the old pod is gone", || {
+            let modes = platform.modes();
+            (modes.len() == 1 && modes.values().all(|mode| mode == "-")).then_some(())
+        });
+        let stays = platform.modes();
+        // A sweep, and a notification that changes nothing.
+        platform.set("disabled");
+        wait_for("two more comparisons", || {
+            let metrics = health(address, "/metrics").1;
+            metrics
+                .lines()
+                .find_map(|line| line.strip_prefix("llm_billing_audits_total{result=\"ok\"} "))
+                .filter(|count| count.parse::<u32>().unwrap() >= 4)
+                .map(|_| ())
+        });
+        assert_eq!(platform.modes(), stays);
+        wait_for_metric(address, "llm_billing_drifted_workloads{state=\"failed\"} 1");
+    });
+}
+
+#[test]
+fn second_replica_takes_over() {
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    platform
+        .world
+        .api
+        .create_all([&workload(1, "StatefulSet", BYOK)]);
+    platform.with_kubelet(|| {
+        wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
+        let lease = [
+            "--apply",
+            "--lease",
+            "converge",
+            "--lease-namespace",
+            "default",
+        ];
+        let (first, address) = platform.converge(&lease);
+        first.wait_for_log("\"is_active\":true");
+        let (second, other) = platform.converge(&lease);
+        wait_for_metric(address, "llm_billing_converge_active 1");
+        wait_for_metric(other, "llm_billing_converge_active 0");
+        platform.set("disabled");
+        wait_for("the pod has the new mode", || {
+            platform
+                .modes()
+                .values()
+                .all(|mode| mode == "disabled")
+                .then_some(())
+        });
+        assert!(!second.log().contains("recreating"), "{}", second.log());
+        // The first replica cannot give the Lease up.
+        first.signal("KILL");
+        second.wait_for_log("\"is_active\":true");
+        platform.set("byok");
+        wait_for("the pod has the mode", || {
+            let modes = platform.modes();
+            (modes.len() == 1 && modes.values().all(|mode| mode == "byok")).then_some(())
+        });
+        second.wait_for_log("recreated");
+        assert_eq!(second.log().matches("\"recreating\"").count(), 1, "{}", second.log());
+        // A replica that ends gives it up.
+        let (third, _) = platform.converge(&lease);
+        second.signal("TERM");
+        third.wait_for_log("\"is_active\":true");
+    });
+}
+
+#[test]
+fn rollout_goes_on_under_the_next_replica() {
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    platform
+        .world
+        .api
+        .create_all([&workload(1, "Deployment", BYOK)]);
+    wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
+    platform.mark_ready();
+    let lease = [
+        "--apply",
+        "--lease",
+        "converge",
+        "--lease-namespace",
+        "default",
+    ];
+    let (first, _) = platform.converge(&lease);
+    first.wait_for_log("\"is_active\":true");
+    platform.set("disabled");
+    // The new pod is not ready, so that the old one stays.
+    wait_for("the new pod exists", || (platform.modes().len() == 2).then_some(()));
+    let path = format!("/apis/apps/v1/namespaces/{NAMESPACE}/deployments/deployment-1");
+    let template = || platform.world.api.get(&path).unwrap()["spec"]["template"].clone();
+    let restarted = template();
+    first.signal("KILL");
+    let (second, _) = platform.converge(&lease);
+    second.wait_for_log("a rollout is in progress");
+    platform.with_kubelet(|| {
+        second.wait_for_log("\"recreated\"");
+        let modes = platform.modes();
+        assert!(modes.len() == 1 && modes.values().all(|mode| mode == "disabled"), "{modes:?}");
+    });
+    assert_eq!(template(), restarted);
+}
+
+#[test]
+fn nothing_is_recreated_while_the_database_is_away() {
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    platform
+        .world
+        .api
+        .create_all([&workload(1, "Deployment", BYOK)]);
+    platform.with_kubelet(|| {
+        wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
+        let before = platform.modes();
+        let (converge, _) = platform.converge(&["--apply", "--interval", "1s"]);
+        platform
+            .postgres
+            .execute("ALTER TABLE workspaces RENAME TO gone");
+        converge.wait_for_log("cannot compare the pods with the database");
+        platform
+            .postgres
+            .execute(&format!("UPDATE gone SET llm_billing_mode = 'disabled' WHERE id = '{BYOK}'"));
+        assert_eq!(platform.modes(), before);
+        platform
+            .postgres
+            .execute("ALTER TABLE gone RENAME TO workspaces");
+        converge.wait_for_log("pods are compared again");
+        wait_for("the pod has the new mode", || {
+            let modes = platform.modes();
+            (modes.len() == 1 && modes.values().all(|mode| mode == "disabled")).then_some(())
+        });
+        converge.wait_for_log("\"recreated\"");
+        assert_eq!(converge.log().matches("\"recreating\"").count(), 1, "{}", converge.log());
+    });
+}
+
+#[test]
+fn converge_needs_each_permission_of_the_chart() {
+    const NAME: &str = "llm-billing-webhook-converge";
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    let objects = render(&[
+        "database.existingSecret=db",
+        "converge.enabled=true",
+        "converge.apply=true",
+    ]);
+    let own: Vec<&Value> = objects
+        .iter()
+        .filter(|object| object["metadata"]["name"] == NAME)
+        .collect();
+    platform.world.create_namespace(RELEASE, &json!({}));
+    let permissions = own
+        .iter()
+        .copied()
+        .filter(|object| object["kind"] != "Deployment");
+    platform.world.api.create_all(permissions);
+    let deployment = own
+        .iter()
+        .find(|object| object["kind"] == "Deployment")
+        .unwrap();
+    let arguments = &deployment["spec"]["template"]["spec"]["containers"][0]["args"];
+    let arguments: Vec<&str> = arguments
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|argument| argument.as_str().unwrap())
+        .filter(|argument| *argument != "converge" && !argument.contains("/etc/llm-billing/"))
+        .collect();
+    let token = platform
+        .world
+        .kubectl_ok(&["-n", RELEASE, "create", "token", NAME]);
+    let folder = platform.world.folder.path().join("token");
+    std::fs::create_dir(&folder).unwrap();
+    let kubeconfig = platform
+        .world
+        .api
+        .kubeconfig_with_token(&folder, token.trim());
+    let kubeconfig = kubeconfig.to_str().unwrap();
+    platform
+        .world
+        .api
+        .create_all([&workload(1, "Deployment", BYOK), &replica_set()]);
+    platform.with_kubelet(|| {
+        wait_for("the pods exist", || (platform.modes().len() == 2).then_some(()));
+        let rbac = "/apis/rbac.authorization.k8s.io/v1";
+        let cluster_role = format!("{rbac}/clusterroles/{NAME}");
+        let role = format!("{rbac}/namespaces/{RELEASE}/roles/{NAME}");
+        let rules = |path: &str| platform.world.api.get(path).unwrap()["rules"].clone();
+        let all = [&cluster_role, &role].map(|path| (path, rules(path)));
+        let mut is_byok = true;
+        let mut switch = || {
+            is_byok = !is_byok;
+            let mode = if is_byok { "byok" } else { "disabled" };
+            platform.set(mode);
+            mode
+        };
+        let wait_for_mode = |mode: &str| {
+            wait_for("both pods have the mode", || {
+                let modes = platform.modes();
+                (modes.len() == 2 && modes.values().all(|own| own == mode)).then_some(())
+            });
+        };
+        for (path, rules) in &all {
+            for (index, rule) in rules.as_array().unwrap().iter().enumerate() {
+                for verb in rule["verbs"].as_array().unwrap() {
+                    let mut reduced = rules.as_array().unwrap().clone();
+                    reduced[index]["verbs"]
+                        .as_array_mut()
+                        .unwrap()
+                        .retain(|own| own != verb);
+                    reduced.retain(|rule| rule["verbs"] != json!([]));
+                    // The create of the Lease needs one that is not there.
+                    if *verb == "create" && rule["resources"] == json!(["leases"]) {
+                        let path = format!(
+                            "/apis/coordination.k8s.io/v1/namespaces/{RELEASE}/leases/{NAME}"
+                        );
+                        platform.world.api.request("DELETE", &path, None);
+                    }
+                    platform
+                        .world
+                        .api
+                        .change(path, |role| role["rules"] = reduced.clone().into());
+                    let (mut converge, _) = platform.start_converge(&arguments, kubeconfig);
+                    let mode = switch();
+                    let resource = rule["resources"][0].as_str().unwrap();
+                    let message = format!("cannot {} resource", verb.as_str().unwrap());
+                    wait_for(&format!("{verb} of {resource} is missed"), || {
+                        let log = converge.log();
+                        let mut lines = log.lines();
+                        lines.any(|line| line.contains(&message)).then_some(())
+                    });
+                    platform
+                        .world
+                        .api
+                        .change(path, |role| role["rules"] = rules.clone());
+                    // It goes on without a restart.
+                    wait_for_mode(mode);
+                    converge.signal("TERM");
+                    assert_eq!(converge.wait().code(), Some(0));
+                }
+            }
+        }
+        // With all of them, nothing is forbidden.
+        let (converge, _) = platform.start_converge(&arguments, kubeconfig);
+        converge.wait_for_log("\"is_active\":true");
+        wait_for_mode(switch());
+        assert!(!converge.log().contains("forbidden"), "{}", converge.log());
+    });
+}
+
+#[test]
+fn storm_of_switches_stays_within_the_budget() {
+    const WORKSPACES: usize = 1000;
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    let id = |index: usize| format!("00000000-0000-4000-8000-{index:012}");
+    platform.postgres.execute(&format!(
+        "INSERT INTO workspaces SELECT ('00000000-0000-4000-8000-' || lpad(i::text, 12, '0'))::uuid, 'byok'
+         FROM generate_series(1, {WORKSPACES}) i"
+    ));
+    // A pod of its own for each, which an eviction deletes.
+    for index in 1..=WORKSPACES {
+        platform
+            .world
+            .api
+            .create_all([&pod(&format!("p-{index}"), &id(index), &json!([]))]);
+    }
+    let (converge, address) = platform.converge(&[
+        "--apply",
+        "--evict-bare",
+        "--max-unavailable",
+        "4",
+        "--rate",
+        "7",
+    ]);
+    converge.wait_for_log("listening for changed rows");
+    platform.postgres.execute(
+        "UPDATE workspaces SET llm_billing_mode = 'disabled' WHERE id::text LIKE '00000000%'",
+    );
+    wait_for_metric(address, &format!("llm_billing_switches_total {WORKSPACES}"));
+    wait_for_metric(address, "llm_billing_recreations_total{kind=\"Pod\",result=\"begun\"} 4");
+    wait_for_metric(address, "llm_billing_drifted_workloads{state=\"running\"} 4");
+    let waiting = WORKSPACES - 4;
+    wait_for_metric(
+        address,
+        &format!("llm_billing_drifted_workloads{{state=\"waiting\"}} {waiting}"),
+    );
+    // No replacement comes, so that the four keep their places.
+    assert_eq!(platform.modes().len(), WORKSPACES - 4);
+}
