@@ -39,7 +39,7 @@ const STEP_INTERVAL: Duration = Duration::from_millis(500);
 /// Pause before a comparison that failed is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// Time after which a paused workload's annotation is read again.
-const PAUSE_INTERVAL: Duration = Duration::from_secs(60);
+const PAUSE_INTERVAL: Duration = Duration::from_secs(20);
 /// Limit on the pods of a batch lookup, as in an audit's page.
 const MAX_BATCH: usize = 500;
 /// Limit on the events written in one step.
@@ -353,6 +353,8 @@ impl Converge {
         if !self.status.has_compared.load(Ordering::Relaxed) {
             return;
         }
+        self.paused
+            .retain(|_, read| read.elapsed() < PAUSE_INTERVAL);
         let workloads = self.workloads();
         let drifted = workloads.values();
         let drifted = drifted.filter(|workload| workload.pods.values().any(|is| *is));
@@ -540,11 +542,9 @@ impl Converge {
             let value = all.get(CONVERGE_ANNOTATION)?;
             (value == "paused").then_some(())
         });
-        let now = Instant::now();
-        self.paused
-            .retain(|_, read| now.duration_since(*read) < PAUSE_INTERVAL);
         if paused.is_some() {
-            self.paused.insert(key.to_owned(), now);
+            self.paused.insert(key.to_owned(), Instant::now());
+            self.converger.withdraw(key);
             return Ok(false);
         }
         let template = workload.pointer("/spec/template/metadata/annotations");

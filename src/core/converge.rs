@@ -250,7 +250,14 @@ impl Converger {
         }
     }
 
-    /// Undoes the beginning of a recreation that could not be requested. It is tried again.
+    /// Undoes the beginning of a recreation that is not wanted after all.
+    pub fn withdraw(&mut self, key: &str) {
+        if self.attempts.remove(key).is_some() {
+            self.recent.pop_back();
+        }
+    }
+
+    /// Undoes the beginning of a recreation that could not be requested. It is tried again, within the rate.
     pub fn postpone(&mut self, key: &str) {
         self.attempts.remove(key);
     }
@@ -497,5 +504,10 @@ mod tests {
         }
         // Requests that failed count towards the rate.
         assert_eq!(converger.step(at(3), true, &all).waiting, 1);
+        // What is withdrawn does not.
+        for seconds in 60..70 {
+            assert_eq!(converger.step(at(seconds), true, &all).begin, ["a"]);
+            converger.withdraw("a");
+        }
     }
 }

@@ -275,6 +275,22 @@ fn paused_workload_is_left_alone() {
         platform.set("disabled");
         wait_for_metric(address, "llm_billing_drifted_workloads{state=\"paused\"} 2");
         assert_eq!(platform.modes(), before);
+        // The annotation is read again.
+        let path = format!("/apis/apps/v1/namespaces/{NAMESPACE}/deployments/deployment-1");
+        platform
+            .world
+            .api
+            .change(&path, |deployment| drop(deployment["metadata"]["annotations"].take()));
+        wait_for_metric(
+            address,
+            "llm_billing_recreations_total{kind=\"Deployment\",result=\"succeeded\"} 1",
+        );
+        let still = platform.modes();
+        let kept = before.keys().filter(|name| name.starts_with("replicaset"));
+        assert!(
+            kept.clone().count() == 1 && kept.clone().all(|name| still.contains_key(name)),
+            "{still:?}"
+        );
     });
 }
 
@@ -380,6 +396,43 @@ fn second_replica_takes_over() {
         second.signal("TERM");
         third.wait_for_log("\"is_active\":true");
     });
+}
+
+#[test]
+fn switch_is_followed_once_the_api_server_is_back() {
+    let Some(mut platform) = Platform::start() else {
+        return;
+    };
+    platform
+        .world
+        .api
+        .create_all([&workload(1, "StatefulSet", BYOK)]);
+    wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
+    platform.mark_ready();
+    let lease = [
+        "--apply",
+        "--lease",
+        "converge",
+        "--lease-namespace",
+        "default",
+    ];
+    let (converge, _) = platform.converge(&lease);
+    converge.wait_for_log("\"is_active\":true");
+    let plane = platform.world.api.control_plane.as_mut().unwrap();
+    plane.without_api_server(|| {
+        platform.postgres.execute(&format!(
+            "UPDATE workspaces SET llm_billing_mode = 'disabled' WHERE id = '{BYOK}'"
+        ));
+        converge.wait_for_log("\"is_active\":false");
+    });
+    platform.with_kubelet(|| {
+        wait_for("the pod has the new mode", || {
+            let modes = platform.modes();
+            (modes.len() == 1 && modes.values().all(|mode| mode == "disabled")).then_some(())
+        });
+        converge.wait_for_log("\"recreated\"");
+    });
+    assert_eq!(converge.log().matches("\"recreating\"").count(), 1, "{}", converge.log());
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The real control plane on loopback: etcd, the API server and, on request, the controllers. The programs come from
 //! the folder that `KUBEBUILDER_ASSETS` names, and are killed when the test ends.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -23,13 +24,18 @@ rules:
 - {level: None}
 ";
 
+const API_SERVER: &str = "kube-apiserver";
+
 /// A running control plane.
 pub struct ControlPlane {
     /// The API server's URL.
     pub url: String,
     assets: PathBuf,
     folder: TempDir,
-    children: Vec<Child>,
+    /// The flags of the API server.
+    flags: Vec<(&'static str, String)>,
+    /// By program.
+    children: BTreeMap<String, Child>,
 }
 
 impl ControlPlane {
@@ -42,7 +48,8 @@ impl ControlPlane {
             url: format!("https://127.0.0.1:{port}"),
             assets: assets.to_owned(),
             folder: tempfile::tempdir().unwrap(),
-            children: Vec::new(),
+            flags: Vec::new(),
+            children: BTreeMap::new(),
         };
         let folder = plane.folder.path().to_owned();
         let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
@@ -65,35 +72,51 @@ impl ControlPlane {
                 ("unsafe-no-fsync", "true"),
             ],
         );
-        plane.run(
-            "kube-apiserver",
-            &[
-                ("etcd-servers", &store),
-                ("bind-address", "127.0.0.1"),
-                ("advertise-address", "127.0.0.1"),
-                ("secure-port", &port.to_string()),
-                ("cert-dir", &path("certificates")),
-                ("service-account-issuer", "https://localhost"),
-                ("service-account-key-file", &path("sa.pub")),
-                ("service-account-signing-key-file", &path("sa.key")),
-                ("service-cluster-ip-range", "10.0.0.0/24"),
-                ("token-auth-file", &path("tokens.csv")),
-                ("authorization-mode", "RBAC"),
-                ("audit-policy-file", &path("audit.yaml")),
-                ("audit-log-path", &path("audit.log")),
-                // No controller creates the service accounts that this plugin requires.
-                ("disable-admission-plugins", "ServiceAccount"),
-            ],
-        );
+        plane.flags = vec![
+            ("etcd-servers", store),
+            ("bind-address", "127.0.0.1".to_owned()),
+            ("advertise-address", "127.0.0.1".to_owned()),
+            ("secure-port", port.to_string()),
+            ("cert-dir", path("certificates")),
+            ("service-account-issuer", "https://localhost".to_owned()),
+            ("service-account-key-file", path("sa.pub")),
+            ("service-account-signing-key-file", path("sa.key")),
+            ("service-cluster-ip-range", "10.0.0.0/24".to_owned()),
+            ("token-auth-file", path("tokens.csv")),
+            ("authorization-mode", "RBAC".to_owned()),
+            ("audit-policy-file", path("audit.yaml")),
+            ("audit-log-path", path("audit.log")),
+            // No controller creates the service accounts that this plugin requires.
+            ("disable-admission-plugins", "ServiceAccount".to_owned()),
+        ];
+        plane.start_api_server();
+        plane
+    }
+
+    fn start_api_server(&mut self) {
+        let flags = self.flags.clone();
+        let flags: Vec<(&str, &str)> = flags
+            .iter()
+            .map(|(name, value)| (*name, &**value))
+            .collect();
+        self.run(API_SERVER, &flags);
         wait_for("the API server is ready", || {
-            let client = agent(Some(&plane.read_certificate()?));
+            let client = agent(Some(&self.read_certificate()?));
             let ready = client
-                .get(format!("{}/readyz", plane.url))
+                .get(format!("{}/readyz", self.url))
                 .header("authorization", format!("Bearer {TOKEN}"))
                 .call();
             (ready.ok()?.status() == 200).then_some(())
         });
-        plane
+    }
+
+    /// Kills the API server, runs the closure, and starts the API server again.
+    pub fn without_api_server(&mut self, work: impl FnOnce()) {
+        let mut child = self.children.remove(API_SERVER).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        work();
+        self.start_api_server();
     }
 
     /// Starts the controllers, which create the pods of workloads. Returns `false` if they are not installed.
@@ -132,7 +155,7 @@ impl ControlPlane {
             .stderr(log)
             .spawn()
             .unwrap_or_else(|error| panic!("KUBEBUILDER_ASSETS: {program}: {error}"));
-        self.children.push(child);
+        self.children.insert(program.to_owned(), child);
     }
 
     fn path(&self, name: &str) -> String {
@@ -161,7 +184,7 @@ impl ControlPlane {
 
 impl Drop for ControlPlane {
     fn drop(&mut self) {
-        for child in self.children.iter_mut().rev() {
+        for child in self.children.values_mut().rev() {
             // Both fail only if the process has ended already.
             let _ = child.kill();
             let _ = child.wait();
