@@ -41,6 +41,9 @@ pub(super) struct ConvergeArgs {
     /// How long a recreation may take before it counts as failed
     #[arg(long, env = "LLM_BILLING_RECREATION_TIMEOUT", value_name = "DURATION", default_value = "15m", value_parser = humantime::parse_duration)]
     recreation_timeout: Duration,
+    /// Time after the start in which nothing is recreated, since webhooks may still have an earlier policy
+    #[arg(long, env = "LLM_BILLING_START_DELAY", value_name = "DURATION", default_value = "2m", value_parser = humantime::parse_duration)]
+    start_delay: Duration,
     /// Recreates only at this time of the day in UTC, such as 22:00-06:00
     #[arg(long, env = "LLM_BILLING_WINDOW", value_name = "HH:MM-HH:MM")]
     window: Option<Window>,
@@ -122,6 +125,7 @@ pub(super) async fn converge(args: ConvergeArgs) -> anyhow::Result<ExitCode> {
         namespaces: selection.namespaces,
         exempt: args.exempt_namespace.into_iter().collect::<BTreeSet<_>>(),
         interval: args.interval,
+        start_delay: args.start_delay,
         applies: args.apply,
         budget: Budget {
             max_unavailable: usize::try_from(args.max_unavailable)?,

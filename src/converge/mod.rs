@@ -53,6 +53,9 @@ pub struct Options {
     pub exempt: BTreeSet<String>,
     /// Pause between comparisons of all pods.
     pub interval: Duration,
+    /// Time after the start in which nothing is recreated: after a change of the policy, webhooks may still have the old
+    /// one, and would make pods that are out of sync again.
+    pub start_delay: Duration,
     /// Whether workloads are recreated, and not only reported.
     pub applies: bool,
     /// The limits on recreation.
@@ -314,6 +317,11 @@ impl Converge {
         let scope = self.scope.as_ref();
         let is_in_scope =
             |pod: &WatchedPod| scope.is_none_or(|namespaces| namespaces.contains(pod.namespace()));
+        if self.is_due {
+            let pods = &self.pods;
+            self.verdicts
+                .retain(|uid, _| pods.get(uid).is_some_and(is_in_scope));
+        }
         let pods = self.pods.iter();
         let due: Vec<_> = pods
             .filter(|(uid, pod)| (self.is_due || self.changed.contains(*uid)) && is_in_scope(pod))
@@ -374,7 +382,8 @@ impl Converge {
         self.report(&workloads).await;
         // Nothing is recreated on verdicts that may be outdated.
         let is_outdated = self.retry_at.is_some() || self.listed.is_some();
-        if !self.options.applies || is_outdated {
+        let is_starting = self.started.elapsed() < self.options.start_delay;
+        if !self.options.applies || is_outdated || is_starting {
             let waiting = drifted
                 .filter(|workload| workload.obstacle.is_none())
                 .count();

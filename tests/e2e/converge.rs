@@ -55,6 +55,10 @@ impl Platform {
             .args(["--database-url", &self.postgres.url()])
             .args(["--health-listen", "127.0.0.1:0"])
             .args(arguments)
+            .args(match arguments.contains(&"--start-delay") {
+                true => &[][..],
+                false => &["--start-delay", "0s"],
+            })
             .env("KUBECONFIG", kubeconfig)
             .stdin(Stdio::null());
         let mut running = Running::start(&mut command);
@@ -254,6 +258,39 @@ fn nothing_is_recreated_without_apply() {
         );
         assert_eq!(message, expected);
     });
+}
+
+#[test]
+fn nothing_is_recreated_at_the_start_or_out_of_scope() {
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    let label = |label: &str| {
+        platform
+            .world
+            .kubectl_ok(&["label", "namespace", NAMESPACE, label]);
+    };
+    label("team=a");
+    platform
+        .world
+        .api
+        .create_all([&workload(1, "Deployment", BYOK)]);
+    wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
+    let before = platform.modes();
+    let arguments = [
+        "--apply",
+        "--start-delay",
+        "1h",
+        "--namespace-selector",
+        "team=a",
+    ];
+    let (_converge, address) = platform.converge(&[&arguments[..], &["--interval", "1s"]].concat());
+    platform.set("disabled");
+    wait_for_metric(address, "llm_billing_drifted_workloads{state=\"waiting\"} 1");
+    assert_eq!(platform.modes(), before);
+    label("team-");
+    wait_for_metric(address, "llm_billing_drifted_workloads{state=\"waiting\"} 0");
+    assert_eq!(platform.modes(), before);
 }
 
 #[test]
