@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -171,6 +171,15 @@ fn each_kind_of_owner_follows_a_switch() {
         let (converge, address) = platform.converge(&["--apply"]);
         converge.wait_for_log("listening for changed rows");
         platform.set("platform_managed");
+        let switched = Instant::now();
+        wait_for("a pod has the new mode", || {
+            let modes = platform.modes();
+            modes
+                .values()
+                .any(|mode| mode == "platform_managed")
+                .then_some(())
+        });
+        println!("the first new pod {:.1?} after the switch", switched.elapsed());
         wait_for("all pods but the bare one have the new mode", || {
             let modes = platform.modes();
             let managed = modes
@@ -179,6 +188,7 @@ fn each_kind_of_owner_follows_a_switch() {
                 .count();
             (modes.len() == 6 && managed == 5).then_some(())
         });
+        println!("the last of five {:.1?} after the switch", switched.elapsed());
         assert_eq!(platform.modes()["bare"], "byok");
         for kind in [
             "Deployment",
