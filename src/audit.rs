@@ -210,14 +210,8 @@ pub async fn sweep(
         Namespaces::All => vec![None],
         Namespaces::One(name) => vec![Some(name.clone())],
         Namespaces::Selected(selector) => {
-            let all: Api<Namespace> = Api::all(client.clone());
-            let selected = ListParams::default().labels(selector);
-            let list = all.list_metadata(&selected).await;
-            let list = list.map_err(|error| SweepError::Namespaces(error.into()))?;
-            list.items
-                .into_iter()
-                .map(|namespace| namespace.metadata.name)
-                .collect()
+            let selected = selected_namespaces(client, selector).await?;
+            selected.into_iter().map(Some).collect()
         }
     };
     let labels = selection.label_selector(policy);
@@ -264,6 +258,24 @@ pub async fn sweep(
         }
     }
     Ok(())
+}
+
+/// Returns the names of the namespaces that match a label selector.
+///
+/// # Errors
+/// [`SweepError::Namespaces`]
+pub(crate) async fn selected_namespaces(
+    client: &Client,
+    selector: &str,
+) -> Result<BTreeSet<String>, SweepError> {
+    let all: Api<Namespace> = Api::all(client.clone());
+    let selected = ListParams::default().labels(selector);
+    let list = all.list_metadata(&selected).await;
+    let list = list.map_err(|error| SweepError::Namespaces(error.into()))?;
+    let names = list.items.into_iter();
+    Ok(names
+        .filter_map(|namespace| namespace.metadata.name)
+        .collect())
 }
 
 /// An audited pod, or why it was not audited.

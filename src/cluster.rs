@@ -173,7 +173,8 @@ fn is_budget_refusal(status: &Status) -> bool {
 /// The annotation of a pod template by which `kubectl rollout restart` changes it.
 pub const RESTARTED_ANNOTATION: &str = "kubectl.kubernetes.io/restartedAt";
 
-/// Restarts a Deployment, StatefulSet or DaemonSet, named by its plural, as `kubectl rollout restart` does.
+/// Restarts a Deployment, StatefulSet or DaemonSet, named by its plural, as `kubectl rollout restart` does. Fails if it is not
+/// of this resource version any more: another process may have restarted it.
 ///
 /// # Errors
 /// [`ClusterError`]
@@ -182,10 +183,14 @@ pub async fn restart(
     namespace: &str,
     plural: &str,
     name: &str,
+    resource_version: &str,
 ) -> Result<(), ClusterError> {
     let path = format!("/apis/apps/v1/namespaces/{namespace}/{plural}");
     let annotations = json!({RESTARTED_ANNOTATION: Timestamp::now().to_string()});
-    let patch = json!({"spec": {"template": {"metadata": {"annotations": annotations}}}});
+    let patch = json!({
+        "metadata": {"resourceVersion": resource_version},
+        "spec": {"template": {"metadata": {"annotations": annotations}}},
+    });
     let parameters = PatchParams {
         field_manager: Some(env!("CARGO_PKG_NAME").to_owned()),
         ..PatchParams::default()

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -42,6 +43,15 @@ impl PolicyArgs {
         PolicyFile::parse(text).with_context(|| {
             format!("cannot use policy {} (see: llm-billing-webhook policy schema)", path.display())
         })
+    }
+}
+
+/// Parses a duration above zero.
+pub(super) fn positive_duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration.is_zero() => Err("expected a duration above zero".to_owned()),
+        Ok(duration) => Ok(duration),
+        Err(error) => Err(error.to_string()),
     }
 }
 

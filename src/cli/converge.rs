@@ -11,7 +11,7 @@ use clap::Args;
 use tracing::info;
 use uuid::Uuid;
 
-use super::args::{DatabaseArgs, PolicyArgs};
+use super::args::{DatabaseArgs, PolicyArgs, positive_duration};
 use super::serve::reject_refused_query;
 use crate::audit::{Namespaces, Selection};
 use crate::cluster;
@@ -30,7 +30,7 @@ pub(super) struct ConvergeArgs {
     #[arg(long, env = "LLM_BILLING_APPLY")]
     apply: bool,
     /// Pause between comparisons of all pods; changed pods, and rows of which PostgreSQL notifies, are compared at once
-    #[arg(long, env = "LLM_BILLING_INTERVAL", value_name = "DURATION", default_value = "5m", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "LLM_BILLING_INTERVAL", value_name = "DURATION", default_value = "5m", value_parser = positive_duration)]
     interval: Duration,
     /// Maximum number of workspaces that are recreated at once
     #[arg(long, env = "LLM_BILLING_MAX_UNAVAILABLE", value_name = "COUNT", default_value = "5", value_parser = clap::value_parser!(u32).range(1..))]
@@ -39,7 +39,7 @@ pub(super) struct ConvergeArgs {
     #[arg(long, env = "LLM_BILLING_RATE", value_name = "COUNT", default_value = "30", value_parser = clap::value_parser!(u32).range(1..))]
     rate: u32,
     /// How long a recreation may take before it counts as failed
-    #[arg(long, env = "LLM_BILLING_RECREATION_TIMEOUT", value_name = "DURATION", default_value = "15m", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "LLM_BILLING_RECREATION_TIMEOUT", value_name = "DURATION", default_value = "15m", value_parser = positive_duration)]
     recreation_timeout: Duration,
     /// Time after the start in which nothing is recreated, since webhooks may still have an earlier policy
     #[arg(long, env = "LLM_BILLING_START_DELAY", value_name = "DURATION", default_value = "2m", value_parser = humantime::parse_duration)]
@@ -112,7 +112,8 @@ pub(super) async fn converge(args: ConvergeArgs) -> anyhow::Result<ExitCode> {
         .check(&policy)
         .context("see --namespace-selector")?;
     reject_refused_query(&database).await?;
-    let client = cluster::connect().await?;
+    // What fails is tried again here, within the budget. A disruption budget refuses with the status of a busy server.
+    let (client, _) = cluster::connect_without_retries().await?;
     let identity = format!(
         "{}-{}",
         std::env::var("HOSTNAME").unwrap_or_else(|_| "converge".to_owned()),

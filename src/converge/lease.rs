@@ -21,6 +21,26 @@ const RENEW_DEADLINE: Duration = Duration::from_secs(10);
 /// Pause between attempts to acquire or renew the Lease.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 
+/// What a replica knows about the Lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Standing {
+    /// It holds the Lease, and may act until then; without a Lease, always.
+    Active(Option<Instant>),
+    /// It could not renew the Lease in time, and has seen no other holder.
+    Lapsed,
+    /// Another replica holds the Lease.
+    Passive,
+}
+
+impl Standing {
+    pub(super) fn is_active(self) -> bool {
+        match self {
+            Self::Active(until) => until.is_none_or(|until| Instant::now() < until),
+            Self::Lapsed | Self::Passive => false,
+        }
+    }
+}
+
 /// One replica's view of the Lease.
 pub(super) struct Election {
     leases: Api<Lease>,
@@ -29,7 +49,6 @@ pub(super) struct Election {
     /// The last seen renewal by another holder, and when this replica saw it first. The clocks of two machines are not
     /// compared.
     seen: Option<(Option<MicroTime>, Instant)>,
-    renewed: Option<Instant>,
 }
 
 impl Election {
@@ -39,43 +58,44 @@ impl Election {
             name: name.to_owned(),
             identity,
             seen: None,
-            renewed: None,
         }
     }
 
-    /// Keeps `is_leader` up to date. Never returns.
-    pub(super) async fn run(&mut self, is_leader: &watch::Sender<bool>) {
-        let mut is_failing = false;
+    /// Keeps the standing up to date. Never returns.
+    pub(super) async fn run(&mut self, standing: &watch::Sender<Standing>) {
+        let (mut is_failing, mut was_active) = (false, false);
         loop {
+            // The Lease counts from no earlier than this.
+            let sent = Instant::now();
             let held = timeout(RENEW_DEADLINE / 2, self.acquire()).await;
             let held = held.unwrap_or_else(|_| {
                 Err(ClusterError::Unreachable("it did not answer in time".to_owned()))
             });
-            match held {
-                Ok(true) => self.renewed = Some(Instant::now()),
-                Ok(false) => self.renewed = None,
-                Err(ref error) if !is_failing => {
-                    let error = telemetry::chain(error);
-                    warn!(error, lease = self.name, "cannot acquire or renew the Lease");
-                }
-                Err(_) => {}
+            let before = *standing.borrow();
+            let now = match &held {
+                Ok(true) => Standing::Active(Some(sent + RENEW_DEADLINE)),
+                Ok(false) => Standing::Passive,
+                Err(_) if before == Standing::Passive || before.is_active() => before,
+                Err(_) => Standing::Lapsed,
+            };
+            if let Err(error) = &held
+                && !is_failing
+            {
+                let error = telemetry::chain(error);
+                warn!(error, lease = self.name, "cannot acquire or renew the Lease");
             }
             is_failing = held.is_err();
-            let is_held = self.renewed.is_some_and(|at| at.elapsed() < RENEW_DEADLINE);
-            let has_changed = is_leader
-                .send_if_modified(|is_leader| std::mem::replace(is_leader, is_held) != is_held);
-            if has_changed {
-                info!(is_active = is_held, lease = self.name, identity = self.identity, "Lease");
+            standing.send_replace(now);
+            if std::mem::replace(&mut was_active, now.is_active()) != now.is_active() {
+                let is_active = now.is_active();
+                info!(is_active, lease = self.name, identity = self.identity, "Lease");
             }
             sleep(RETRY_INTERVAL).await;
         }
     }
 
-    /// Gives the Lease up, so that another replica need not wait.
-    pub(super) async fn release(&mut self) {
-        if self.renewed.is_none() {
-            return;
-        }
+    /// Gives the Lease up if this replica holds it, so that another one need not wait.
+    pub(super) async fn release(&self) {
         let released = async {
             let mut lease = self.leases.get(&self.name).await?;
             let spec = lease.spec.get_or_insert_default();

@@ -5,38 +5,39 @@ mod lease;
 mod pods;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::future::pending;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use k8s_openapi::api::core::v1::Namespace;
-use kube::api::ListParams;
 use kube::runtime::WatchStreamExt;
 use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client};
+use serde_json::Value;
 use time::OffsetDateTime;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use tracing::{error, info, warn};
 
-use self::lease::Election;
+use self::lease::{Election, Standing};
 use self::pods::{CONVERGE_ANNOTATION, Owner, WatchedPod};
-use crate::audit::{AuditedPod, Namespaces, SweepError, audit_pods};
+use crate::audit::{AuditedPod, Namespaces, SweepError, audit_pods, selected_namespaces};
 use crate::cluster::{self, ClusterError, EventType, Evicted, PodName, RESTARTED_ANNOTATION};
 use crate::core::audit::{Finding, Report};
-use crate::core::converge::{Budget, Converger, Obstacle, Window, Workload};
+use crate::core::converge::{Budget, Converger, Obstacle, PodState, Window, Workload};
 use crate::core::policy::Policy;
 use crate::core::policy_file::Unlabelled;
 use crate::database::{Change, Database};
 use crate::metrics::ConvergeMetrics;
 use crate::server::health::Health;
+use crate::server::maintenance::maintain_connections;
 use crate::telemetry;
 
 /// Pause between steps. Pods and switches that arrive within it are compared together.
 const STEP_INTERVAL: Duration = Duration::from_millis(500);
-/// Pause before a comparison that failed is tried again.
+/// Pause before a comparison or an eviction that failed is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// Time after which a paused workload's annotation is read again.
 const PAUSE_INTERVAL: Duration = Duration::from_secs(20);
@@ -108,8 +109,11 @@ pub async fn run(
     status: Arc<Status>,
     stop: impl Future<Output = ()>,
 ) {
-    let is_leader = watch::Sender::new(options.lease.is_none());
-    let election = options
+    let standing = watch::Sender::new(match options.lease {
+        None => Standing::Active(None),
+        Some(_) => Standing::Passive,
+    });
+    let mut election = options
         .lease
         .as_ref()
         .map(|(namespace, name)| Election::new(&client, namespace, name, options.identity.clone()));
@@ -117,6 +121,7 @@ pub async fn run(
         Some(channel) => Arc::clone(&database).listen(channel.as_str()),
         None => mpsc::channel(1).1,
     };
+    let maintained = Arc::clone(&database);
     let mut converge = Converge {
         converger: Converger::new(options.budget),
         client,
@@ -124,7 +129,7 @@ pub async fn run(
         policy,
         options,
         status,
-        is_leader: is_leader.subscribe(),
+        standing: standing.subscribe(),
         started: Instant::now(),
         pods: BTreeMap::new(),
         listed: Some(BTreeMap::new()),
@@ -134,23 +139,23 @@ pub async fn run(
         is_due: false,
         retry_at: None,
         paused: BTreeMap::new(),
+        kept: BTreeMap::new(),
         reported: BTreeMap::new(),
     };
-    match election {
-        None => {
-            tokio::select! {
-                () = stop => {}
-                () = converge.run(changes) => {}
-            }
+    let elect = async {
+        match &mut election {
+            Some(election) => election.run(&standing).await,
+            None => pending().await,
         }
-        Some(mut election) => {
-            tokio::select! {
-                () = stop => {}
-                () = converge.run(changes) => {}
-                () = election.run(&is_leader) => {}
-            }
-            election.release().await;
-        }
+    };
+    tokio::select! {
+        () = stop => {}
+        () = converge.run(changes) => {}
+        () = maintain_connections(maintained) => {}
+        () = elect => {}
+    }
+    if let Some(election) = election {
+        election.release().await;
     }
 }
 
@@ -160,7 +165,7 @@ struct Converge {
     policy: Policy,
     options: Options,
     status: Arc<Status>,
-    is_leader: watch::Receiver<bool>,
+    standing: watch::Receiver<Standing>,
     started: Instant,
     /// The pods that the webhook has to do with, by uid.
     pods: BTreeMap<String, WatchedPod>,
@@ -179,6 +184,8 @@ struct Converge {
     converger: Converger,
     /// The workloads that are paused by an annotation of their own, and when it was read.
     paused: BTreeMap<String, Instant>,
+    /// The pods that could not be evicted yet, by workload, and when that was tried.
+    kept: BTreeMap<String, (Instant, Vec<WatchedPod>)>,
     /// The state of the row for which a workload's drift has been reported.
     reported: BTreeMap<String, u64>,
 }
@@ -312,7 +319,7 @@ impl Converge {
     /// Returns the number of workspaces whose rows have changed.
     async fn compare_due(&mut self) -> Result<usize, SweepError> {
         if let (Namespaces::Selected(selector), true) = (&self.options.namespaces, self.is_due) {
-            self.scope = Some(selected(&self.client, selector).await?);
+            self.scope = Some(selected_namespaces(&self.client, selector).await?);
         }
         let scope = self.scope.as_ref();
         let is_in_scope =
@@ -340,9 +347,8 @@ impl Converge {
         }
         let mut switched = BTreeSet::new();
         for (uid, _) in due {
+            // A pod that was not compared keeps its verdict.
             let Some(verdict) = verdicts.remove(uid) else {
-                // It belongs to no workspace any more.
-                self.verdicts.remove(uid);
                 continue;
             };
             let (workspace, fingerprint) = (verdict.workspace.clone(), verdict.fingerprint);
@@ -356,8 +362,8 @@ impl Converge {
 
     /// Recreates, or reports, what is out of sync.
     async fn act(&mut self) {
-        let is_active = *self.is_leader.borrow();
-        self.status.metrics.set_active(is_active);
+        let standing = *self.standing.borrow();
+        self.status.metrics.set_active(standing.is_active());
         if !self.status.has_compared.load(Ordering::Relaxed) {
             return;
         }
@@ -365,7 +371,7 @@ impl Converge {
             .retain(|_, read| read.elapsed() < PAUSE_INTERVAL);
         let workloads = self.workloads();
         let drifted = workloads.values();
-        let drifted = drifted.filter(|workload| workload.pods.values().any(|is| *is));
+        let drifted = drifted.filter(|workload| workload.is_drifted());
         for obstacle in Obstacle::ALL {
             let blocked = drifted
                 .clone()
@@ -374,9 +380,11 @@ impl Converge {
                 .metrics
                 .workloads(obstacle.as_str(), blocked.count());
         }
-        if !is_active {
+        if standing == Standing::Passive {
             // What another replica has begun is not known here.
             self.converger = Converger::new(self.options.budget);
+        }
+        if !standing.is_active() {
             return;
         }
         self.report(&workloads).await;
@@ -394,9 +402,8 @@ impl Converge {
             let (hour, minute, second) = OffsetDateTime::now_utc().to_hms();
             window.contains(u32::from(hour) * 3600 + u32::from(minute) * 60 + u32::from(second))
         });
-        let step = self
-            .converger
-            .step(self.started.elapsed(), is_open, &workloads);
+        let now = self.started.elapsed();
+        let step = self.converger.step(now, is_open, &workloads);
         for key in &step.succeeded {
             info!(workload = key, "recreated");
             self.status.metrics.recreation(kind_of(key), "succeeded");
@@ -410,8 +417,14 @@ impl Converge {
                 .await;
         }
         for key in &step.begin {
-            self.begin(key).await;
+            // Each request takes time, in which another replica may have taken over.
+            if self.standing.borrow().is_active() {
+                self.begin(key).await;
+            } else {
+                self.converger.withdraw(key);
+            }
         }
+        self.evict_kept().await;
         let metrics = &self.status.metrics;
         metrics.workloads("waiting", step.waiting);
         metrics.workloads("running", step.running);
@@ -452,7 +465,11 @@ impl Converge {
             workload.workspace.clone_from(id.unwrap_or(&key));
             workload.fingerprint = verdict.fingerprint;
             workload.obstacle = workload.obstacle.or(obstacle);
-            workload.pods.insert(pod.uid().to_owned(), is_drifted);
+            let state = PodState {
+                is_drifted,
+                is_ready: pod.is_ready,
+            };
+            workload.pods.insert(pod.uid().to_owned(), state);
         }
         workloads
     }
@@ -461,8 +478,7 @@ impl Converge {
     async fn report(&mut self, workloads: &BTreeMap<String, Workload>) {
         self.reported.retain(|key, _| workloads.contains_key(key));
         let is_new = |key: &String, workload: &Workload| {
-            self.reported.get(key) != Some(&workload.fingerprint)
-                && workload.pods.values().any(|is_drifted| *is_drifted)
+            self.reported.get(key) != Some(&workload.fingerprint) && workload.is_drifted()
         };
         let new: Vec<(String, u64)> = workloads
             .iter()
@@ -515,28 +531,28 @@ impl Converge {
     async fn begin(&mut self, key: &str) {
         let pods: Vec<WatchedPod> = self.drifted_pods(key).map(|(pod, _)| pod.clone()).collect();
         let Some(first) = pods.first() else {
-            self.converger.postpone(key);
+            self.converger.withdraw(key);
             return;
         };
-        let begun = match &first.owner {
-            Owner::Rollout { plural, name, .. } => self.restart(key, &pods, plural, name).await,
-            Owner::None | Owner::Node | Owner::Other { .. } => self.evict(&pods).await,
-        };
-        let kind = first.owner.kind();
-        match begun {
-            Ok(true) => {
-                info!(workload = key, "recreating");
-                self.status.metrics.recreation(kind, "begun");
+        let kind = first.owner.kind().to_owned();
+        if let Owner::Rollout { plural, name, .. } = &first.owner {
+            match self.restart(key, &pods, plural, name).await {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(failed) => {
+                    warn!(error = telemetry::chain(&failed), workload = key, "cannot recreate");
+                    self.converger.postpone(self.started.elapsed(), key);
+                    return;
+                }
             }
-            Ok(false) => self.converger.postpone(key),
-            Err(failed) => {
-                warn!(error = telemetry::chain(&failed), workload = key, "cannot recreate");
-                self.converger.postpone(key);
-            }
+        } else if let Some(reason) = self.evict(key, pods).await {
+            warn!(reason, workload = key, "a pod cannot be evicted yet");
         }
+        info!(workload = key, "recreating");
+        self.status.metrics.recreation(&kind, "begun");
     }
 
-    /// Restarts a workload for these pods, unless it is paused. Returns whether they will be replaced.
+    /// Restarts a workload for these pods, unless it is paused. Returns whether they are being replaced.
     async fn restart(
         &mut self,
         key: &str,
@@ -568,23 +584,51 @@ impl Converge {
             self.converger.resume(key);
             return Ok(true);
         }
-        cluster::restart(&self.client, namespace, plural, name).await?;
+        let version = workload.pointer("/metadata/resourceVersion");
+        let version = version.and_then(Value::as_str).unwrap_or_default();
+        cluster::restart(&self.client, namespace, plural, name, version).await?;
         Ok(true)
     }
 
-    /// Evicts pods. Returns whether no disruption budget kept one.
-    async fn evict(&self, pods: &[WatchedPod]) -> Result<bool, ClusterError> {
-        let mut is_complete = true;
+    /// Evicts pods. Those that a disruption budget or an error keeps are tried again. Returns why the last of them is kept.
+    async fn evict(&mut self, key: &str, pods: Vec<WatchedPod>) -> Option<String> {
+        let mut kept = Vec::new();
+        let mut last = None;
         for pod in pods {
-            match cluster::evict(&self.client, name(pod), false).await? {
-                Evicted::Done | Evicted::Gone => {}
-                Evicted::Kept(reason) => {
-                    info!(?pod, reason, "a disruption budget keeps the pod for now");
-                    is_complete = false;
-                }
-            }
+            let reason = match cluster::evict(&self.client, name(&pod), false).await {
+                Ok(Evicted::Done | Evicted::Gone) => continue,
+                Ok(Evicted::Kept(reason)) => reason,
+                Err(failed) => telemetry::chain(&failed),
+            };
+            last = Some(reason);
+            kept.push(pod);
         }
-        Ok(is_complete)
+        if !kept.is_empty() {
+            self.kept.insert(key.to_owned(), (Instant::now(), kept));
+        }
+        last
+    }
+
+    /// Evicts pods that were kept, as long as their workloads are being recreated.
+    async fn evict_kept(&mut self) {
+        let converger = &self.converger;
+        self.kept.retain(|key, _| converger.is_running(key));
+        let is_due = |(_, (tried, _)): &(&String, &mut (Instant, Vec<WatchedPod>))| {
+            tried.elapsed() >= RETRY_INTERVAL
+        };
+        let due: Vec<(String, Vec<WatchedPod>)> = self
+            .kept
+            .iter_mut()
+            .filter(is_due)
+            .map(|(key, (_, pods))| (key.clone(), std::mem::take(pods)))
+            .collect();
+        for (key, pods) in due {
+            if !self.standing.borrow().is_active() {
+                return;
+            }
+            self.kept.remove(&key);
+            self.evict(&key, pods).await;
+        }
     }
 }
 
@@ -599,17 +643,4 @@ fn name(pod: &WatchedPod) -> PodName<'_> {
 /// Returns the kind in a workload's key.
 fn kind_of(key: &str) -> &str {
     key.split('/').nth(1).unwrap_or_default()
-}
-
-/// Returns the names of the namespaces that match a label selector.
-async fn selected(client: &Client, selector: &str) -> Result<BTreeSet<String>, SweepError> {
-    let all: Api<Namespace> = Api::all(client.clone());
-    let list = all
-        .list_metadata(&ListParams::default().labels(selector))
-        .await;
-    let list = list.map_err(|error| SweepError::Namespaces(error.into()))?;
-    let names = list.items.into_iter();
-    Ok(names
-        .filter_map(|namespace| namespace.metadata.name)
-        .collect())
 }

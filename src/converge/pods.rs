@@ -28,6 +28,7 @@ pub(super) struct WatchedPod {
     pub(super) owner: Owner,
     pub(super) is_terminating: bool,
     pub(super) is_paused: bool,
+    pub(super) is_ready: bool,
     /// Whether it has one of the webhook's annotations.
     pub(super) is_annotated: bool,
     /// When its template was last restarted, as of its creation.
@@ -38,7 +39,7 @@ pub(super) struct WatchedPod {
 }
 
 /// What would recreate a pod.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug)]
 pub(super) enum Owner {
     /// Nothing.
     None,
@@ -114,8 +115,7 @@ impl WatchedPod {
     /// Returns the name of what is recreated: the owner, or the pod itself.
     pub(super) fn workload(&self) -> String {
         let name = match &self.owner {
-            Owner::None => self.name(),
-            Owner::Node => self.name(),
+            Owner::None | Owner::Node => self.name(),
             Owner::Rollout { name, .. } | Owner::Other { name, .. } => name,
         };
         format!("{}/{}/{name}", self.namespace(), self.owner.kind())
@@ -163,6 +163,20 @@ struct Fields {
     metadata: Metadata,
     #[serde(default)]
     spec: Spec,
+    #[serde(default, skip_serializing)]
+    status: Status,
+}
+
+#[derive(Default, Deserialize)]
+struct Status {
+    conditions: Option<Vec<Condition>>,
+}
+
+#[derive(Deserialize)]
+struct Condition {
+    #[serde(rename = "type")]
+    kind: String,
+    status: String,
 }
 
 #[derive(Deserialize, Serialize)]
@@ -228,6 +242,8 @@ impl From<Fields> for WatchedPod {
         let labels = metadata.labels.clone().unwrap_or_default();
         let mut owners = metadata.owner_references.iter().flatten();
         let owner = Owner::of(owners.find(|owner| owner.controller == Some(true)), &labels);
+        let mut conditions = fields.status.conditions.iter().flatten();
+        let is_ready = conditions.any(|one| one.kind == "Ready" && one.status == "True");
         let meta = ObjectMeta {
             name: metadata.name.clone(),
             namespace: metadata.namespace.clone(),
@@ -242,6 +258,7 @@ impl From<Fields> for WatchedPod {
             owner,
             is_terminating: fields.metadata.deletion_timestamp.is_some(),
             is_paused,
+            is_ready,
             is_annotated,
             restarted_at,
             labels,
@@ -256,7 +273,7 @@ mod tests {
 
     use super::*;
 
-    fn watched(owner: Option<(&str, &str)>, hash: Option<&str>) -> WatchedPod {
+    fn watched(owner: Option<(&str, &str)>, hash: Option<&str>, is_ready: &str) -> WatchedPod {
         let owners = owner.map(|(kind, name)| {
             json!([{"apiVersion": "x", "kind": "Other", "name": "not-the-controller"},
                    {"kind": kind, "name": name, "controller": true}])
@@ -267,7 +284,9 @@ mod tests {
                          "annotations": {"other": "x", MODE_ANNOTATION: "byok", CONVERGE_ANNOTATION: "paused"},
                          "ownerReferences": owners, "managedFields": []},
             "spec": {"nodeName": "x", "containers": [{"name": "c", "image": "i", "env": [{"name": "A", "value": "sk-secret"}]}]},
-            "status": {"phase": "Running"},
+            "status": {"phase": "Running", "conditions": [
+                {"type": "Initialized", "status": "True"}, {"type": "Ready", "status": is_ready},
+            ]},
         });
         serde_json::from_value(pod).unwrap()
     }
@@ -284,14 +303,15 @@ mod tests {
             (Some(("DaemonSet", "agent")), None, "n/DaemonSet/agent"),
             (Some(("Job", "once")), None, "n/Job/once"),
         ] {
-            assert_eq!(watched(owner, hash).workload(), expected);
+            assert_eq!(watched(owner, hash, "True").workload(), expected);
         }
     }
 
     #[test]
     fn pod_keeps_what_an_audit_reads() {
-        let pod = watched(None, None);
-        assert!(pod.is_paused && !pod.is_terminating);
+        let pod = watched(None, None, "True");
+        assert!(pod.is_paused && pod.is_ready && !pod.is_terminating);
+        assert!(!watched(None, None, "False").is_ready);
         let kept: Value = serde_json::from_str(&pod.json).unwrap();
         let expected = json!({
             "metadata": {"name": "p", "namespace": "n", "uid": "u", "labels": {}, "annotations": {MODE_ANNOTATION: "byok"}},

@@ -5,8 +5,13 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::str::FromStr;
 use std::time::Duration;
 
-/// How long a workload may have no pod at all before it counts as gone. A Job waits before it replaces a pod.
-const REPLACEMENT_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a workload that is recreated may have no pod at all before it counts as gone. A Job waits up to six minutes
+/// before it replaces a pod.
+const REPLACEMENT_TIMEOUT: Duration = Duration::from_secs(10 * 60);
+/// How long a failure is remembered while the workload has no pod at all.
+const FAILURE_TIMEOUT: Duration = Duration::from_secs(60 * 60);
+/// Pause before a recreation that could not be requested is tried again.
+const POSTPONEMENT: Duration = Duration::from_secs(10);
 
 /// Limits on recreation.
 #[derive(Clone, Copy, Debug)]
@@ -59,7 +64,7 @@ impl FromStr for Window {
 }
 
 /// Why a workload with a pod that is out of sync is not recreated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Obstacle {
     /// An annotation of the workload or pod says so.
     Paused,
@@ -87,6 +92,15 @@ impl Obstacle {
     }
 }
 
+/// A pod of a workload.
+#[derive(Clone, Copy, Debug)]
+pub struct PodState {
+    /// Whether its env does not match.
+    pub is_drifted: bool,
+    /// Whether it is ready.
+    pub is_ready: bool,
+}
+
 /// A workload, or a pod without one, that has a pod which is out of sync or is being recreated.
 #[derive(Clone, Debug, Default)]
 pub struct Workload {
@@ -94,15 +108,17 @@ pub struct Workload {
     pub workspace: String,
     /// Distinguishes the states of the workspace's row.
     pub fingerprint: u64,
-    /// The uids of its pods, each with whether the pod is out of sync.
-    pub pods: BTreeMap<String, bool>,
+    /// Its pods by uid.
+    pub pods: BTreeMap<String, PodState>,
     /// Why it is not recreated.
     pub obstacle: Option<Obstacle>,
 }
 
 impl Workload {
-    fn is_drifted(&self) -> bool {
-        self.pods.values().any(|is_drifted| *is_drifted)
+    /// Reports whether one of its pods is out of sync.
+    #[must_use]
+    pub fn is_drifted(&self) -> bool {
+        self.pods.values().any(|pod| pod.is_drifted)
     }
 }
 
@@ -111,7 +127,7 @@ impl Workload {
 pub enum Failure {
     /// A new pod is out of sync too: recreating it again would not help.
     OutOfSyncAgain,
-    /// Old pods are still there, or no new one is.
+    /// Old pods are still there, or no new one is ready.
     TimedOut,
 }
 
@@ -131,9 +147,11 @@ impl Failure {
 struct Attempt {
     workspace: String,
     fingerprint: u64,
-    /// The pods at its beginning, each with whether it was out of sync and is to be replaced.
-    before: BTreeMap<String, bool>,
+    /// The pods at its beginning. Those that were out of sync are to be replaced.
+    before: BTreeMap<String, PodState>,
     begun: Duration,
+    /// Since when the workload has had no pod.
+    absent_since: Option<Duration>,
     failure: Option<Failure>,
 }
 
@@ -166,6 +184,8 @@ pub struct Step {
 pub struct Converger {
     budget: Budget,
     attempts: BTreeMap<String, Attempt>,
+    /// Until when the workloads wait whose recreation could not be requested.
+    postponed: BTreeMap<String, Duration>,
     /// When the recreations of the last minute began.
     recent: VecDeque<Duration>,
 }
@@ -177,6 +197,7 @@ impl Converger {
         Self {
             budget,
             attempts: BTreeMap::new(),
+            postponed: BTreeMap::new(),
             recent: VecDeque::new(),
         }
     }
@@ -190,6 +211,7 @@ impl Converger {
     ) -> Step {
         let mut step = Step::default();
         self.forget(now, workloads);
+        self.postponed.retain(|_, until| now < *until);
         self.attempts.retain(|key, attempt| {
             let (Some(workload), None) = (workloads.get(key), attempt.failure) else {
                 return true;
@@ -219,7 +241,8 @@ impl Converger {
             if !workload.is_drifted() || workload.obstacle.is_some() {
                 continue;
             }
-            if !is_open || !self.has_room(&workload.workspace) {
+            let is_postponed = self.postponed.contains_key(key);
+            if !is_open || is_postponed || !self.has_room(&workload.workspace) {
                 step.waiting += 1;
                 continue;
             }
@@ -229,6 +252,7 @@ impl Converger {
                 fingerprint: workload.fingerprint,
                 before: workload.pods.clone(),
                 begun: now,
+                absent_since: None,
                 failure: None,
             };
             self.attempts.insert(key.clone(), attempt);
@@ -243,10 +267,17 @@ impl Converger {
         self.attempts.keys().map(String::as_str)
     }
 
+    /// Reports whether a workload is being recreated.
+    #[must_use]
+    pub fn is_running(&self, key: &str) -> bool {
+        let attempt = self.attempts.get(key);
+        attempt.is_some_and(|attempt| attempt.failure.is_none())
+    }
+
     /// Takes over a recreation that another process has begun: the pods that are in sync are new ones.
     pub fn resume(&mut self, key: &str) {
         if let Some(attempt) = self.attempts.get_mut(key) {
-            attempt.before.retain(|_, is_drifted| *is_drifted);
+            attempt.before.retain(|_, pod| pod.is_drifted);
         }
     }
 
@@ -257,9 +288,11 @@ impl Converger {
         }
     }
 
-    /// Undoes the beginning of a recreation that could not be requested. It is tried again, within the rate.
-    pub fn postpone(&mut self, key: &str) {
+    /// Undoes the beginning of a recreation that could not be requested. It is tried again after a pause, so that it does
+    /// not use up the rate.
+    pub fn postpone(&mut self, now: Duration, key: &str) {
         self.attempts.remove(key);
+        self.postponed.insert(key.to_owned(), now + POSTPONEMENT);
     }
 
     /// Forgets attempts for an earlier state of the row, those of workloads that are gone, and failures of workloads that
@@ -268,12 +301,15 @@ impl Converger {
         self.attempts
             .retain(|key, attempt| match workloads.get(key) {
                 Some(workload) => {
+                    attempt.absent_since = None;
                     workload.fingerprint == attempt.fingerprint
                         && (attempt.failure.is_none() || workload.is_drifted())
                 }
                 None => {
-                    let is_waiting = now.saturating_sub(attempt.begun) < REPLACEMENT_TIMEOUT;
-                    attempt.failure.is_none() && is_waiting
+                    let limit = attempt
+                        .failure
+                        .map_or(REPLACEMENT_TIMEOUT, |_| FAILURE_TIMEOUT);
+                    now.saturating_sub(*attempt.absent_since.get_or_insert(now)) < limit
                 }
             });
     }
@@ -297,14 +333,14 @@ impl Converger {
 impl Attempt {
     /// Returns how far the recreation is, by the workload's pods.
     fn progress(&self, workload: &Workload, now: Duration, timeout: Duration) -> Progress {
-        let new = workload.pods.iter();
-        let mut new = new.filter(|(uid, _)| !self.before.contains_key(*uid));
-        if new.clone().any(|(_, is_drifted)| *is_drifted) {
+        let pods = workload.pods.iter();
+        let mut new = pods.filter(|(uid, _)| !self.before.contains_key(*uid));
+        if new.clone().any(|(_, pod)| pod.is_drifted) {
             return Progress::Failed(Failure::OutOfSyncAgain);
         }
-        let mut replaced = self.before.iter().filter(|(_, is_drifted)| **is_drifted);
+        let mut replaced = self.before.iter().filter(|(_, pod)| pod.is_drifted);
         let are_gone = replaced.all(|(uid, _)| !workload.pods.contains_key(uid));
-        if are_gone && new.next().is_some() {
+        if are_gone && new.any(|(_, pod)| pod.is_ready) {
             return Progress::Succeeded;
         }
         if now.saturating_sub(self.begun) >= timeout {
@@ -330,7 +366,13 @@ mod tests {
             workspace: workspace.to_owned(),
             fingerprint,
             pods: pods
-                .map(|(uid, drifted)| ((*uid).to_owned(), *drifted))
+                .map(|(uid, is_drifted)| {
+                    let pod = PodState {
+                        is_drifted: *is_drifted,
+                        is_ready: true,
+                    };
+                    ((*uid).to_owned(), pod)
+                })
                 .collect(),
             obstacle: None,
         }
@@ -456,17 +498,56 @@ mod tests {
     }
 
     #[test]
-    fn workload_without_pods_is_awaited_for_two_minutes() {
+    fn recreation_succeeds_once_a_new_pod_is_ready() {
         let mut converger = Converger::new(BUDGET);
+        let mut step = |seconds, pods: &[(&str, bool)], is_ready| {
+            let mut workload = workload("w", 1, pods);
+            workload
+                .pods
+                .values_mut()
+                .for_each(|pod| pod.is_ready = is_ready);
+            converger.step(at(seconds), true, &workloads([("a", workload)]))
+        };
+        assert_eq!(step(0, &[("a1", true)], true).begin, ["a"]);
+        assert_eq!(step(1, &[("a2", false)], false).running, 1);
+        assert_eq!(step(2, &[("a2", false)], true).succeeded, ["a"]);
+    }
+
+    #[test]
+    fn attempt_outlasts_a_time_without_pods() {
+        const MINUTE: u64 = 60;
         let drifted = workloads([("a", workload("w", 1, &[("a1", true)]))]);
-        let settled = workloads([("a", workload("w", 1, &[("a2", false)]))]);
-        assert_eq!(converger.step(at(0), true, &drifted).begin, ["a"]);
-        let between = converger.step(at(119), true, &BTreeMap::new());
-        assert_eq!(between.running, 1);
-        assert_eq!(converger.step(at(120), true, &settled).succeeded, ["a"]);
-        assert_eq!(converger.step(at(200), true, &drifted).begin, ["a"]);
-        let gone = converger.step(at(320), true, &BTreeMap::new());
-        assert_eq!(gone, Step::default());
+        let again = workloads([("a", workload("w", 1, &[("a2", true)]))]);
+        let none = BTreeMap::new();
+        // The time without pods counts, and not that of the recreation.
+        for (absent_from, again_at, is_remembered) in [
+            (0, 9 * MINUTE, true),
+            (9 * MINUTE, 18 * MINUTE, true),
+            (0, 10 * MINUTE, false),
+        ] {
+            let budget = Budget {
+                timeout: at(100 * MINUTE),
+                ..BUDGET
+            };
+            let mut converger = Converger::new(budget);
+            assert_eq!(converger.step(at(0), true, &drifted).begin, ["a"]);
+            assert_eq!(converger.step(at(absent_from), true, &none).running, 1);
+            let step = converger.step(at(again_at), true, &none);
+            assert_eq!(step.running, usize::from(is_remembered));
+            let step = converger.step(at(again_at), true, &again);
+            assert_eq!(step.failed.len(), usize::from(is_remembered));
+            assert_eq!(step.begin.len(), usize::from(!is_remembered));
+        }
+        // A failure is remembered for longer.
+        for (minutes, is_remembered) in [(59, true), (60, false)] {
+            let mut converger = Converger::new(BUDGET);
+            converger.step(at(0), true, &drifted);
+            assert_eq!(converger.step(at(1), true, &again).failed.len(), 1);
+            converger.step(at(2), true, &none);
+            converger.step(at(2 + minutes * MINUTE), true, &none);
+            let step = converger.step(at(2 + minutes * MINUTE), true, &again);
+            assert_eq!((step.stuck, step.begin.len()), if is_remembered { (1, 0) } else { (0, 1) });
+        }
     }
 
     #[test]
@@ -495,19 +576,29 @@ mod tests {
     }
 
     #[test]
-    fn postponed_workload_begins_again() {
+    fn postponed_workload_leaves_the_rate_to_others() {
+        let mut converger = Converger::new(BUDGET);
+        let mut all = workloads([("a", workload("w", 1, &[("a1", true)]))]);
+        assert_eq!(converger.step(at(0), true, &all).begin, ["a"]);
+        converger.postpone(at(0), "a");
+        all.insert("b".to_owned(), workload("v", 1, &[("b1", true)]));
+        let step = converger.step(at(9), true, &all);
+        assert_eq!((step.begin, step.waiting), (vec!["b".to_owned()], 1));
+        assert_eq!(converger.step(at(10), true, &all).begin, ["a"]);
+        // What could not be requested counts towards the rate all the same.
+        all.insert("c".to_owned(), workload("w", 1, &[("c1", true)]));
+        assert_eq!(converger.step(at(11), true, &all).waiting, 1);
+    }
+
+    #[test]
+    fn withdrawn_workload_does_not_count_towards_the_rate() {
         let mut converger = Converger::new(BUDGET);
         let all = workloads([("a", workload("w", 1, &[("a1", true)]))]);
-        for seconds in 0..3 {
+        for seconds in 0..10 {
             assert_eq!(converger.step(at(seconds), true, &all).begin, ["a"]);
-            converger.postpone("a");
-        }
-        // Requests that failed count towards the rate.
-        assert_eq!(converger.step(at(3), true, &all).waiting, 1);
-        // What is withdrawn does not.
-        for seconds in 60..70 {
-            assert_eq!(converger.step(at(seconds), true, &all).begin, ["a"]);
+            assert!(converger.is_running("a"));
             converger.withdraw("a");
+            assert!(!converger.is_running("a"));
         }
     }
 }

@@ -259,17 +259,21 @@ impl Database {
     ) -> Result<LookupOutcome, LookupError> {
         let mut used = self.current();
         let mut result = self.execute_on(&used, query, parameters, deadline).await;
-        if result.as_ref().is_err_and(is_login_refused) {
-            // Another task may have reloaded the URL first, so compare it instead of using the result. The server's
-            // reload task reports an unusable URL.
-            let _ = self.reload();
-            let current = self.current();
-            if current.url != used.url {
-                used = current;
-                result = self.execute_on(&used, query, parameters, deadline).await;
-            }
+        if let Some(current) = self.reload_after(result.as_ref().err(), &used) {
+            used = current;
+            result = self.execute_on(&used, query, parameters, deadline).await;
         }
         result.map_err(|error| LookupError::new(&error, &used.place))
+    }
+
+    /// Reloads the URL if the login is rejected. Returns the connections to the changed URL, for another attempt.
+    fn reload_after(&self, error: Option<&sqlx::Error>, used: &Current) -> Option<Arc<Current>> {
+        error.filter(|error| is_login_refused(error))?;
+        // Another task may have reloaded the URL first, so compare it instead of using the result. The task that maintains
+        // connections reports an unusable URL.
+        let _ = self.reload();
+        let current = self.current();
+        (current.url != used.url).then_some(current)
     }
 
     async fn execute_on(
@@ -332,30 +336,45 @@ impl Database {
         &self,
         values: &[Vec<ParameterValue>],
     ) -> Result<Option<Vec<Result<LookupOutcome, LookupError>>>, LookupError> {
-        let current = self.current();
-        let AnyPool::Postgres { pool, begin } = &current.pool else {
-            return Ok(None);
-        };
         let Some(query) = batch_query(&self.query, &self.parameters) else {
             return Ok(None);
         };
+        let deadline = Instant::now() + self.timeout;
+        let mut used = self.current();
+        let mut result = self.execute_batch_on(&used, &query, values, deadline).await;
+        if let Some(current) = self.reload_after(result.as_ref().err(), &used) {
+            used = current;
+            result = self.execute_batch_on(&used, &query, values, deadline).await;
+        }
+        match result.map_err(|error| LookupError::new(&error, &used.place)) {
+            // The joined list has one row for each workspace, unless the policy's query is of an unexpected kind.
+            Ok(outcomes) => Ok(outcomes.filter(|outcomes| outcomes.len() == values.len())),
+            Err(LookupError::Unusable(_) | LookupError::Refused(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Executes a batch query. Returns `None` on SQLite, which has none.
+    async fn execute_batch_on(
+        &self,
+        current: &Current,
+        query: &str,
+        values: &[Vec<ParameterValue>],
+        deadline: Instant,
+    ) -> Result<Option<Vec<Result<LookupOutcome, LookupError>>>, sqlx::Error> {
+        let AnyPool::Postgres { pool, begin } = &current.pool else {
+            return Ok(None);
+        };
         let lookup = BatchLookup {
-            query: &query,
+            query,
             parameters: &self.parameters,
             values,
             columns: &self.columns,
             begin: begin.as_ref(),
         };
-        let deadline = Instant::now() + self.timeout;
-        match execute(pool, &lookup, deadline, &self.metrics)
+        execute(pool, &lookup, deadline, &self.metrics)
             .await
-            .map_err(|error| LookupError::new(&error, &current.place))
-        {
-            // The joined list has one row for each workspace, unless the policy's query is of an unexpected kind.
-            Ok(outcomes) => Ok((outcomes.len() == values.len()).then_some(outcomes)),
-            Err(LookupError::Unusable(_) | LookupError::Refused(_)) => Ok(None),
-            Err(error) => Err(error),
-        }
+            .map(Some)
     }
 
     /// Validates the policy's query by executing it with sample parameters. Takes no admission's permit.
@@ -391,16 +410,16 @@ impl Database {
                 let deadline = Instant::now() + database.timeout;
                 database.execute_single(query, &parameters, deadline).await
             };
-            match execute(&database.query).await {
-                Ok(_) => {}
+            // The probe returns a row even for an unknown workspace, and so shows a missing column.
+            let result = match execute(&database.probe).await {
+                // The policy's query may be one that cannot be part of another.
+                Err(LookupError::Refused(_)) => execute(&database.query).await,
+                result => result,
+            };
+            match result {
                 // The query is valid; only the sample is unusable, for example for a cast to a number.
-                Err(LookupError::Unusable(_)) => return Ok(()),
-                Err(error) => return Err(error),
-            }
-            match execute(&database.probe).await {
-                Err(error @ LookupError::Answer(_)) => Err(error),
-                // A query that cannot be part of another one.
-                Ok(_) | Err(_) => Ok(()),
+                Ok(_) | Err(LookupError::Unusable(_)) => Ok(()),
+                Err(error) => Err(error),
             }
         })
         .await

@@ -10,6 +10,7 @@ use tracing::{error, info, warn};
 
 use crate::audit::{Selection, sweep};
 use crate::core::audit::Report;
+use crate::database::Database;
 use crate::server::certificate::tls::RELOAD_INTERVAL;
 use crate::server::webhook::App;
 use crate::telemetry;
@@ -42,12 +43,12 @@ pub(super) async fn wait_for_database(app: Arc<App>) {
 
 /// Periodically closes old database connections and reloads the database URL. An unusable URL is logged once, and the
 /// one in use stays. Never returns.
-pub(super) async fn maintain_connections(app: Arc<App>) {
+pub(crate) async fn maintain_connections(database: Arc<Database>) {
     let mut is_failing = false;
     loop {
         sleep(RELOAD_INTERVAL).await;
-        app.database.close_old().await;
-        let reloaded = app.database.reload();
+        database.close_old().await;
+        let reloaded = database.reload();
         match &reloaded {
             Ok(true) => info!("database URL reloaded"),
             Ok(false) => {}

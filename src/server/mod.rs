@@ -114,17 +114,16 @@ impl Bound {
         let webhook = with_timeouts(axum_server::from_tcp(self.webhook)?)
             .acceptor(closer.acceptor(acceptor))
             .handle(handle);
-        let health =
-            with_timeouts(axum_server::from_tcp(self.health)?).acceptor(ConnectionLimit::new());
+        let health = health_server(self.health, Arc::clone(&app))?;
         info!(webhook = %self.webhook_address, health = %self.health_address, "listening");
 
         let mut tasks = Tasks::default();
         let routes = webhook::routes(Arc::clone(&app)).into_make_service();
         tasks.spawn(WEBHOOK_LISTENER, closer.serve(webhook.serve(routes), drain.timeout));
-        let routes = health::routes(Arc::clone(&app)).into_make_service();
-        tasks.spawn("health listener", health.serve(routes));
+        tasks.spawn("health listener", health);
         tasks.spawn_endless("database readiness", wait_for_database(Arc::clone(&app)));
-        tasks.spawn_endless("database connections", maintain_connections(Arc::clone(&app)));
+        tasks
+            .spawn_endless("database connections", maintain_connections(Arc::clone(&app.database)));
         tasks.spawn_endless("certificate", source.run(config, Arc::clone(&app)));
         if let Some(audits) = audits {
             tasks.spawn_endless("audits", audit(Arc::clone(&app), audits));
@@ -224,8 +223,16 @@ pub fn serve_health<H: Health>(
     health: Arc<H>,
 ) -> io::Result<impl Future<Output = io::Result<()>>> {
     let (address, listener) = bind(address)?;
-    let server = with_timeouts(axum_server::from_tcp(listener)?).acceptor(ConnectionLimit::new());
+    let server = health_server(listener, health)?;
     info!(health = %address, "listening");
+    Ok(server)
+}
+
+fn health_server<H: Health>(
+    listener: TcpListener,
+    health: Arc<H>,
+) -> io::Result<impl Future<Output = io::Result<()>>> {
+    let server = with_timeouts(axum_server::from_tcp(listener)?).acceptor(ConnectionLimit::new());
     Ok(server.serve(health::routes(health).into_make_service()))
 }
 

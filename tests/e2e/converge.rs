@@ -10,11 +10,20 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::creation::workload;
-use crate::world::{BYOK, NAMESPACE, World, pod, policy};
+use crate::world::{BYOK, NAMESPACE, SetOnDrop, World, pod, policy};
 use test_support::chart::{RELEASE, render};
 use test_support::postgres::Postgres;
 use test_support::program::{Running, Webhook, health, program, wait_for};
 use test_support::transcript::{page, sql};
+
+/// The arguments of several replicas.
+const REPLICA: [&str; 5] = [
+    "--apply",
+    "--lease",
+    "converge",
+    "--lease-namespace",
+    "default",
+];
 
 /// A cluster with controllers, the webhook and its database.
 struct Platform {
@@ -40,6 +49,23 @@ impl Platform {
             _webhook: webhook,
             policy,
         })
+    }
+
+    /// Starts a platform with these workloads of one pod each, and waits until their pods exist.
+    fn with(workloads: &[&Value]) -> Option<Self> {
+        let platform = Self::start()?;
+        platform.world.api.create_all(workloads.iter().copied());
+        wait_for("the pods exist", || (platform.modes().len() == workloads.len()).then_some(()));
+        platform.mark_ready();
+        Some(platform)
+    }
+
+    /// Waits until there is this number of pods, all with this mode.
+    fn wait_for_modes(&self, count: usize, mode: &str) {
+        wait_for(&format!("{count} pods are {mode}"), || {
+            let modes = self.modes();
+            (modes.len() == count && modes.values().all(|own| own == mode)).then_some(())
+        });
     }
 
     /// Starts `converge`, waits until it has compared the pods, and returns it with the address of its health endpoint.
@@ -68,9 +94,25 @@ impl Platform {
     }
 
     fn set(&self, mode: &str) {
-        self.postgres.execute(&format!(
-            "UPDATE workspaces SET llm_billing_mode = '{mode}' WHERE id = '{BYOK}'"
-        ));
+        set_mode(&self.postgres, mode);
+    }
+
+    /// Deletes the webhook configuration, so that new pods are no longer mutated.
+    fn stop_mutating(&self) {
+        self.world.kubectl_ok(&[
+            "delete",
+            "mutatingwebhookconfiguration",
+            "llm-billing-webhook",
+        ]);
+        let probe = pod("probe", BYOK, &json!([]));
+        wait_for("the webhook is not called any more", || {
+            let path = format!("/api/v1/namespaces/{NAMESPACE}/pods?dryRun=All");
+            let created = self.world.api.request("POST", &path, Some(&probe)).1;
+            created["metadata"]
+                .get("annotations")
+                .is_none()
+                .then_some(())
+        });
     }
 
     /// Returns the mode of each pod that is not terminating, by its name.
@@ -118,6 +160,11 @@ impl Platform {
     }
 }
 
+fn set_mode(postgres: &Postgres, mode: &str) {
+    postgres
+        .execute(&format!("UPDATE workspaces SET llm_billing_mode = '{mode}' WHERE id = '{BYOK}'"));
+}
+
 /// Returns a ReplicaSet that belongs to no Deployment.
 fn replica_set() -> Value {
     let mut replica_set = workload(1, "Deployment", BYOK);
@@ -134,20 +181,21 @@ fn replica_set() -> Value {
     replica_set
 }
 
-struct SetOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for SetOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
 /// Waits until the metrics have this line.
 fn wait_for_metric(address: SocketAddr, line: &str) {
     wait_for(line, || {
         let metrics = health(address, "/metrics").1;
         metrics.lines().any(|own| own == line).then_some(())
     });
+}
+
+/// Returns the number of comparisons so far.
+fn comparisons(address: SocketAddr) -> u32 {
+    let metrics = health(address, "/metrics").1;
+    let mut lines = metrics.lines();
+    let count =
+        lines.find_map(|line| line.strip_prefix("llm_billing_audits_total{result=\"ok\"} "));
+    count.unwrap().parse().unwrap()
 }
 
 #[test]
@@ -233,15 +281,10 @@ fn each_kind_of_owner_follows_a_switch() {
 
 #[test]
 fn nothing_is_recreated_without_apply() {
-    let Some(platform) = Platform::start() else {
+    let Some(platform) = Platform::with(&[&workload(1, "Deployment", BYOK)]) else {
         return;
     };
-    platform
-        .world
-        .api
-        .create_all([&workload(1, "Deployment", BYOK)]);
     platform.with_kubelet(|| {
-        wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
         let before = platform.modes();
         let (converge, address) = platform.converge(&[]);
         platform.set("disabled");
@@ -272,7 +315,7 @@ fn nothing_is_recreated_without_apply() {
 
 #[test]
 fn nothing_is_recreated_at_the_start_or_out_of_scope() {
-    let Some(platform) = Platform::start() else {
+    let Some(platform) = Platform::with(&[&workload(1, "Deployment", BYOK)]) else {
         return;
     };
     let label = |label: &str| {
@@ -281,11 +324,6 @@ fn nothing_is_recreated_at_the_start_or_out_of_scope() {
             .kubectl_ok(&["label", "namespace", NAMESPACE, label]);
     };
     label("team=a");
-    platform
-        .world
-        .api
-        .create_all([&workload(1, "Deployment", BYOK)]);
-    wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
     let before = platform.modes();
     let arguments = [
         "--apply",
@@ -305,18 +343,16 @@ fn nothing_is_recreated_at_the_start_or_out_of_scope() {
 
 #[test]
 fn paused_workload_is_left_alone() {
-    let Some(platform) = Platform::start() else {
-        return;
-    };
     let annotations = json!({"molecule.ai/llm-billing-converge": "paused"});
     // By an annotation of its own, and of its pods.
     let mut deployment = workload(1, "Deployment", BYOK);
     deployment["metadata"]["annotations"] = annotations.clone();
     let mut replica_set = replica_set();
     replica_set["spec"]["template"]["metadata"]["annotations"] = annotations;
-    platform.world.api.create_all([&deployment, &replica_set]);
+    let Some(platform) = Platform::with(&[&deployment, &replica_set]) else {
+        return;
+    };
     platform.with_kubelet(|| {
-        wait_for("the pods exist", || (platform.modes().len() == 2).then_some(()));
         let before = platform.modes();
         let (_converge, address) = platform.converge(&["--apply"]);
         platform.set("disabled");
@@ -343,31 +379,12 @@ fn paused_workload_is_left_alone() {
 
 #[test]
 fn pod_that_stays_out_of_sync_is_recreated_once() {
-    let Some(platform) = Platform::start() else {
+    let Some(platform) = Platform::with(&[&workload(1, "Deployment", BYOK)]) else {
         return;
     };
-    platform
-        .world
-        .api
-        .create_all([&workload(1, "Deployment", BYOK)]);
     platform.with_kubelet(|| {
-        wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
         let (converge, address) = platform.converge(&["--apply"]);
-        // New pods are no longer mutated.
-        platform.world.kubectl_ok(&[
-            "delete",
-            "mutatingwebhookconfiguration",
-            "llm-billing-webhook",
-        ]);
-        let probe = pod("probe", BYOK, &json!([]));
-        wait_for("the webhook is not called any more", || {
-            let path = format!("/api/v1/namespaces/{NAMESPACE}/pods?dryRun=All");
-            let created = platform.world.api.request("POST", &path, Some(&probe)).1;
-            created["metadata"]
-                .get("annotations")
-                .is_none()
-                .then_some(())
-        });
+        platform.stop_mutating();
         platform.set("disabled");
         converge.wait_for_log("recreation failed; it is not repeated for this mode");
         let line = "llm_billing_recreations_total{kind=\"Deployment\",result=\"failed\"} 1";
@@ -376,21 +393,12 @@ fn pod_that_stays_out_of_sync_is_recreated_once() {
             address,
             "llm_billing_recreations_total{kind=\"Deployment\",result=\"begun\"} 1",
         );
-        wait_for("the old pod is gone", || {
-            let modes = platform.modes();
-            (modes.len() == 1 && modes.values().all(|mode| mode == "-")).then_some(())
-        });
+        platform.wait_for_modes(1, "-");
         let stays = platform.modes();
-        // A sweep, and a notification that changes nothing.
+        // A notification that changes nothing.
+        let compared = comparisons(address);
         platform.set("disabled");
-        wait_for("two more comparisons", || {
-            let metrics = health(address, "/metrics").1;
-            metrics
-                .lines()
-                .find_map(|line| line.strip_prefix("llm_billing_audits_total{result=\"ok\"} "))
-                .filter(|count| count.parse::<u32>().unwrap() >= 4)
-                .map(|_| ())
-        });
+        wait_for("one more comparison", || (comparisons(address) > compared).then_some(()));
         assert_eq!(platform.modes(), stays);
         wait_for_metric(address, "llm_billing_drifted_workloads{state=\"failed\"} 1");
     });
@@ -398,48 +406,27 @@ fn pod_that_stays_out_of_sync_is_recreated_once() {
 
 #[test]
 fn second_replica_takes_over() {
-    let Some(platform) = Platform::start() else {
+    let Some(platform) = Platform::with(&[&workload(1, "StatefulSet", BYOK)]) else {
         return;
     };
-    platform
-        .world
-        .api
-        .create_all([&workload(1, "StatefulSet", BYOK)]);
     platform.with_kubelet(|| {
-        wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
-        let lease = [
-            "--apply",
-            "--lease",
-            "converge",
-            "--lease-namespace",
-            "default",
-        ];
-        let (first, address) = platform.converge(&lease);
+        let (first, address) = platform.converge(&REPLICA);
         first.wait_for_log("\"is_active\":true");
-        let (second, other) = platform.converge(&lease);
+        let (second, other) = platform.converge(&REPLICA);
         wait_for_metric(address, "llm_billing_converge_active 1");
         wait_for_metric(other, "llm_billing_converge_active 0");
         platform.set("disabled");
-        wait_for("the pod has the new mode", || {
-            platform
-                .modes()
-                .values()
-                .all(|mode| mode == "disabled")
-                .then_some(())
-        });
+        platform.wait_for_modes(1, "disabled");
         assert!(!second.log().contains("recreating"), "{}", second.log());
         // The first replica cannot give the Lease up.
         first.signal("KILL");
         second.wait_for_log("\"is_active\":true");
         platform.set("byok");
-        wait_for("the pod has the mode", || {
-            let modes = platform.modes();
-            (modes.len() == 1 && modes.values().all(|mode| mode == "byok")).then_some(())
-        });
+        platform.wait_for_modes(1, "byok");
         second.wait_for_log("recreated");
         assert_eq!(second.log().matches("\"recreating\"").count(), 1, "{}", second.log());
         // A replica that ends gives it up.
-        let (third, _) = platform.converge(&lease);
+        let (third, _) = platform.converge(&REPLICA);
         second.signal("TERM");
         third.wait_for_log("\"is_active\":true");
     });
@@ -447,60 +434,120 @@ fn second_replica_takes_over() {
 
 #[test]
 fn switch_is_followed_once_the_api_server_is_back() {
-    let Some(mut platform) = Platform::start() else {
+    let Some(mut platform) = Platform::with(&[&workload(1, "StatefulSet", BYOK)]) else {
         return;
     };
-    platform
-        .world
-        .api
-        .create_all([&workload(1, "StatefulSet", BYOK)]);
-    wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
-    platform.mark_ready();
-    let lease = [
-        "--apply",
-        "--lease",
-        "converge",
-        "--lease-namespace",
-        "default",
-    ];
-    let (converge, _) = platform.converge(&lease);
+    let (converge, _) = platform.converge(&REPLICA);
     converge.wait_for_log("\"is_active\":true");
     let plane = platform.world.api.control_plane.as_mut().unwrap();
     plane.without_api_server(|| {
-        platform.postgres.execute(&format!(
-            "UPDATE workspaces SET llm_billing_mode = 'disabled' WHERE id = '{BYOK}'"
-        ));
+        set_mode(&platform.postgres, "disabled");
         converge.wait_for_log("\"is_active\":false");
     });
+    converge.wait_for_log("\"recreating\"");
     platform.with_kubelet(|| {
-        wait_for("the pod has the new mode", || {
-            let modes = platform.modes();
-            (modes.len() == 1 && modes.values().all(|mode| mode == "disabled")).then_some(())
-        });
+        // The controllers watch again after a pause of their own.
+        platform.wait_for_modes(1, "disabled");
         converge.wait_for_log("\"recreated\"");
     });
     assert_eq!(converge.log().matches("\"recreating\"").count(), 1, "{}", converge.log());
 }
 
 #[test]
-fn rollout_goes_on_under_the_next_replica() {
-    let Some(platform) = Platform::start() else {
+fn failure_outlasts_a_lapse_of_the_lease() {
+    let Some(mut platform) = Platform::with(&[&workload(1, "Deployment", BYOK)]) else {
         return;
     };
-    platform
-        .world
-        .api
-        .create_all([&workload(1, "Deployment", BYOK)]);
-    wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
+    let (converge, address) = platform.converge(&REPLICA);
+    converge.wait_for_log("\"is_active\":true");
+    platform.stop_mutating();
+    platform.with_kubelet(|| {
+        platform.set("disabled");
+        wait_for_metric(address, "llm_billing_drifted_workloads{state=\"failed\"} 1");
+        platform.wait_for_modes(1, "-");
+    });
+    let plane = platform.world.api.control_plane.as_mut().unwrap();
+    plane.without_api_server(|| {
+        converge.wait_for_log("\"is_active\":false");
+    });
+    wait_for_metric(address, "llm_billing_converge_active 1");
+    let compared = comparisons(address);
+    platform.set("disabled");
+    wait_for("one more comparison", || (comparisons(address) > compared).then_some(()));
+    wait_for_metric(address, "llm_billing_drifted_workloads{state=\"failed\"} 1");
+    assert_eq!(converge.log().matches("\"recreating\"").count(), 1, "{}", converge.log());
+}
+
+#[test]
+fn pod_that_a_budget_keeps_delays_no_other() {
+    let Some(platform) = Platform::with(&[&workload(1, "StatefulSet", BYOK), &replica_set()])
+    else {
+        return;
+    };
+    let budget = json!({
+        "apiVersion": "policy/v1", "kind": "PodDisruptionBudget",
+        "metadata": {"name": "keep", "namespace": NAMESPACE},
+        "spec": {"minAvailable": 1, "selector": {"matchLabels": {"of": "ReplicaSet"}}},
+    });
+    platform.world.api.create_all([&budget]);
+    let path = format!("/apis/policy/v1/namespaces/{NAMESPACE}/poddisruptionbudgets/keep");
+    wait_for("the budget is counted", || {
+        let status = platform.world.api.get(&path).unwrap()["status"].clone();
+        (status["currentHealthy"] == 1).then_some(())
+    });
+    let kept = || {
+        let modes = platform.modes();
+        let mut of_replica_set = modes
+            .into_iter()
+            .filter(|(name, _)| name.starts_with("replicaset"));
+        of_replica_set.next()
+    };
+    let before = kept();
+    platform.with_kubelet(|| {
+        let (converge, address) = platform.converge(&["--apply"]);
+        platform.set("disabled");
+        converge.wait_for_log("a pod cannot be evicted yet");
+        let succeeded = |kind: &str| {
+            let line =
+                format!("llm_billing_recreations_total{{kind=\"{kind}\",result=\"succeeded\"}} 1");
+            wait_for_metric(address, &line);
+        };
+        succeeded("StatefulSet");
+        assert_eq!(kept(), before);
+        platform.world.api.delete(&path);
+        succeeded("ReplicaSet");
+        platform.wait_for_modes(2, "disabled");
+        // The attempt went on.
+        assert_eq!(converge.log().matches("\"recreating\"").count(), 2, "{}", converge.log());
+    });
+}
+
+#[test]
+fn recreation_lasts_until_the_new_pod_is_ready() {
+    let Some(platform) = Platform::with(&[&workload(1, "StatefulSet", BYOK)]) else {
+        return;
+    };
+    let (_converge, address) = platform.converge(&["--apply"]);
+    platform.set("disabled");
+    platform.wait_for_modes(1, "disabled");
+    let compared = comparisons(address);
+    platform.set("disabled");
+    wait_for("one more comparison", || (comparisons(address) > compared).then_some(()));
+    wait_for_metric(address, "llm_billing_drifted_workloads{state=\"running\"} 1");
     platform.mark_ready();
-    let lease = [
-        "--apply",
-        "--lease",
-        "converge",
-        "--lease-namespace",
-        "default",
-    ];
-    let (first, _) = platform.converge(&lease);
+    wait_for_metric(address, "llm_billing_drifted_workloads{state=\"running\"} 0");
+    wait_for_metric(
+        address,
+        "llm_billing_recreations_total{kind=\"StatefulSet\",result=\"succeeded\"} 1",
+    );
+}
+
+#[test]
+fn rollout_goes_on_under_the_next_replica() {
+    let Some(platform) = Platform::with(&[&workload(1, "Deployment", BYOK)]) else {
+        return;
+    };
+    let (first, _) = platform.converge(&REPLICA);
     first.wait_for_log("\"is_active\":true");
     platform.set("disabled");
     // The new pod is not ready, so that the old one stays.
@@ -509,7 +556,7 @@ fn rollout_goes_on_under_the_next_replica() {
     let template = || platform.world.api.get(&path).unwrap()["spec"]["template"].clone();
     let restarted = template();
     first.signal("KILL");
-    let (second, _) = platform.converge(&lease);
+    let (second, _) = platform.converge(&REPLICA);
     second.wait_for_log("a rollout is in progress");
     platform.with_kubelet(|| {
         second.wait_for_log("\"recreated\"");
@@ -521,15 +568,10 @@ fn rollout_goes_on_under_the_next_replica() {
 
 #[test]
 fn nothing_is_recreated_while_the_database_is_away() {
-    let Some(platform) = Platform::start() else {
+    let Some(platform) = Platform::with(&[&workload(1, "Deployment", BYOK)]) else {
         return;
     };
-    platform
-        .world
-        .api
-        .create_all([&workload(1, "Deployment", BYOK)]);
     platform.with_kubelet(|| {
-        wait_for("the pod exists", || (platform.modes().len() == 1).then_some(()));
         let before = platform.modes();
         let (converge, _) = platform.converge(&["--apply", "--interval", "1s"]);
         platform
@@ -544,10 +586,7 @@ fn nothing_is_recreated_while_the_database_is_away() {
             .postgres
             .execute("ALTER TABLE gone RENAME TO workspaces");
         converge.wait_for_log("pods are compared again");
-        wait_for("the pod has the new mode", || {
-            let modes = platform.modes();
-            (modes.len() == 1 && modes.values().all(|mode| mode == "disabled")).then_some(())
-        });
+        platform.wait_for_modes(1, "disabled");
         converge.wait_for_log("\"recreated\"");
         assert_eq!(converge.log().matches("\"recreating\"").count(), 1, "{}", converge.log());
     });
@@ -556,7 +595,7 @@ fn nothing_is_recreated_while_the_database_is_away() {
 #[test]
 fn converge_needs_each_permission_of_the_chart() {
     const NAME: &str = "llm-billing-webhook-converge";
-    let Some(platform) = Platform::start() else {
+    let Some(platform) = Platform::with(&[&workload(1, "Deployment", BYOK), &replica_set()]) else {
         return;
     };
     let objects = render(&[
@@ -596,12 +635,7 @@ fn converge_needs_each_permission_of_the_chart() {
         .api
         .kubeconfig_with_token(&folder, token.trim());
     let kubeconfig = kubeconfig.to_str().unwrap();
-    platform
-        .world
-        .api
-        .create_all([&workload(1, "Deployment", BYOK), &replica_set()]);
     platform.with_kubelet(|| {
-        wait_for("the pods exist", || (platform.modes().len() == 2).then_some(()));
         let rbac = "/apis/rbac.authorization.k8s.io/v1";
         let cluster_role = format!("{rbac}/clusterroles/{NAME}");
         let role = format!("{rbac}/namespaces/{RELEASE}/roles/{NAME}");
@@ -613,12 +647,6 @@ fn converge_needs_each_permission_of_the_chart() {
             let mode = if is_byok { "byok" } else { "disabled" };
             platform.set(mode);
             mode
-        };
-        let wait_for_mode = |mode: &str| {
-            wait_for("both pods have the mode", || {
-                let modes = platform.modes();
-                (modes.len() == 2 && modes.values().all(|own| own == mode)).then_some(())
-            });
         };
         for (path, rules) in &all {
             for (index, rule) in rules.as_array().unwrap().iter().enumerate() {
@@ -654,7 +682,7 @@ fn converge_needs_each_permission_of_the_chart() {
                         .api
                         .change(path, |role| role["rules"] = rules.clone());
                     // It goes on without a restart.
-                    wait_for_mode(mode);
+                    platform.wait_for_modes(2, mode);
                     converge.signal("TERM");
                     assert_eq!(converge.wait().code(), Some(0));
                 }
@@ -663,7 +691,7 @@ fn converge_needs_each_permission_of_the_chart() {
         // With all of them, nothing is forbidden.
         let (converge, _) = platform.start_converge(&arguments, kubeconfig);
         converge.wait_for_log("\"is_active\":true");
-        wait_for_mode(switch());
+        platform.wait_for_modes(2, switch());
         assert!(!converge.log().contains("forbidden"), "{}", converge.log());
     });
 }

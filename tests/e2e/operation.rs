@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::world::{BYOK, MANAGED, NAMESPACE, World, assert_env_matches, pod, policy};
+use crate::world::{BYOK, MANAGED, NAMESPACE, SetOnDrop, World, assert_env_matches, pod, policy};
 use test_support::WORKSPACE_LABEL;
 use test_support::chart::{RELEASE, chart, of_kind, render};
 use test_support::haproxy::{Haproxy, Slot};
@@ -24,8 +24,7 @@ fn rolling_both_instances_over_fails_no_create() {
     let start = |slot: Slot| slot.start(&authority, &policy, &postgres.url());
     let mut instances = slots.map(start);
     let proxy = Haproxy::start(&slots);
-    let settings = ["guard.enabled=true", "webhook.timeoutSeconds=30"];
-    world.configure(&settings, proxy.port, &authority.pem());
+    world.configure(&["guard.enabled=true"], proxy.port, &authority.pem());
 
     let started = Instant::now();
     create_during(&world, true, || {
@@ -71,19 +70,10 @@ fn create_during(world: &World, are_changed: bool, work: impl FnOnce()) {
                 }
             });
         }
-        // Ends the creators even after a panic.
+        // Ends the creators even after a panic; creates in progress finish.
         let _guard = SetOnDrop(&is_over);
         work();
     });
-}
-
-/// Ends the creators when dropped; creates in progress finish.
-struct SetOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for SetOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 #[test]

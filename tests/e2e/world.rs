@@ -6,6 +6,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Once;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -247,5 +248,14 @@ pub(crate) fn assert_env_matches(container: &Value, mode: &str) {
     } else {
         assert_eq!(values("MOLECULE_LLM_BASE_URL"), [""; 0], "{context}");
         assert_eq!(values("OPENAI_API_KEY"), [""; 0], "{context}");
+    }
+}
+
+/// Sets a flag when dropped, so that threads end even after a panic.
+pub(crate) struct SetOnDrop<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }

@@ -386,7 +386,9 @@ fn lookup_sends_one_request() {
         assert_eq!(resolved(&webhook, &pod).0, "byok");
         relay.request_count() - before
     };
-    // The first lookup prepares the query.
+    // Ready, the check of the start has given its connection back: it is the one that each lookup takes, and the first
+    // one prepares the query on it.
+    webhook.wait_until_ready();
     requests();
     assert_eq!([requests(), requests(), requests()], [1, 1, 1]);
 }
@@ -570,6 +572,17 @@ fn rotated_password_is_read_from_the_file() {
         assert_eq!(resolved(&webhook, &pod), ("byok".to_owned(), "override".to_owned()));
     };
     assert_byok();
+    // In one query for many workspaces, too, and without a task that reloads the file.
+    let policy = Policy::parse(PROXY).unwrap();
+    let database = Database::connect_lazily(UrlSource::File(file.clone()), &policy).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let assert_batch = || {
+        let key = vec![ParameterValue::Uuid(ID.parse().unwrap())];
+        let outcomes = runtime.block_on(database.lookup_batch(vec![key])).unwrap();
+        let outcomes: Vec<LookupOutcome> = outcomes.into_iter().map(Result::unwrap).collect();
+        assert_eq!(outcomes, [LookupOutcome::of_mode(Some("byok"))]);
+    };
+    assert_batch();
     for password in ["second", "third", "fourth"] {
         // A secret store changes the file first, then the password; existing sessions are terminated.
         std::fs::write(&file, url(password)).unwrap();
@@ -578,6 +591,7 @@ fn rotated_password_is_read_from_the_file() {
              SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'rotated'"
         ));
         assert_byok();
+        assert_batch();
     }
     // An invalid URL is logged without its content, and the URL in use stays.
     std::fs::write(&file, "postgres://rotated:fifth-password@localhost:notaport/x").unwrap();
