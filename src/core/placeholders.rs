@@ -144,7 +144,14 @@ impl<'a> Placeholders<'a> {
         for piece in pieces(template) {
             match (piece, self.value(piece)) {
                 (Piece::Column(name), None) => return Err(name),
-                (Piece::Column(_), Some(value)) => filled.push_str(&escape(value)),
+                (Piece::Column(_), Some(value)) => {
+                    let dollars = filled.bytes().rev().take_while(|byte| *byte == b'$');
+                    // With the template's own dollar, "(NAME)" would be a reference.
+                    if dollars.count() % 2 == 1 {
+                        filled.push('$');
+                    }
+                    filled.push_str(&escape(value));
+                }
                 (_, value) => filled.push_str(value.unwrap_or_default()),
             }
         }
@@ -234,8 +241,9 @@ mod tests {
 
     #[test]
     fn columns_are_filled_by_name() {
-        let names = ["org", "plan", "team name"].map(str::to_owned);
-        let values = [Some("$(HOME)/$x".to_owned()), None, Some("t".to_owned())];
+        let names = ["org", "plan", "team name", "home"].map(str::to_owned);
+        let own = |value: &str| Some(value.to_owned());
+        let values = [own("$(HOME)/$x"), None, own("t"), own("(HOME)")];
         let columns = Columns {
             names: &names,
             values: &values,
@@ -249,6 +257,8 @@ mod tests {
             ("{mode} {source}", Ok("byok workspace_override")),
             ("{column org}/$(A)", Ok("$$(HOME)/$$x/$(A)")),
             ("{column  team name }", Ok("t")),
+            ("${column home} $${column home}", Ok("$$(HOME) $$(HOME)")),
+            ("$$${column home}${namespace}", Ok("$$$$(HOME)$n")),
             ("{columns}{column org", Ok("{columns}{column org")),
             ("a{column plan}{column other}", Err("plan")),
             ("{column other}", Err("other")),
