@@ -82,7 +82,7 @@ struct DriftLabels {
     finding: &'static str,
 }
 
-/// Metrics of audits, of a server or of one run of `audit`.
+/// Metrics of audits, of `converge` or of one run of `audit`.
 #[derive(Clone, Debug, Default)]
 pub struct AuditMetrics {
     drift: Family<DriftLabels, Gauge>,
@@ -205,8 +205,6 @@ pub struct Metrics {
     warnings: Family<WarningLabels, Counter>,
     removed: Family<RemovedLabels, Counter>,
     connections: Family<ConnectionLabels, Gauge>,
-    /// The audits' metrics, exposed only if audits run.
-    pub audits: AuditMetrics,
 }
 
 /// Returns a histogram from 0.5 ms to 8 s. The API server waits 10 s by default and 30 s at most.
@@ -215,14 +213,12 @@ fn duration_histogram() -> Histogram {
 }
 
 impl Metrics {
-    /// Creates a server's metrics. `policy_text` adds the policy's checksum. `with_audits` adds the audits' metrics:
-    /// without audits, zeros would be misleading.
+    /// Creates a server's metrics. Without `policy_text`, the checksum of the policy is left out.
     #[must_use]
     pub fn new(
         policy_text: Option<&str>,
         database: &ConnectionMetrics,
         dropped_lines: ErrorCounter,
-        with_audits: bool,
     ) -> Self {
         let mut registry = Registry::with_prefix(PREFIX);
         let admissions = Family::default();
@@ -280,10 +276,6 @@ impl Metrics {
             connections.clone(),
         );
         registry.register_collector(Box::new(DroppedLines(dropped_lines)));
-        let audits = AuditMetrics::default();
-        if with_audits {
-            audits.register(&mut registry);
-        }
         register_build(&mut registry, policy_text);
         registry.register(
             "lookup_retries",
@@ -307,7 +299,6 @@ impl Metrics {
             warnings,
             removed,
             connections,
-            audits,
         }
     }
 

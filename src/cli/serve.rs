@@ -12,7 +12,6 @@ use tracing::warn;
 
 use super::args::{DatabaseArgs, PolicyArgs};
 use super::dev;
-use crate::audit::{Namespaces, Selection};
 use crate::cluster;
 use crate::core::policy::Policy;
 use crate::database::{Database, UrlSource};
@@ -20,7 +19,6 @@ use crate::metrics::Metrics;
 use crate::server::certificate::rotation::CertificateSpec;
 use crate::server::certificate::secret::{SharedSecret, SharedSecretConfig};
 use crate::server::certificate::tls::{Certificate, CertificateFiles};
-use crate::server::maintenance::Audits;
 use crate::server::readiness::Readiness;
 use crate::server::webhook::{App, BodyLimits};
 use crate::server::{Bound, CertificateSource, Drain};
@@ -50,17 +48,6 @@ pub(super) struct ServeArgs {
     /// Maximum size of a request body, in bytes
     #[arg(long, env = "LLM_BILLING_MAX_BODY_BYTES", value_name = "BYTES", default_value_t = 8 * 1024 * 1024)]
     max_body_bytes: usize,
-    /// Audits all running workspace pods, then again this long after each audit; needs permission to list pods
-    #[arg(long, env = "LLM_BILLING_AUDIT_INTERVAL", value_name = "DURATION", value_parser = humantime::parse_duration)]
-    audit_interval: Option<Duration>,
-    /// Audits only the namespaces that match this label selector; needs permission to list namespaces
-    #[arg(
-        long,
-        env = "LLM_BILLING_AUDIT_NAMESPACE_SELECTOR",
-        value_name = "SELECTOR",
-        requires = "audit_interval"
-    )]
-    audit_namespace_selector: Option<String>,
     /// How long to keep accepting connections after SIGTERM, while the cluster removes the pod's address
     #[arg(long, env = "LLM_BILLING_DRAIN_DELAY", value_name = "DURATION", default_value = "5s", value_parser = humantime::parse_duration)]
     drain_delay: Duration,
@@ -202,15 +189,9 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
     let database = Database::connect_lazily(database(&args).await?, &policy)?;
     let (certificate, certificate_source) = certificate(&args).await?;
     reject_refused_query(&database).await?;
-    let audits = audits(&args, &policy).await?;
     // A checksum over a literal token would confirm a correct guess of it.
     let public_policy = (!has_literal_token).then_some(policy_text.as_str());
-    let metrics = Metrics::new(
-        public_policy,
-        &database.metrics,
-        telemetry.dropped_lines.clone(),
-        audits.is_some(),
-    );
+    let metrics = Metrics::new(public_policy, &database.metrics, telemetry.dropped_lines.clone());
     let host = if args.dev {
         Ipv4Addr::LOCALHOST
     } else {
@@ -238,29 +219,10 @@ pub(super) async fn serve(args: ServeArgs) -> anyhow::Result<ExitCode> {
         timeout: args.drain_timeout,
     };
     bound
-        .serve(Arc::new(app), certificate, certificate_source, audits, drain)
+        .serve(Arc::new(app), certificate, certificate_source, drain)
         .await
         .context("cannot serve")?;
     Ok(ExitCode::SUCCESS)
-}
-
-async fn audits(args: &ServeArgs, policy: &Policy) -> anyhow::Result<Option<Audits>> {
-    let Some(interval) = args.audit_interval else {
-        return Ok(None);
-    };
-    let selector = args.audit_namespace_selector.clone();
-    let selection = Selection {
-        namespaces: selector.map_or(Namespaces::All, Namespaces::Selected),
-        ..Selection::default()
-    };
-    selection
-        .check(policy)
-        .context("see --audit-namespace-selector")?;
-    Ok(Some(Audits {
-        client: cluster::connect().await?,
-        selection,
-        interval,
-    }))
 }
 
 async fn certificate(args: &ServeArgs) -> anyhow::Result<(Certificate, CertificateSource)> {

@@ -1,5 +1,4 @@
-//! The server's periodic work: waiting for the database, its connections and URL, and audits. The certificate's is in
-//! certificate/.
+//! The server's periodic work: waiting for the database, its connections and URL. The certificate's is in certificate/.
 
 use std::future::pending;
 use std::sync::Arc;
@@ -8,8 +7,6 @@ use std::time::Duration;
 use tokio::time::sleep;
 use tracing::{error, info, warn};
 
-use crate::audit::{Selection, sweep};
-use crate::core::audit::Report;
 use crate::database::Database;
 use crate::server::certificate::tls::RELOAD_INTERVAL;
 use crate::server::webhook::App;
@@ -17,16 +14,6 @@ use crate::telemetry;
 
 /// Pause between checks of a database that has not answered yet.
 const DATABASE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Configuration of the periodic audits of running pods.
-pub struct Audits {
-    /// The client that lists the pods.
-    pub client: kube::Client,
-    /// The pods to audit.
-    pub selection: Selection,
-    /// Pause between the end of one audit and the start of the next.
-    pub interval: Duration,
-}
 
 /// Checks the database until a check or an admission's lookup succeeds. Never returns.
 pub(super) async fn wait_for_database(app: Arc<App>) {
@@ -59,42 +46,5 @@ pub(crate) async fn maintain_connections(database: Arc<Database>) {
             ),
         }
         is_failing = reloaded.is_err();
-    }
-}
-
-/// Periodically audits all running workspace pods. Never returns.
-pub(super) async fn audit(app: Arc<App>, audits: Audits) {
-    let Audits {
-        client,
-        selection,
-        interval,
-    } = audits;
-    loop {
-        let mut report = Report::default();
-        let (database, policy) = (&app.database, &app.policy);
-        match sweep(&client, database, policy, &selection, &mut report, drop).await {
-            Ok(()) if report.not_audited.is_empty() => {
-                app.metrics.audits.record(&report);
-                info!(audited = report.audited, drifted = report.drifted, "audit");
-            }
-            Ok(()) => {
-                app.metrics.audits.fail();
-                error!(
-                    error = report.not_audited.first(),
-                    audited = report.audited,
-                    not_audited = report.not_audited.len(),
-                    "some pods were not audited; the metrics keep the last complete audit's results"
-                );
-            }
-            Err(error) => {
-                app.metrics.audits.fail();
-                error!(
-                    error = telemetry::chain(&error),
-                    audited = report.audited,
-                    "the audit ended early; the metrics keep the last complete audit's results"
-                );
-            }
-        }
-        sleep(interval).await;
     }
 }

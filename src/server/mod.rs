@@ -30,7 +30,7 @@ use crate::server::certificate::tls::{
 use crate::server::closer::Closer;
 use crate::server::health::Health;
 use crate::server::listener::{ConnectionLimit, HEAD_TIMEOUT, listen, with_timeouts};
-use crate::server::maintenance::{Audits, audit, maintain_connections, wait_for_database};
+use crate::server::maintenance::{maintain_connections, wait_for_database};
 use crate::server::readiness::Readiness;
 use crate::server::tasks::{TaskError, Tasks, WEBHOOK_LISTENER};
 use crate::server::webhook::App;
@@ -92,7 +92,6 @@ impl Bound {
         app: Arc<App>,
         certificate: Certificate,
         source: CertificateSource,
-        audits: Option<Audits>,
         drain: Drain,
     ) -> io::Result<()> {
         // Each connection needs a file descriptor, and containers often start with a limit of 1,024.
@@ -125,9 +124,6 @@ impl Bound {
         tasks
             .spawn_endless("database connections", maintain_connections(Arc::clone(&app.database)));
         tasks.spawn_endless("certificate", source.run(config, Arc::clone(&app)));
-        if let Some(audits) = audits {
-            tasks.spawn_endless("audits", audit(Arc::clone(&app), audits));
-        }
 
         let failure =
             run_until_drained(&mut tasks, stop, &closer, &app.readiness, drain.delay).await;

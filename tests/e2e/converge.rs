@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 
 use crate::creation::workload;
 use crate::world::{BYOK, NAMESPACE, SetOnDrop, World, pod, policy};
@@ -253,23 +254,6 @@ fn each_kind_of_owner_follows_a_switch() {
             }
         }
         wait_for_metric(address, "llm_billing_switches_total 1");
-        let metrics = health(address, "/metrics").1;
-        let documentation = page("docs/metrics.md");
-        let documented = documentation
-            .split("## The series of `converge`")
-            .nth(1)
-            .unwrap();
-        for line in documented
-            .lines()
-            .filter(|line| line.starts_with("| `llm_billing_"))
-        {
-            let cells: Vec<&str> = line
-                .split('|')
-                .map(|cell| cell.trim().trim_matches('`'))
-                .collect();
-            let family = format!("# TYPE {} {}\n", cells[1].trim_end_matches("_total"), cells[2]);
-            assert!(metrics.contains(&family), "{family}");
-        }
         wait_for_metric(address, "llm_billing_drifted_workloads{state=\"bare\"} 1");
         wait_for_metric(address, "llm_billing_drifted_workloads{state=\"running\"} 0");
         let after: BTreeSet<String> = platform.modes().into_keys().collect();
@@ -402,6 +386,47 @@ fn pod_that_stays_out_of_sync_is_recreated_once() {
         assert_eq!(platform.modes(), stays);
         wait_for_metric(address, "llm_billing_drifted_workloads{state=\"failed\"} 1");
     });
+}
+
+#[test]
+fn deployment_that_cannot_come_up_is_recreated_once() {
+    let Some(platform) = Platform::with(&[&workload(1, "Deployment", BYOK)]) else {
+        return;
+    };
+    // Nothing marks the new pod as ready, as if its image were gone.
+    let (converge, address) = platform.converge(&["--apply", "--recreation-timeout", "2s"]);
+    platform.set("disabled");
+    let failed = converge.wait_for_log("recreation failed; it is not repeated for this mode");
+    assert!(failed.contains("timed_out"), "{failed}");
+    wait_for_metric(address, "llm_billing_drifted_workloads{state=\"failed\"} 1");
+    let compared = comparisons(address);
+    platform.set("disabled");
+    wait_for("one more comparison", || (comparisons(address) > compared).then_some(()));
+    assert_eq!(converge.log().matches("\"recreating\"").count(), 1, "{}", converge.log());
+    platform.with_kubelet(|| {
+        platform.wait_for_modes(1, "disabled");
+        wait_for_metric(address, "llm_billing_drifted_workloads{state=\"failed\"} 0");
+    });
+}
+
+#[test]
+fn nothing_is_recreated_outside_the_window() {
+    let Some(platform) = Platform::with(&[&workload(1, "StatefulSet", BYOK)]) else {
+        return;
+    };
+    let window = |from: i64, to: i64| {
+        let at = |hours| OffsetDateTime::now_utc() + time::Duration::hours(hours);
+        format!("{:02}:00-{:02}:00", at(from).hour(), at(to).hour())
+    };
+    let before = platform.modes();
+    let (closed, address) = platform.converge(&["--apply", "--window", &window(2, 4)]);
+    platform.set("disabled");
+    wait_for_metric(address, "llm_billing_drifted_workloads{state=\"waiting\"} 1");
+    assert!(!closed.log().contains("\"recreating\""), "{}", closed.log());
+    assert_eq!(platform.modes(), before);
+    drop(closed);
+    let (_open, _) = platform.converge(&["--apply", "--window", &window(-1, 2)]);
+    platform.with_kubelet(|| platform.wait_for_modes(1, "disabled"));
 }
 
 #[test]

@@ -157,9 +157,7 @@ fn run_commands_of(name: &str, is_installed: bool) {
     let mut has_release = is_installed;
     if is_installed {
         let prepare = format!(
-            "set -e; kubectl create namespace {RELEASE}; {helm_install} --set audit.interval=10m \
-             --set audit.cronJob.enabled=true; \
-             {make_certificate}"
+            "set -e; kubectl create namespace {RELEASE}; {helm_install} --set converge.enabled=true; {make_certificate}"
         );
         assert_eq!(shell(&prepare).0, 0);
     }
@@ -246,9 +244,7 @@ fn run_release(world: &World, settings: &[&str], port: u16, postgres: &Postgres)
         .map(|one| one.as_str().unwrap())
         .collect();
     let address = format!("127.0.0.1:{port}");
-    let is_used = |argument: &&str| {
-        argument.starts_with("--tls-") || argument.starts_with("--audit-interval=")
-    };
+    let is_used = |argument: &&str| argument.starts_with("--tls-");
     let mut program_arguments: Vec<&str> = chart_arguments.into_iter().filter(is_used).collect();
     program_arguments.extend(["--listen", &address, "--health-listen", "127.0.0.1:0"]);
     Start {
@@ -334,7 +330,6 @@ fn helm_release_works_and_uninstalls_cleanly() {
     let settings = [
         "database.existingSecret=db",
         "guard.enabled=true",
-        "audit.interval=1s",
         &service_port,
     ];
     let mut arguments = vec!["-n", RELEASE];
@@ -359,14 +354,6 @@ fn helm_release_works_and_uninstalls_cleanly() {
     world.wait_until_called(NAMESPACE);
     world.api.create_all([&pod("first", BYOK, &json!([]))]);
     assert_env_matches(&world.stored("first").unwrap()["spec"]["containers"][0], "byok");
-    let line = wait_for("an audit has covered the pod", || {
-        let log = webhook.log();
-        let line = log
-            .lines()
-            .find(|line| line.contains("\"audit\"") && line.contains("\"audited\":1"));
-        line.map(str::to_owned)
-    });
-    assert!(line.contains("\"drifted\":0"), "{line}");
 
     // An upgrade keeps caBundle.
     helm(

@@ -2,11 +2,7 @@
 //! in `src/core/audit.rs`.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
 use std::process::Command;
-use std::sync::mpsc;
-use std::thread;
 use std::time::Instant;
 
 use base64::Engine;
@@ -14,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 use test_support::api_server::{ApiServer, collection_of, report_skipped};
-use test_support::chart::{RELEASE, of_kind, render};
+use test_support::chart::RELEASE;
 use test_support::load::BYOK;
 use test_support::postgres::Postgres;
 use test_support::program::{Start, Webhook, decode_output, program, wait_for};
@@ -22,24 +18,24 @@ use test_support::transcript::assert_transcripts;
 use test_support::{PROXY, WORKSPACE_LABEL};
 
 /// Workspaces, named after the state of their pods.
-const IN_SYNC: &str = "11111111-1111-4111-8111-111111111111";
-const OLD: &str = "22222222-2222-4222-8222-222222222222";
-const FLIPPED: &str = "33333333-3333-4333-8333-333333333333";
-const OUTAGE: &str = "44444444-4444-4444-8444-444444444444";
-const NAMESPACE: &str = "ws-acme";
+pub(crate) const IN_SYNC: &str = "11111111-1111-4111-8111-111111111111";
+pub(crate) const OLD: &str = "22222222-2222-4222-8222-222222222222";
+pub(crate) const FLIPPED: &str = "33333333-3333-4333-8333-333333333333";
+pub(crate) const OUTAGE: &str = "44444444-4444-4444-8444-444444444444";
+pub(crate) const NAMESPACE: &str = "ws-acme";
 
 /// A cluster, a webhook for its pods, and the webhook's database.
-struct Platform {
-    api: ApiServer,
-    postgres: Postgres,
+pub(crate) struct Platform {
+    pub(crate) api: ApiServer,
+    pub(crate) postgres: Postgres,
     webhook: Webhook,
-    folder: tempfile::TempDir,
-    kubeconfig: String,
-    policy: String,
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) kubeconfig: String,
+    pub(crate) policy: String,
 }
 
 impl Platform {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let schema = format!(
             "CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text);
              INSERT INTO workspaces VALUES
@@ -73,7 +69,7 @@ impl Platform {
     }
 
     /// Registers the webhook for pods.
-    fn register_webhook(&self) {
+    pub(crate) fn register_webhook(&self) {
         let configuration = json!({
             "apiVersion": "admissionregistration.k8s.io/v1",
             "kind": "MutatingWebhookConfiguration",
@@ -103,7 +99,7 @@ impl Platform {
     }
 
     /// Creates four pods: one in sync, and one for each cause of drift.
-    fn create_drift(&self) {
+    pub(crate) fn create_drift(&self) {
         self.api
             .create_all([&pod("old", OLD, Some("ReplicaSet/old"))]);
         self.register_webhook();
@@ -121,7 +117,7 @@ impl Platform {
     }
 
     /// Creates a pod without the label, in a namespace whose pods are all in scope.
-    fn create_without_label(&self) {
+    pub(crate) fn create_without_label(&self) {
         let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "scoped", "labels": {"workspaces": "yes"}}});
         let mut unlabelled = pod("unlabelled", "", None);
         let metadata = unlabelled["metadata"].as_object_mut().unwrap();
@@ -130,7 +126,7 @@ impl Platform {
         self.api.create_all([&namespace, &unlabelled]);
     }
 
-    fn set(&self, workspace: &str, mode: &str) {
+    pub(crate) fn set(&self, workspace: &str, mode: &str) {
         self.postgres.execute(&format!(
             "UPDATE workspaces SET llm_billing_mode = '{mode}' WHERE id = '{workspace}'"
         ));
@@ -151,7 +147,46 @@ impl Platform {
         decode_output(&self.command(arguments, &self.kubeconfig).output().unwrap())
     }
 
-    fn pod_names(&self) -> Vec<String> {
+    /// Creates pods of a realistic size, two for each workspace, all in sync. Returns their number: `AUDIT_PODS`, or 1,500.
+    pub(crate) fn create_many(&self) -> usize {
+        let pods: usize = std::env::var("AUDIT_PODS").map_or(1_500, |pods| pods.parse().unwrap());
+        self.postgres.execute(&format!(
+            "INSERT INTO workspaces SELECT ('00000000-0000-4000-8000-' || lpad(i::text, 12, '0'))::uuid, 'byok' FROM generate_series(1, {}) i",
+            pods / 2
+        ));
+        let recorded = &test_support::recorded_reviews()["claude-code-pod"]["request"]["object"];
+        let threads = 8;
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                let api = &self.api;
+                scope.spawn(move || {
+                    for index in (thread..pods).step_by(threads) {
+                        let mut pod = recorded.clone();
+                        pod["metadata"] = json!({
+                            "name": format!("ws-{index:06}"),
+                            "namespace": NAMESPACE,
+                            "labels": {WORKSPACE_LABEL: format!("00000000-0000-4000-8000-{:012}", index / 2 + 1)},
+                            "annotations": {"molecule.ai/llm-billing-mode": "byok", "molecule.ai/llm-billing-source": "workspace_override"},
+                        });
+                        let env = pod["spec"]["containers"][0]["env"].as_array_mut().unwrap();
+                        for name in ["MOLECULE_LLM_BILLING_MODE", "MOLECULE_LLM_BILLING_MODE_RESOLVED"] {
+                            env.push(json!({"name": name, "value": "byok"}));
+                        }
+                        api.create_all([&pod]);
+                    }
+                });
+            }
+        });
+        pods
+    }
+
+    /// Returns the number of transactions that the database has committed.
+    pub(crate) fn transactions(&self) -> usize {
+        let count = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()";
+        self.postgres.query(count).parse().unwrap()
+    }
+
+    pub(crate) fn pod_names(&self) -> Vec<String> {
         let pods = self
             .api
             .get(&format!("/api/v1/namespaces/{NAMESPACE}/pods"))
@@ -163,7 +198,7 @@ impl Platform {
 }
 
 /// Returns a pod with its own vendor key and, optionally, a controller.
-fn pod(name: &str, workspace: &str, owner: Option<&str>) -> Value {
+pub(crate) fn pod(name: &str, workspace: &str, owner: Option<&str>) -> Value {
     let mut pod = json!({
         "apiVersion": "v1",
         "kind": "Pod",
@@ -604,11 +639,9 @@ fn batch_query_looks_up_many_workspaces() {
             .create_all([&pod(&format!("p{index}"), &id, None)]);
     }
     let transactions = |query: &str| {
-        let count = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()";
-        let count = || -> usize { platform.postgres.query(count).parse().unwrap() };
-        let before = count();
+        let before = platform.transactions();
         reasons(query, label, &url);
-        count() - before
+        platform.transactions() - before
     };
     let (batched, single) = (transactions(select), transactions(&format!("{select} /* $1 */")));
     assert!(batched < 20, "{batched}");
@@ -661,72 +694,43 @@ fn audit_writes_metrics_file_and_pod_events() {
 }
 
 #[test]
-fn server_audit_works_with_the_charts_permissions() {
+fn audit_needs_each_permission() {
     let platform = Platform::start();
     platform.create_drift();
-    let objects = render(&[
-        "database.existingSecret=db",
-        "audit.interval=1h",
-        "tls.mode=provided",
-        "tls.provided.secretName=t",
-    ]);
-    let kinds = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding"];
-    let of_kinds = objects
-        .iter()
-        .filter(|object| kinds.iter().any(|kind| object["kind"] == *kind));
-    platform.api.create_all(of_kinds);
-    let user = format!("system:serviceaccount:{RELEASE}:{RELEASE}");
-    let kubeconfig = platform.api.kubeconfig(platform.folder.path(), Some(&user));
-    let start = Start {
-        policy: PROXY,
-        database_url: &platform.postgres.url(),
-        arguments: &["--audit-interval", "100ms"],
-        environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
-        ..Start::default()
+    // The permissions that docs/audit.md names.
+    let name = "audit";
+    let rule = |resource: &str, verb: &str| json!({"apiGroups": [""], "resources": [resource], "verbs": [verb]});
+    let kind = |kind: &str, rest: Value| {
+        let mut object = json!({"apiVersion": "rbac.authorization.k8s.io/v1", "kind": kind, "metadata": {"name": name}});
+        object
+            .as_object_mut()
+            .unwrap()
+            .extend(rest.as_object().unwrap().clone());
+        object
     };
-    let webhook = start.start();
-    let line = webhook.wait_for_log("\"audit\"");
-    assert!(line.contains("\"audited\":4,\"drifted\":3"), "{line}");
-    let wait_for_metric =
-        |text: &str| wait_for(text, || webhook.health("/metrics").1.contains(text).then_some(()));
-    wait_for_metric("llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 1\n");
-    platform.set(FLIPPED, "byok");
-    wait_for_metric("llm_billing_drift_pods{mode=\"disabled\",finding=\"wrong_mode\"} 0\n");
-    platform
-        .api
-        .delete(&format!("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{RELEASE}-audit"));
-    wait_for_metric("llm_billing_audits_total{result=\"failed\"} ");
-    wait_for_metric("llm_billing_audited_pods 4\n");
-    webhook.wait_for_log("the metrics keep the last complete audit's results");
-}
-
-#[test]
-fn audit_job_needs_each_permission_of_the_chart() {
-    let platform = Platform::start();
-    platform.create_drift();
-    let objects = render(&[
-        "database.existingSecret=db",
-        "audit.cronJob.enabled=true",
-        "audit.cronJob.evict=true",
+    let rules = [
+        rule("pods", "list"),
+        rule("events", "create"),
+        rule("pods/eviction", "create"),
+    ];
+    platform.api.create_all([
+        &kind("ClusterRole", json!({"rules": rules})),
+        &kind(
+            "ClusterRoleBinding",
+            json!({
+                "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name},
+                "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": NAMESPACE}],
+            }),
+        ),
     ]);
-    let of_job = |object: &&Value| {
-        object["kind"] != "CronJob" && object["metadata"]["name"] == "llm-billing-webhook-audit-job"
-    };
-    platform.api.create_all(objects.iter().filter(of_job));
-    let job = objects
-        .iter()
-        .find(|object| object["kind"] == "CronJob")
-        .unwrap();
-    let container = &job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0];
-    let arguments: Vec<&str> = container["args"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|argument| argument.as_str().unwrap())
-        .collect();
-    let own = |argument: &&&str| **argument != "audit" && !argument.contains("/etc/llm-billing/");
-    let arguments: Vec<&str> = arguments.iter().filter(own).copied().collect();
-    let user = format!("system:serviceaccount:{RELEASE}:llm-billing-webhook-audit-job");
+    let arguments = [
+        "--all-namespaces",
+        "--only-drift",
+        "--events",
+        "--evict",
+        "--yes",
+    ];
+    let user = format!("system:serviceaccount:{NAMESPACE}:{name}");
     let kubeconfig = platform.api.kubeconfig(platform.folder.path(), Some(&user));
     let audit = || {
         decode_output(
@@ -736,14 +740,12 @@ fn audit_job_needs_each_permission_of_the_chart() {
                 .unwrap(),
         )
     };
-    let role = "/apis/rbac.authorization.k8s.io/v1/clusterroles/llm-billing-webhook-audit-job";
+    let role = "/apis/rbac.authorization.k8s.io/v1/clusterroles/audit";
     let rules = platform.api.get(role).unwrap()["rules"]
         .as_array()
         .unwrap()
         .clone();
-    assert_eq!(rules.len(), 3);
     for rule in &rules {
-        assert_eq!(rule["verbs"].as_array().unwrap().len(), 1);
         platform.api.change(role, |role| {
             role["rules"]
                 .as_array_mut()
@@ -777,56 +779,6 @@ fn audit_job_needs_each_permission_of_the_chart() {
     let (code, _, stderr) = audit();
     assert_eq!(code, 1, "{stderr}");
     assert!(stderr.contains("evicted ws-acme/flipped"), "{stderr}");
-}
-
-#[test]
-fn namespace_scope_audit_needs_permission_to_list_namespaces() {
-    let platform = Platform::start();
-    let objects = render(&[
-        "database.existingSecret=db",
-        "scope=namespace",
-        "namespaceSelector.matchLabels.workspaces=yes",
-        "audit.interval=1h",
-        "tls.mode=provided",
-        "tls.provided.secretName=t",
-    ]);
-    let kinds = ["ServiceAccount", "ClusterRole", "ClusterRoleBinding"];
-    let of_kinds = |object: &&Value| kinds.iter().any(|kind| object["kind"] == *kind);
-    platform.api.create_all(objects.iter().filter(of_kinds));
-    platform.create_without_label();
-    let container = &of_kind(&objects, "Deployment")["spec"]["template"]["spec"]["containers"][0];
-    let arguments: Vec<String> = serde_json::from_value(container["args"].clone()).unwrap();
-    let selector = arguments
-        .iter()
-        .find(|argument| argument.starts_with("--audit-namespace-selector="));
-    let user = format!("system:serviceaccount:{RELEASE}:{RELEASE}");
-    let kubeconfig = platform.api.kubeconfig(platform.folder.path(), Some(&user));
-    let start = Start {
-        policy: &format!("unlabelled: platform_managed\n{PROXY}"),
-        database_url: &platform.postgres.url(),
-        arguments: &["--audit-interval", "100ms", selector.unwrap()],
-        environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
-        ..Start::default()
-    };
-    let webhook = start.start();
-    let line = webhook.wait_for_log("\"audit\"");
-    assert!(line.contains("\"audited\":1,\"drifted\":1"), "{line}");
-    let role = format!("/apis/rbac.authorization.k8s.io/v1/clusterroles/{RELEASE}-audit");
-    platform
-        .api
-        .change(&role, |role| role["rules"][0]["resources"] = json!(["pods"]));
-    let line = webhook.wait_for_log("cannot list the namespaces");
-    assert!(line.contains("is forbidden"), "{line}");
-
-    // If pods without the label are in scope, the server requires a namespace selector.
-    let mut command = Start {
-        arguments: &["--audit-interval", "1h"],
-        ..start
-    }
-    .command(webhook.folder.path());
-    let (code, _, stderr) = decode_output(&command.output().unwrap());
-    assert_eq!(code, 2);
-    assert!(stderr.starts_with("error: see --audit-namespace-selector: "), "{stderr}");
 }
 
 #[test]
@@ -922,39 +874,9 @@ fn audit_page_transcripts_match_program_output() {
 
 #[test]
 fn sweep_queries_once_per_page_in_bounded_memory() {
-    let pods: usize = std::env::var("AUDIT_PODS").map_or(1_500, |pods| pods.parse().unwrap());
     let platform = Platform::start();
-    platform.postgres.execute(&format!(
-        "INSERT INTO workspaces SELECT ('00000000-0000-4000-8000-' || lpad(i::text, 12, '0'))::uuid, 'byok' FROM generate_series(1, {}) i",
-        pods / 2
-    ));
-    // Pods of a realistic size, all in sync.
-    let recorded = &test_support::recorded_reviews()["claude-code-pod"]["request"]["object"];
-    let threads = 8;
-    std::thread::scope(|scope| {
-        for thread in 0..threads {
-            let api = &platform.api;
-            scope.spawn(move || {
-                for index in (thread..pods).step_by(threads) {
-                    let mut pod = recorded.clone();
-                    pod["metadata"] = json!({
-                        "name": format!("ws-{index:06}"),
-                        "namespace": NAMESPACE,
-                        "labels": {WORKSPACE_LABEL: format!("00000000-0000-4000-8000-{:012}", index / 2 + 1)},
-                        "annotations": {"molecule.ai/llm-billing-mode": "byok", "molecule.ai/llm-billing-source": "workspace_override"},
-                    });
-                    let env = pod["spec"]["containers"][0]["env"].as_array_mut().unwrap();
-                    for name in ["MOLECULE_LLM_BILLING_MODE", "MOLECULE_LLM_BILLING_MODE_RESOLVED"] {
-                        env.push(json!({"name": name, "value": "byok"}));
-                    }
-                    api.create_all([&pod]);
-                }
-            });
-        }
-    });
-    let count = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()";
-    let count = || -> usize { platform.postgres.query(count).parse().unwrap() };
-    let before = count();
+    let pods = platform.create_many();
+    let before = platform.transactions();
     let started = Instant::now();
     let mut command = platform.command(&["-A", "--only-drift"], &platform.kubeconfig);
     let mut child = command
@@ -974,7 +896,7 @@ fn sweep_queries_once_per_page_in_bounded_memory() {
     let (code, _, stderr) = decode_output(&child.wait_with_output().unwrap());
     assert_eq!((code, stderr), (0, format!("{pods} pods audited, all in sync\n")));
     // This includes the transactions of the counting psql.
-    let queries = count() - before;
+    let queries = platform.transactions() - before;
     println!(
         "{pods} pods of {} workspaces: {elapsed:.1?}, {peak} KiB at most, {queries} transactions",
         pods / 2
@@ -982,81 +904,4 @@ fn sweep_queries_once_per_page_in_bounded_memory() {
     assert!(queries <= pods.div_ceil(500) + 10, "{queries}");
     // The limit is the same for three pages and for forty.
     assert!(peak < 64 * 1024, "{peak} KiB");
-}
-
-/// Serves one list of pods over HTTP. It sends the last byte when the returned sender is used.
-fn serve_page_in_two_steps(page: String) -> (String, mpsc::Receiver<()>, mpsc::Sender<()>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    let (signal_written, written) = mpsc::channel();
-    let (resume, resumed) = mpsc::channel();
-    thread::spawn(move || {
-        let (mut stream, _) = listener.accept().unwrap();
-        let mut head = BufReader::new(stream.try_clone().unwrap()).lines();
-        while head.next().is_some_and(|line| !line.unwrap().is_empty()) {}
-        let length = page.len();
-        let (body, last) = page.split_at(length - 1);
-        let head = "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length";
-        write!(stream, "{head}: {length}\r\n\r\n{body}").unwrap();
-        signal_written.send(()).unwrap();
-        resumed.recv().unwrap();
-        stream.write_all(last.as_bytes()).unwrap();
-        // Keep the connection open until the test ends.
-        let _ = resumed.recv();
-    });
-    (url, written, resume)
-}
-
-#[test]
-fn probe_is_answered_while_audit_reads_large_page() {
-    let env: Vec<Value> = (0..600)
-        .map(|index| json!({"name": format!("VARIABLE_{index}"), "value": "x".repeat(64)}))
-        .collect();
-    let mut large = pod("ws", "no-uuid", None);
-    large["spec"]["containers"][0]["env"] = json!(env);
-    let items = vec![large.to_string(); 500].join(",");
-    let page =
-        format!(r#"{{"kind":"PodList","apiVersion":"v1","metadata":{{}},"items":[{items}]}}"#);
-    let (url, written, resume) = serve_page_in_two_steps(page);
-    let folder = tempfile::tempdir().unwrap();
-    let kubeconfig = folder.path().join("kubeconfig");
-    let config = json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "test",
-        "clusters": [{"name": "test", "cluster": {"server": url}}],
-        "users": [{"name": "test", "user": {"token": "t"}}],
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-    });
-    fs::write(&kubeconfig, config.to_string()).unwrap();
-    let postgres =
-        Postgres::with("CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text)");
-    let webhook = Start {
-        policy: PROXY,
-        database_url: &postgres.url(),
-        arguments: &["--audit-interval", "1h"],
-        // With one worker, a task that does not yield blocks all others.
-        environment: &[
-            ("KUBECONFIG", kubeconfig.to_str().unwrap()),
-            ("TOKIO_WORKER_THREADS", "1"),
-        ],
-        ..Start::default()
-    }
-    .start();
-    written.recv().unwrap();
-    let is_audited = || {
-        let metrics = webhook.health("/metrics").1;
-        metrics.contains("llm_billing_audits_total{result=\"ok\"} 1")
-    };
-    // Between these answers, the webhook reads what it has received of the page.
-    for _ in 0..200 {
-        assert!(!is_audited());
-    }
-    resume.send(()).unwrap();
-    let mut answers = 0;
-    wait_for("the audit ends", || {
-        answers += 1;
-        is_audited().then_some(())
-    });
-    assert!(answers > 10, "{answers} answers while the page was read");
-    let drift = webhook.health("/metrics").1;
-    assert!(drift.contains("llm_billing_audited_pods 500\n"), "{drift}");
 }

@@ -43,8 +43,8 @@ const MATRIX: [&[&str]; 10] = [
         "namespaceSelector.matchExpressions[0].key=team",
         "namespaceSelector.matchExpressions[0].operator=In",
         "namespaceSelector.matchExpressions[0].values={a,b}",
-        "audit.interval=10m",
-        "audit.cronJob.enabled=true",
+        "converge.enabled=true",
+        "serviceMonitor.enabled=true",
         "rbac.create=false",
         "tls.mode=provided",
         "tls.provided.secretName=tls",
@@ -53,9 +53,6 @@ const MATRIX: [&[&str]; 10] = [
     ],
     &[
         DATABASE,
-        "audit.interval=10m",
-        "audit.cronJob.enabled=true",
-        "audit.cronJob.evict=true",
         "converge.enabled=true",
         "converge.apply=true",
         "converge.window=22:00-06:00",
@@ -439,7 +436,8 @@ fn alerts() -> Value {
     let objects = render(&[
         DATABASE,
         "prometheusRule.enabled=true",
-        "audit.interval=10m",
+        "converge.enabled=true",
+        "converge.interval=10m",
         "webhook.failurePolicy=Ignore",
     ]);
     of_kind(&objects, "PrometheusRule")["spec"].clone()

@@ -11,6 +11,7 @@ mod check;
 mod columns;
 mod configuration;
 mod contract;
+mod converge;
 mod core_contract;
 mod core_properties;
 mod core_recorded;

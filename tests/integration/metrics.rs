@@ -7,7 +7,6 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use test_support::api_server::ApiServer;
 use test_support::chart::with_tools;
 use test_support::load::BYOK;
 use test_support::postgres::{Postgres, free_port};
@@ -22,19 +21,13 @@ type Series = BTreeMap<String, (String, BTreeSet<String>)>;
 struct Run {
     webhook: Webhook,
     _postgres: Postgres,
-    _api: ApiServer,
-    _folder: tempfile::TempDir,
 }
 
 fn run() -> Run {
     let postgres = Postgres::with(&test_support::load::schema());
-    let (api, folder) = (ApiServer::stand_in(), tempfile::tempdir().unwrap());
-    let kubeconfig = api.kubeconfig(folder.path(), None);
     let webhook = Start {
         policy: PROXY,
         database_url: &postgres.url(),
-        arguments: &["--audit-interval", "1h"],
-        environment: &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
         ..Start::default()
     }
     .start();
@@ -51,20 +44,27 @@ fn run() -> Run {
     fs::write(webhook.folder.path().join("tls.key"), key).unwrap();
     fs::write(webhook.folder.path().join("tls.crt"), certificate).unwrap();
     webhook.wait_for_log("certificate reloaded");
-    webhook.wait_for_log("\"audit\"");
     Run {
         webhook,
         _postgres: postgres,
-        _api: api,
-        _folder: folder,
     }
 }
 
-/// Returns the series documented on the page.
+/// Returns the series documented on the page for `serve`.
 fn documented() -> Series {
+    documented_in(0)
+}
+
+/// Returns those documented for `converge` alone.
+pub(crate) fn documented_of_converge() -> Series {
+    documented_in(1)
+}
+
+/// Returns the series documented before (0) or after (1) the heading of `converge`.
+fn documented_in(part: usize) -> Series {
     let page = page("docs/metrics.md");
-    // Those of `converge` are compared in tests/e2e/converge.rs.
-    let page = page.split("\n## The series of `converge`").next().unwrap();
+    let mut parts = page.split("\n## The series of `converge`");
+    let page = parts.nth(part).unwrap();
     let rows = page
         .lines()
         .filter(|line| line.starts_with("| `llm_billing_"));
@@ -80,7 +80,7 @@ fn documented() -> Series {
 }
 
 /// Returns the series in a scrape's text.
-fn exposed(text: &str) -> Series {
+pub(crate) fn exposed(text: &str) -> Series {
     let mut series = Series::new();
     for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
         let (name, kind) = line.split_once(' ').unwrap();

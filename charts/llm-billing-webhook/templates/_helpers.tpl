@@ -31,6 +31,18 @@ app.kubernetes.io/component: webhook
 {{- merge $labels .Values.commonLabels | toYaml }}
 {{- end }}
 
+{{- define "llm-billing-webhook.convergeName" -}}
+{{- printf "%s-converge" (include "llm-billing-webhook.fullname" . | trunc 54 | trimSuffix "-") }}
+{{- end }}
+
+{{- define "llm-billing-webhook.convergeSelectorLabels" -}}
+{{- include "llm-billing-webhook.selectorLabels" . | replace "component: webhook" "component: converge" }}
+{{- end }}
+
+{{- define "llm-billing-webhook.convergeLabels" -}}
+{{- include "llm-billing-webhook.labels" . | replace "component: webhook" "component: converge" }}
+{{- end }}
+
 {{- define "llm-billing-webhook.serviceAccountName" -}}
 {{- if .Values.serviceAccount.create }}
 {{- default (include "llm-billing-webhook.fullname" .) .Values.serviceAccount.name }}
@@ -74,7 +86,7 @@ policy.unlabelled. */}}
 {{- mul (regexFind "^[0-9]+" . | int64) (get $units (regexFind "[a-z]$" .)) }}
 {{- end }}
 
-{{/* The namespaces in scope, as a label selector for audits with scope: namespace. */}}
+{{/* The namespaces in scope, as a label selector for converge. */}}
 {{- define "llm-billing-webhook.namespaceSelector" -}}
 {{- $exempt := concat (list "kube-system" .Release.Namespace) .Values.exemptNamespaces | uniq }}
 {{- $parts := list (printf "kubernetes.io/metadata.name notin (%s)" (join "," $exempt)) }}
@@ -91,6 +103,11 @@ policy.unlabelled. */}}
 {{- end }}
 {{- end }}
 {{- join "," $parts }}
+{{- end }}
+
+{{/* "true" if values select the namespaces in scope, else empty. */}}
+{{- define "llm-billing-webhook.hasNamespaceSelector" -}}
+{{- if or .Values.namespaceSelector.matchLabels .Values.namespaceSelector.matchExpressions }}true{{ end }}
 {{- end }}
 
 {{/* "true" if there is always more than one replica, else empty. */}}
@@ -166,6 +183,59 @@ objectSelector:
 
 {{- define "llm-billing-webhook.workspaceLabel" -}}
 {{ default "molecule.ai/workspace-id" .Values.policy.workspaceLabel }}
+{{- end }}
+
+{{/* Selects the pods, or Services, that have metrics. */}}
+{{- define "llm-billing-webhook.monitored" -}}
+selector:
+  matchLabels:
+    {{- omit (include "llm-billing-webhook.selectorLabels" . | fromYaml) "app.kubernetes.io/component" | toYaml | nindent 4 }}
+  matchExpressions:
+    - {key: app.kubernetes.io/component, operator: In, values: [webhook, converge]}
+{{- end }}
+
+{{/* The policy and the database's URL and CA, in the containers of `serve` and `converge`. Directories, not subPath, which would
+not receive a changed Secret. */}}
+{{- define "llm-billing-webhook.volumeMounts" -}}
+- name: policy
+  mountPath: /etc/llm-billing/policy
+  readOnly: true
+{{- if not .Values.database.sqlite.enabled }}
+- name: database
+  mountPath: /etc/llm-billing/database
+  readOnly: true
+{{- end }}
+{{- if .Values.database.caSecret.name }}
+- name: database-ca
+  mountPath: /etc/llm-billing/database-ca
+  readOnly: true
+{{- end }}
+{{- end }}
+
+{{- define "llm-billing-webhook.volumes" -}}
+- name: policy
+  configMap:
+    name: {{ include "llm-billing-webhook.fullname" . }}-policy
+{{- if not .Values.database.sqlite.enabled }}
+- name: database
+  secret:
+    secretName: {{ .Values.database.existingSecret }}
+    defaultMode: 0440
+    items:
+      - key: {{ .Values.database.key }}
+        path: {{ .Values.database.key }}
+{{- end }}
+{{- with .Values.database.caSecret }}
+{{- if .name }}
+- name: database-ca
+  secret:
+    secretName: {{ .name }}
+    defaultMode: 0440
+    items:
+      - key: {{ .key }}
+        path: {{ .key }}
+{{- end }}
+{{- end }}
 {{- end }}
 
 {{/* The Service that the API server calls. Unless the values provide caBundle, the chart omits it: the replicas or

@@ -10,9 +10,6 @@
 {{- if and $sqlite (or (ne (int .Values.replicas) 1) .Values.autoscaling.enabled) }}
 {{- fail "database.sqlite is a file in one pod, which several replicas cannot share: set replicas=1 and autoscaling.enabled=false" }}
 {{- end }}
-{{- if and $sqlite .Values.audit.cronJob.enabled }}
-{{- fail "database.sqlite is a file in one pod, which the audit job cannot read: set audit.interval instead of audit.cronJob.enabled" }}
-{{- end }}
 {{- if and $sqlite .Values.converge.enabled }}
 {{- fail "database.sqlite is a file in one pod, which converge cannot read: set converge.enabled=false" }}
 {{- end }}

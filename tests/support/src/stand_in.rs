@@ -1,16 +1,20 @@
 //! A stand-in for the API server, in this process. It stores any object, compares resource versions, evaluates RBAC for
-//! impersonated users, pages and evicts. It calls mutating webhooks about new pods, over TLS with their `caBundle`.
+//! impersonated users, pages, watches and evicts. It calls mutating webhooks about new pods, over TLS with their `caBundle`.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::Router;
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, Method, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use futures_util::stream;
 use serde_json::{Value, json};
 
 use super::api_server::agent;
@@ -49,7 +53,6 @@ pub fn serve() -> SocketAddr {
     address
 }
 
-type Answer = (StatusCode, [(&'static str, &'static str); 1], String);
 type Parameters = BTreeMap<String, String>;
 
 async fn answer(
@@ -59,7 +62,7 @@ async fn answer(
     Query(parameters): Query<Parameters>,
     headers: HeaderMap,
     body: Bytes,
-) -> Answer {
+) -> Response {
     let request = Request {
         method: method.to_string(),
         target: Target::of(uri.path()),
@@ -69,6 +72,9 @@ async fn answer(
             .map(|user| user.to_str().unwrap().to_owned()),
         body: serde_json::from_slice(&body).unwrap_or(Value::Null),
     };
+    if request.is_watch() && request.authorize(&store, "watch").is_ok() {
+        return request.watch(store).into_response();
+    }
     // The client that calls the webhooks blocks.
     let result = tokio::task::spawn_blocking(move || request.answer(&store)).await;
     let (status, object) = match result.unwrap() {
@@ -80,7 +86,7 @@ async fn answer(
         }
     };
     let status = StatusCode::from_u16(status).unwrap();
-    (status, [("content-type", "application/json")], object.to_string())
+    (status, [("content-type", "application/json")], object.to_string()).into_response()
 }
 
 type Failure = (u16, &'static str, String);
@@ -134,6 +140,7 @@ impl Request {
             .contains_key(&self.target.whole);
         let verbs: &[&str] = match (self.method.as_str(), &self.target.name) {
             ("GET", Some(_)) => &["get"],
+            ("GET", None) if self.is_watch() => &["watch"],
             ("GET", None) => &["list"],
             ("POST", _) => &["create"],
             ("PUT", _) => &["update"],
@@ -181,10 +188,9 @@ impl Request {
                 if self.parameters.contains_key("dryRun") {
                     return Ok((201, self.body));
                 }
-                let uid = store.lock().unwrap().version;
-                self.body["metadata"]["uid"] = format!("uid-{uid}").into();
                 let path = format!("{}/{name}", self.target.whole);
                 let mut store = store.lock().unwrap();
+                self.body["metadata"]["uid"] = format!("uid-{}", store.version).into();
                 if store.objects.contains_key(&path) {
                     return Err((409, "AlreadyExists", format!("{name:?} already exists")));
                 }
@@ -235,6 +241,50 @@ impl Request {
                 Ok((200, old.object))
             }
         }
+    }
+
+    fn is_watch(&self) -> bool {
+        self.parameters.get("watch").is_some_and(|is| is == "true")
+    }
+
+    /// Streams the changes of a collection since a resource version. Deletions before the request are not among them.
+    fn watch(mut self, store: Shared) -> Body {
+        let version = |object: &Value| {
+            let version = object["metadata"]["resourceVersion"].as_str();
+            version.map_or(0, |version| version.parse::<u64>().unwrap())
+        };
+        let since = self.parameters.remove("resourceVersion");
+        let since: u64 = since.map_or(0, |since| since.parse().unwrap());
+        let listed = move |request: &Self, store: &Shared| {
+            let (_, list) = request.list(&store.lock().unwrap()).ok()?;
+            let items = list["items"].as_array()?.iter();
+            let items = items.map(|item| (item["metadata"]["uid"].to_string(), item.clone()));
+            Some(items.collect::<BTreeMap<String, Value>>())
+        };
+        let mut known = listed(&self, &store).unwrap_or_default();
+        known.retain(|_, object| version(object) <= since);
+        let state = (self, store, known);
+        Body::from_stream(stream::unfold(state, move |(request, store, known)| async move {
+            loop {
+                let now = listed(&request, &store)?;
+                let event = |kind, object| json!({"type": kind, "object": object}).to_string();
+                let mut events: Vec<String> = Vec::new();
+                for (uid, object) in &now {
+                    match known.get(uid) {
+                        None => events.push(event("ADDED", object)),
+                        Some(old) if old != object => events.push(event("MODIFIED", object)),
+                        Some(_) => {}
+                    }
+                }
+                let gone = known.iter().filter(|(uid, _)| !now.contains_key(*uid));
+                events.extend(gone.map(|(_, object)| event("DELETED", object)));
+                if !events.is_empty() {
+                    let lines = Bytes::from(events.join("\n") + "\n");
+                    return Some((Ok::<_, Infallible>(lines), (request, store, now)));
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        }))
     }
 
     /// Lists a collection's objects that match the selectors, one page at a time.
