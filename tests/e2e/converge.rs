@@ -469,9 +469,7 @@ fn switch_is_followed_once_the_api_server_is_back() {
         set_mode(&platform.postgres, "disabled");
         converge.wait_for_log("\"is_active\":false");
     });
-    converge.wait_for_log("\"recreating\"");
     platform.with_kubelet(|| {
-        // The controllers watch again after a pause of their own.
         platform.wait_for_modes(1, "disabled");
         converge.wait_for_log("\"recreated\"");
     });

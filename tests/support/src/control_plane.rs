@@ -25,6 +25,7 @@ rules:
 ";
 
 const API_SERVER: &str = "kube-apiserver";
+const CONTROLLERS: &str = "kube-controller-manager";
 
 /// A running control plane.
 pub struct ControlPlane {
@@ -34,6 +35,8 @@ pub struct ControlPlane {
     folder: TempDir,
     /// The flags of the API server.
     flags: Vec<(&'static str, String)>,
+    /// The kubeconfig of the controllers, if they run.
+    kubeconfig: String,
     /// By program.
     children: BTreeMap<String, Child>,
 }
@@ -49,6 +52,7 @@ impl ControlPlane {
             assets: assets.to_owned(),
             folder: tempfile::tempdir().unwrap(),
             flags: Vec::new(),
+            kubeconfig: String::new(),
             children: BTreeMap::new(),
         };
         let folder = plane.folder.path().to_owned();
@@ -110,25 +114,43 @@ impl ControlPlane {
         });
     }
 
-    /// Kills the API server, runs the closure, and starts the API server again.
+    /// Kills the API server, runs the closure, and starts the API server again. Controllers that run are started again, too:
+    /// they would watch again only after a pause of up to 30 s.
     pub fn without_api_server(&mut self, work: impl FnOnce()) {
-        let mut child = self.children.remove(API_SERVER).unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
+        self.kill(API_SERVER);
         work();
         self.start_api_server();
+        if self.kill(CONTROLLERS) {
+            self.run_controllers();
+        }
+    }
+
+    /// Kills a program. Returns `false` if it was not started.
+    fn kill(&mut self, program: &str) -> bool {
+        let Some(mut child) = self.children.remove(program) else {
+            return false;
+        };
+        child.kill().unwrap();
+        child.wait().unwrap();
+        true
     }
 
     /// Starts the controllers, which create the pods of workloads. Returns `false` if they are not installed.
     pub fn start_controllers(&mut self, kubeconfig: &Path) -> bool {
-        const PROGRAM: &str = "kube-controller-manager";
-        if !self.assets.join(PROGRAM).is_file() {
+        if !self.assets.join(CONTROLLERS).is_file() {
             return false;
         }
-        let kubeconfig = kubeconfig.to_str().unwrap();
+        self.kubeconfig = kubeconfig.to_str().unwrap().to_owned();
+        self.run_controllers();
+        true
+    }
+
+    fn run_controllers(&mut self) {
+        let kubeconfig = self.kubeconfig.clone();
+        let kubeconfig = kubeconfig.as_str();
         let (certificates, key) = (self.path("controllers"), self.path("sa.key"));
         self.run(
-            PROGRAM,
+            CONTROLLERS,
             &[
                 ("kubeconfig", kubeconfig),
                 ("authentication-kubeconfig", kubeconfig),
@@ -140,7 +162,6 @@ impl ControlPlane {
                 ("service-account-private-key-file", &key),
             ],
         );
-        true
     }
 
     fn run(&mut self, program: &str, arguments: &[(&str, &str)]) {
