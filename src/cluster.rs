@@ -174,7 +174,7 @@ fn is_budget_refusal(status: &Status) -> bool {
 pub const RESTARTED_ANNOTATION: &str = "kubectl.kubernetes.io/restartedAt";
 
 /// Restarts a Deployment, StatefulSet or DaemonSet, named by its plural, as `kubectl rollout restart` does. Fails if it is not
-/// of this resource version any more: another process may have restarted it.
+/// of this resource version any more: another process may have restarted it. Returns the time that its template has now.
 ///
 /// # Errors
 /// [`ClusterError`]
@@ -184,9 +184,10 @@ pub async fn restart(
     plural: &str,
     name: &str,
     resource_version: &str,
-) -> Result<(), ClusterError> {
+) -> Result<String, ClusterError> {
     let path = format!("/apis/apps/v1/namespaces/{namespace}/{plural}");
-    let annotations = json!({RESTARTED_ANNOTATION: Timestamp::now().to_string()});
+    let restarted_at = Timestamp::now().to_string();
+    let annotations = json!({RESTARTED_ANNOTATION: restarted_at});
     let patch = json!({
         "metadata": {"resourceVersion": resource_version},
         "spec": {"template": {"metadata": {"annotations": annotations}}},
@@ -198,7 +199,7 @@ pub async fn restart(
     let request = Request::new(path).patch(name, &parameters, &Patch::Strategic(&patch));
     let request = request.map_err(|error| ClusterError::Unreachable(error.to_string()))?;
     client.request::<Value>(request).await?;
-    Ok(())
+    Ok(restarted_at)
 }
 
 /// The type of an event.

@@ -30,7 +30,7 @@ pub(super) struct ConvergeArgs {
     #[arg(long, env = "LLM_BILLING_APPLY")]
     apply: bool,
     /// Pause between comparisons of all pods; changed pods, and rows of which PostgreSQL notifies, are compared at once
-    #[arg(long, env = "LLM_BILLING_INTERVAL", value_name = "DURATION", default_value = "5m", value_parser = positive_duration)]
+    #[arg(long, env = "LLM_BILLING_INTERVAL", value_name = "DURATION", default_value = "30s", value_parser = positive_duration)]
     interval: Duration,
     /// Maximum number of workspaces that are recreated at once
     #[arg(long, env = "LLM_BILLING_MAX_UNAVAILABLE", value_name = "COUNT", default_value = "5", value_parser = clap::value_parser!(u32).range(1..))]

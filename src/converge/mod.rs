@@ -190,6 +190,14 @@ struct Converge {
     reported: BTreeMap<String, u64>,
 }
 
+/// The result of a comparison.
+struct Compared {
+    /// The number of workspaces whose rows have changed.
+    switched: usize,
+    /// The pods to compare again: a new pod of their workspace is the first to show a changed row.
+    outdated: BTreeSet<String>,
+}
+
 impl Converge {
     /// Never returns.
     async fn run(&mut self, mut changes: mpsc::Receiver<Change>) {
@@ -271,9 +279,11 @@ impl Converge {
     /// Marks the pods of a workspace whose row has changed.
     fn mark(&mut self, change: &Change) {
         let Change::Workspace(id) = change else {
+            self.converger.disturb(None);
             self.is_due = true;
             return;
         };
+        self.converger.disturb(Some(id));
         let label = self.policy.workspace_label.as_str();
         let pods = self.pods.iter();
         let of_workspace =
@@ -289,12 +299,12 @@ impl Converge {
             return;
         }
         match self.compare_due().await {
-            Ok(switched) => {
+            Ok(Compared { switched, outdated }) => {
                 if self.retry_at.take().is_some() {
                     info!("pods are compared again");
                 }
                 self.is_due = false;
-                self.changed.clear();
+                self.changed = outdated;
                 self.status.metrics.switched(switched);
                 let mut report = Report::default();
                 for verdict in self.verdicts.values() {
@@ -316,8 +326,7 @@ impl Converge {
         }
     }
 
-    /// Returns the number of workspaces whose rows have changed.
-    async fn compare_due(&mut self) -> Result<usize, SweepError> {
+    async fn compare_due(&mut self) -> Result<Compared, SweepError> {
         if let (Namespaces::Selected(selector), true) = (&self.options.namespaces, self.is_due) {
             self.scope = Some(selected_namespaces(&self.client, selector).await?);
         }
@@ -345,19 +354,32 @@ impl Converge {
                 }
             }
         }
-        let mut switched = BTreeSet::new();
-        for (uid, _) in due {
+        let (mut switched, mut fresh) = (BTreeSet::new(), BTreeMap::new());
+        for (uid, _) in &due {
             // A pod that was not compared keeps its verdict.
-            let Some(verdict) = verdicts.remove(uid) else {
+            let Some(verdict) = verdicts.remove(*uid) else {
                 continue;
             };
             let (workspace, fingerprint) = (verdict.workspace.clone(), verdict.fingerprint);
-            let before = self.verdicts.insert(uid.clone(), verdict);
-            if before.is_some_and(|before| before.fingerprint != fingerprint) {
-                switched.insert(workspace);
+            match self.verdicts.insert((*uid).clone(), verdict) {
+                None => drop(fresh.insert(workspace, fingerprint)),
+                Some(before) if before.fingerprint != fingerprint => {
+                    switched.insert(workspace);
+                }
+                Some(_) => {}
             }
         }
-        Ok(switched.len())
+        let due: BTreeSet<&String> = due.iter().map(|(uid, _)| *uid).collect();
+        let is_outdated = |(uid, verdict): &(&String, &AuditedPod)| {
+            let row = fresh.get(&verdict.workspace);
+            row.is_some_and(|row| *row != verdict.fingerprint) && !due.contains(uid)
+        };
+        let verdicts = self.verdicts.iter();
+        let outdated = verdicts.filter(is_outdated).map(|(uid, _)| uid.clone());
+        Ok(Compared {
+            switched: switched.len(),
+            outdated: outdated.collect(),
+        })
     }
 
     /// Recreates, or reports, what is out of sync.
@@ -468,6 +490,8 @@ impl Converge {
             let state = PodState {
                 is_drifted,
                 is_ready: pod.is_ready,
+                restarted_at: pod.restarted_at.clone(),
+                fingerprint: verdict.fingerprint,
             };
             workload.pods.insert(pod.uid().to_owned(), state);
         }
@@ -582,11 +606,15 @@ impl Converge {
         {
             info!(workload = key, "a rollout is in progress");
             self.converger.resume(key);
+            if let Some(restarted_at) = restarted_at {
+                self.converger.restarted(key, restarted_at.to_owned());
+            }
             return Ok(true);
         }
         let version = workload.pointer("/metadata/resourceVersion");
         let version = version.and_then(Value::as_str).unwrap_or_default();
-        cluster::restart(&self.client, namespace, plural, name, version).await?;
+        let restarted_at = cluster::restart(&self.client, namespace, plural, name, version).await?;
+        self.converger.restarted(key, restarted_at);
         Ok(true)
     }
 

@@ -93,12 +93,16 @@ impl Obstacle {
 }
 
 /// A pod of a workload.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct PodState {
     /// Whether its env does not match.
     pub is_drifted: bool,
     /// Whether it is ready.
     pub is_ready: bool,
+    /// When its template was last restarted, as of its creation.
+    pub restarted_at: Option<String>,
+    /// The state of the row with which it was compared.
+    pub fingerprint: u64,
 }
 
 /// A workload, or a pod without one, that has a pod which is out of sync or is being recreated.
@@ -150,6 +154,10 @@ struct Attempt {
     /// The pods at its beginning. Those that were out of sync are to be replaced.
     before: BTreeMap<String, PodState>,
     begun: Duration,
+    /// The time that a rollout restart has set in the workload's template.
+    restarted_at: Option<String>,
+    /// Whether the row has been written since.
+    is_disturbed: bool,
     /// Since when the workload has had no pod.
     absent_since: Option<Duration>,
     failure: Option<Failure>,
@@ -216,12 +224,15 @@ impl Converger {
             let (Some(workload), None) = (workloads.get(key), attempt.failure) else {
                 return true;
             };
+            attempt.add_late(workload);
             match attempt.progress(workload, now, self.budget.timeout) {
                 Progress::Running => true,
                 Progress::Succeeded => {
                     step.succeeded.push(key.clone());
                     false
                 }
+                // The pod may be from a moment at which the row was another one.
+                Progress::Failed(Failure::OutOfSyncAgain) if attempt.is_disturbed => false,
                 Progress::Failed(failure) => {
                     step.failed.push((key.clone(), failure));
                     attempt.failure = Some(failure);
@@ -252,6 +263,8 @@ impl Converger {
                 fingerprint: workload.fingerprint,
                 before: workload.pods.clone(),
                 begun: now,
+                restarted_at: None,
+                is_disturbed: false,
                 absent_since: None,
                 failure: None,
             };
@@ -272,6 +285,21 @@ impl Converger {
     pub fn is_running(&self, key: &str) -> bool {
         let attempt = self.attempts.get(key);
         attempt.is_some_and(|attempt| attempt.failure.is_none())
+    }
+
+    /// Records that the row of a workspace, or of any if `None`, has been written. A recreation that is running then is
+    /// repeated if its new pods are out of sync.
+    pub fn disturb(&mut self, workspace: Option<&str>) {
+        for attempt in self.attempts.values_mut() {
+            attempt.is_disturbed |= workspace.is_none_or(|own| own == attempt.workspace);
+        }
+    }
+
+    /// Records the time that a rollout restart has set in the workload's template.
+    pub fn restarted(&mut self, key: &str, restarted_at: String) {
+        if let Some(attempt) = self.attempts.get_mut(key) {
+            attempt.restarted_at = Some(restarted_at);
+        }
     }
 
     /// Takes over a recreation that another process has begun: the pods that are in sync are new ones.
@@ -331,16 +359,34 @@ impl Converger {
 }
 
 impl Attempt {
+    /// Adds pods of an earlier template that were seen only after the beginning, as after a switch back and forth: the
+    /// rollout replaces them too.
+    fn add_late(&mut self, workload: &Workload) {
+        if self.restarted_at.is_none() {
+            return;
+        }
+        let late = workload.pods.iter();
+        let late = late.filter(|(_, pod)| pod.is_drifted && pod.restarted_at != self.restarted_at);
+        for (uid, pod) in late {
+            self.before
+                .entry(uid.clone())
+                .or_insert_with(|| pod.clone());
+        }
+    }
+
     /// Returns how far the recreation is, by the workload's pods.
     fn progress(&self, workload: &Workload, now: Duration, timeout: Duration) -> Progress {
         let pods = workload.pods.iter();
         let mut new = pods.filter(|(uid, _)| !self.before.contains_key(*uid));
-        if new.clone().any(|(_, pod)| pod.is_drifted) {
+        let mut drifted = new.clone().filter(|(_, pod)| pod.is_drifted).peekable();
+        let is_drifted = drifted.peek().is_some();
+        // Compared with a later state of the row, it is no failure: that is another reason to recreate.
+        if drifted.any(|(_, pod)| pod.fingerprint == self.fingerprint) {
             return Progress::Failed(Failure::OutOfSyncAgain);
         }
         let mut replaced = self.before.iter().filter(|(_, pod)| pod.is_drifted);
         let are_gone = replaced.all(|(uid, _)| !workload.pods.contains_key(uid));
-        if are_gone && new.any(|(_, pod)| pod.is_ready) {
+        if are_gone && !is_drifted && new.any(|(_, pod)| pod.is_ready) {
             return Progress::Succeeded;
         }
         if now.saturating_sub(self.begun) >= timeout {
@@ -370,6 +416,8 @@ mod tests {
                     let pod = PodState {
                         is_drifted: *is_drifted,
                         is_ready: true,
+                        restarted_at: None,
+                        fingerprint,
                     };
                     ((*uid).to_owned(), pod)
                 })
@@ -511,6 +559,81 @@ mod tests {
         assert_eq!(step(0, &[("a1", true)], true).begin, ["a"]);
         assert_eq!(step(1, &[("a2", false)], false).running, 1);
         assert_eq!(step(2, &[("a2", false)], true).succeeded, ["a"]);
+    }
+
+    #[test]
+    fn pod_of_an_earlier_template_is_replaced_with_the_others() {
+        let mut converger = Converger::new(BUDGET);
+        assert_eq!(step_of(&mut converger, &[("a1", true)], None).begin, ["a"]);
+        converger.restarted("a", "second".to_owned());
+        // Created by an earlier restart, and seen late.
+        let late = step_of(&mut converger, &[("a1", true), ("a2", true)], Some("first"));
+        assert_eq!((late.running, late.failed.len()), (1, 0));
+        let replaced = step_of(&mut converger, &[("a3", false)], Some("second"));
+        assert_eq!(replaced.succeeded, ["a"]);
+        // A pod of the attempt's own template is not.
+        assert_eq!(step_of(&mut converger, &[("a3", true)], Some("second")).begin, ["a"]);
+        converger.restarted("a", "third".to_owned());
+        let again = step_of(&mut converger, &[("a4", true)], Some("third"));
+        assert_eq!(again.failed, [("a".to_owned(), Failure::OutOfSyncAgain)]);
+    }
+
+    #[test]
+    fn new_pod_compared_with_a_later_row_is_no_failure() {
+        let mut converger = Converger::new(BUDGET);
+        let drifted = workloads([("a", workload("w", 1, &[("a1", true)]))]);
+        assert_eq!(converger.step(at(0), true, &drifted).begin, ["a"]);
+        let mut switched = workload("w", 1, &[("a2", true)]);
+        switched
+            .pods
+            .values_mut()
+            .for_each(|pod| pod.fingerprint = 2);
+        let step = converger.step(at(1), true, &workloads([("a", switched)]));
+        assert_eq!((step.running, step.failed, step.succeeded), (1, vec![], vec![]));
+        // Once all pods are compared with that row, it begins again.
+        let step =
+            converger.step(at(2), true, &workloads([("a", workload("w", 2, &[("a2", true)]))]));
+        assert_eq!(step.begin, ["a"]);
+    }
+
+    #[test]
+    fn recreation_is_repeated_after_a_write_of_its_row() {
+        for (workspace, is_repeated) in [(Some("w"), true), (Some("v"), false), (None, true)] {
+            let mut converger = Converger::new(BUDGET);
+            converger.disturb(workspace);
+            assert_eq!(step_of(&mut converger, &[("a1", true)], None).begin, ["a"]);
+            converger.disturb(workspace);
+            let step = step_of(&mut converger, &[("a2", true)], None);
+            assert_eq!(
+                (step.begin.len(), step.failed.len()),
+                match is_repeated {
+                    true => (1, 0),
+                    false => (0, 1),
+                }
+            );
+            // Not once more.
+            let step = step_of(&mut converger, &[("a3", true)], None);
+            assert_eq!(
+                (step.begin.len(), step.failed.len()),
+                match is_repeated {
+                    true => (0, 1),
+                    false => (0, 0),
+                }
+            );
+        }
+    }
+
+    fn step_of(
+        converger: &mut Converger,
+        pods: &[(&str, bool)],
+        restarted_at: Option<&str>,
+    ) -> Step {
+        let mut workload = workload("w", 1, pods);
+        workload
+            .pods
+            .values_mut()
+            .for_each(|pod| pod.restarted_at = restarted_at.map(str::to_owned));
+        converger.step(at(0), true, &workloads([("a", workload)]))
     }
 
     #[test]

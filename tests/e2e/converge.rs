@@ -264,6 +264,23 @@ fn each_kind_of_owner_follows_a_switch() {
 }
 
 #[test]
+fn switch_is_followed_without_notifications() {
+    let workloads = ["Deployment", "StatefulSet"].map(|kind| workload(1, kind, BYOK));
+    let Some(mut platform) = Platform::with(&workloads.each_ref()) else {
+        return;
+    };
+    platform.policy = platform.world.write("policy.yaml", &policy(""));
+    let (converge, _) = platform.converge(&["--apply", "--interval", "2s"]);
+    platform.with_kubelet(|| {
+        platform.set("disabled");
+        let switched = Instant::now();
+        platform.wait_for_modes(2, "disabled");
+        println!("the last of two {:.1?} after the switch", switched.elapsed());
+    });
+    assert!(!converge.log().contains("listening for changed rows"), "{}", converge.log());
+}
+
+#[test]
 fn nothing_is_recreated_without_apply() {
     let Some(platform) = Platform::with(&[&workload(1, "Deployment", BYOK)]) else {
         return;
@@ -430,6 +447,37 @@ fn nothing_is_recreated_outside_the_window() {
 }
 
 #[test]
+fn switches_back_and_forth_end_in_sync() {
+    let workloads = ["Deployment", "StatefulSet"].map(|kind| {
+        let mut workload = workload(1, kind, BYOK);
+        workload["spec"]["replicas"] = 3.into();
+        workload
+    });
+    let Some(platform) = Platform::start() else {
+        return;
+    };
+    platform.world.api.create_all(&workloads);
+    platform.with_kubelet(|| {
+        platform.wait_for_modes(6, "byok");
+        let (converge, address) = platform.converge(&["--apply"]);
+        for mode in ["disabled", "byok", "disabled", "byok", "disabled"] {
+            platform.set(mode);
+            wait_for("a pod has the mode", || {
+                let mut modes = platform.modes().into_values();
+                modes.any(|own| own == mode).then_some(())
+            });
+        }
+        platform.wait_for_modes(6, "disabled");
+        wait_for_metric(address, "llm_billing_drifted_workloads{state=\"running\"} 0");
+        wait_for_metric(address, "llm_billing_drifted_workloads{state=\"failed\"} 0");
+        let log = converge.log();
+        assert!(!log.contains("recreation failed"), "{log}");
+        // At most once for each workload and switch.
+        assert!(log.matches("\"recreating\"").count() <= 10, "{log}");
+    });
+}
+
+#[test]
 fn second_replica_takes_over() {
     let Some(platform) = Platform::with(&[&workload(1, "StatefulSet", BYOK)]) else {
         return;
@@ -445,7 +493,12 @@ fn second_replica_takes_over() {
         assert!(!second.log().contains("recreating"), "{}", second.log());
         // The first replica cannot give the Lease up.
         first.signal("KILL");
+        let killed = Instant::now();
         second.wait_for_log("\"is_active\":true");
+        println!(
+            "the second replica is active {:.1?} after the end of the first",
+            killed.elapsed()
+        );
         platform.set("byok");
         platform.wait_for_modes(1, "byok");
         second.wait_for_log("recreated");
