@@ -286,8 +286,12 @@ impl Converge {
         self.converger.disturb(Some(id));
         let label = self.policy.workspace_label.as_str();
         let pods = self.pods.iter();
-        let of_workspace =
-            pods.filter(|(_, pod)| pod.labels.get(label).is_some_and(|own| own == id));
+        // The label may have a UUID in upper case.
+        let of_workspace = pods.filter(|(_, pod)| {
+            pod.labels
+                .get(label)
+                .is_some_and(|own| own.eq_ignore_ascii_case(id))
+        });
         self.changed
             .extend(of_workspace.map(|(uid, _)| uid.clone()));
     }

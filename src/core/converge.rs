@@ -291,7 +291,8 @@ impl Converger {
     /// repeated if its new pods are out of sync.
     pub fn disturb(&mut self, workspace: Option<&str>) {
         for attempt in self.attempts.values_mut() {
-            attempt.is_disturbed |= workspace.is_none_or(|own| own == attempt.workspace);
+            attempt.is_disturbed |=
+                workspace.is_none_or(|own| own.eq_ignore_ascii_case(&attempt.workspace));
         }
     }
 

@@ -221,23 +221,20 @@ fn each_kind_of_owner_follows_a_switch() {
         converge.wait_for_log("listening for changed rows");
         platform.set("platform_managed");
         let switched = Instant::now();
-        wait_for("a pod has the new mode", || {
-            let modes = platform.modes();
-            modes
-                .values()
-                .any(|mode| mode == "platform_managed")
-                .then_some(())
-        });
-        println!("the first new pod {:.1?} after the switch", switched.elapsed());
+        let mut followed = BTreeSet::new();
         wait_for("all pods but the bare one have the new mode", || {
             let modes = platform.modes();
-            let managed = modes
-                .values()
-                .filter(|mode| *mode == "platform_managed")
-                .count();
-            (modes.len() == 6 && managed == 5).then_some(())
+            let managed: BTreeSet<String> = modes
+                .iter()
+                .filter(|(_, mode)| *mode == "platform_managed")
+                .filter_map(|(name, _)| Some(name.split_once('-')?.0.to_owned()))
+                .collect();
+            for kind in managed.difference(&followed) {
+                println!("{kind}: a new pod {:.1?} after the switch", switched.elapsed());
+            }
+            followed.extend(managed);
+            (modes.len() == 6 && followed.len() == 5).then_some(())
         });
-        println!("the last of five {:.1?} after the switch", switched.elapsed());
         assert_eq!(platform.modes()["bare"], "byok");
         for kind in [
             "Deployment",
