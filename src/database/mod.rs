@@ -412,7 +412,7 @@ impl Database {
             };
             // The probe returns a row even for an unknown workspace, and so shows a missing column.
             let result = match execute(&database.probe).await {
-                // The policy's query may be one that cannot be part of another.
+                // Some queries cannot be part of another query.
                 Err(LookupError::Refused(_)) => execute(&database.query).await,
                 result => result,
             };

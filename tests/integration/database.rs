@@ -386,8 +386,7 @@ fn lookup_sends_one_request() {
         assert_eq!(resolved(&webhook, &pod).0, "byok");
         relay.request_count() - before
     };
-    // Ready, the check of the start has given its connection back: it is the one that each lookup takes, and the first
-    // one prepares the query on it.
+    // The check at the start has then returned its connection, which each lookup takes. The first prepares the query.
     webhook.wait_until_ready();
     requests();
     assert_eq!([requests(), requests(), requests()], [1, 1, 1]);
