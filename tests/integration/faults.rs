@@ -41,6 +41,8 @@ impl Program {
                 ..Start::default()
             };
             let webhook = start.start();
+            // A connection that the check at the start still opens would outlast a fault that closes all others.
+            webhook.wait_until_ready();
             let client = webhook.load_client(on_error);
             Self { webhook, client }
         })
