@@ -39,6 +39,8 @@ use crate::telemetry;
 const STEP_INTERVAL: Duration = Duration::from_millis(500);
 /// Pause before a comparison or an eviction that failed is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// Time after which a watch is renewed, in seconds: less than the client's time-out for a response without data.
+const WATCH_SECONDS: u32 = 50;
 /// Time after which a paused workload's annotation is read again.
 const PAUSE_INTERVAL: Duration = Duration::from_secs(20);
 /// Limit on the pods of a batch lookup, as in an audit's page.
@@ -205,6 +207,7 @@ impl Converge {
         // A pod that has ended uses no key.
         let config = watcher::Config::default()
             .fields("status.phase!=Succeeded,status.phase!=Failed")
+            .timeout(WATCH_SECONDS)
             .page_size(500);
         let mut events = pin!(watcher(pods, config).default_backoff());
         let mut sweep = interval(self.options.interval);
