@@ -16,8 +16,8 @@ use thiserror::Error;
 
 use crate::telemetry;
 
-/// Longer than the API server's own limit on requests, which is one minute.
-const READ_TIMEOUT: Duration = Duration::from_secs(65);
+/// Limit on the time without data of a response. Longer than the API server's own limit on requests, which is one minute.
+pub const READ_TIMEOUT: Duration = Duration::from_secs(65);
 
 /// An error of the Kubernetes API, with the API server's message if it sent one. Names objects, never their contents.
 #[derive(Debug, Error)]

@@ -39,8 +39,9 @@ use crate::telemetry;
 const STEP_INTERVAL: Duration = Duration::from_millis(500);
 /// Pause before a comparison or an eviction that failed is tried again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// Time after which a watch is renewed, in seconds: less than the client's time-out for a response without data.
+/// Time after which a watch is renewed, in seconds. A response without data for longer is an error of the client.
 const WATCH_SECONDS: u32 = 50;
+const _: () = assert!((WATCH_SECONDS as u64) < cluster::READ_TIMEOUT.as_secs());
 /// Time after which a paused workload's annotation is read again.
 const PAUSE_INTERVAL: Duration = Duration::from_secs(20);
 /// Limit on the pods of a batch lookup, as in an audit's page.
@@ -349,26 +350,23 @@ impl Converge {
         let due: Vec<_> = pods
             .filter(|(uid, pod)| (self.is_due || self.changed.contains(*uid)) && is_in_scope(pod))
             .collect();
-        let mut verdicts = BTreeMap::new();
+        let mut verdicts = Vec::new();
         for batch in due.chunks(MAX_BATCH) {
             let texts: Vec<&str> = batch.iter().map(|(_, pod)| &*pod.json).collect();
             let audited =
                 audit_pods(&texts, &self.database, &self.policy, "all namespaces").await?;
             for one in audited {
                 match one {
-                    Ok(verdict) => drop(verdicts.insert(verdict.uid.clone(), verdict)),
+                    Ok(verdict) => verdicts.push(verdict),
+                    // It keeps its verdict.
                     Err(reason) => warn!(reason, "a pod was not compared"),
                 }
             }
         }
         let (mut switched, mut fresh) = (BTreeSet::new(), BTreeMap::new());
-        for (uid, _) in &due {
-            // A pod that was not compared keeps its verdict.
-            let Some(verdict) = verdicts.remove(*uid) else {
-                continue;
-            };
+        for verdict in verdicts {
             let (workspace, fingerprint) = (verdict.workspace.clone(), verdict.fingerprint);
-            match self.verdicts.insert((*uid).clone(), verdict) {
+            match self.verdicts.insert(verdict.uid.clone(), verdict) {
                 None => drop(fresh.insert(workspace, fingerprint)),
                 Some(before) if before.fingerprint != fingerprint => {
                     switched.insert(workspace);
@@ -376,10 +374,9 @@ impl Converge {
                 Some(_) => {}
             }
         }
-        let due: BTreeSet<&String> = due.iter().map(|(uid, _)| *uid).collect();
-        let is_outdated = |(uid, verdict): &(&String, &AuditedPod)| {
+        let is_outdated = |(_, verdict): &(&String, &AuditedPod)| {
             let row = fresh.get(&verdict.workspace);
-            row.is_some_and(|row| *row != verdict.fingerprint) && !due.contains(uid)
+            row.is_some_and(|row| *row != verdict.fingerprint)
         };
         let verdicts = self.verdicts.iter();
         let outdated = verdicts.filter(is_outdated).map(|(uid, _)| uid.clone());
@@ -410,8 +407,11 @@ impl Converge {
                 .workloads(obstacle.as_str(), blocked.count());
         }
         if standing == Standing::Passive {
-            // What another replica has begun is not known here.
+            // What another replica has begun is not known here, and is in its metrics alone.
             self.converger = Converger::new(self.options.budget);
+            for state in ["waiting", "running", "failed"] {
+                self.status.metrics.workloads(state, 0);
+            }
         }
         if !standing.is_active() {
             return;
@@ -492,7 +492,6 @@ impl Converge {
             // A pod without an id counts by itself.
             let id = Some(&verdict.workspace).filter(|id| !id.is_empty());
             workload.workspace.clone_from(id.unwrap_or(&key));
-            workload.fingerprint = verdict.fingerprint;
             workload.obstacle = workload.obstacle.or(obstacle);
             let state = PodState {
                 is_drifted,
@@ -509,12 +508,12 @@ impl Converge {
     async fn report(&mut self, workloads: &BTreeMap<String, Workload>) {
         self.reported.retain(|key, _| workloads.contains_key(key));
         let is_new = |key: &String, workload: &Workload| {
-            self.reported.get(key) != Some(&workload.fingerprint) && workload.is_drifted()
+            self.reported.get(key) != Some(&workload.fingerprint()) && workload.is_drifted()
         };
         let new: Vec<(String, u64)> = workloads
             .iter()
             .filter(|(key, workload)| is_new(key, workload))
-            .map(|(key, workload)| (key.clone(), workload.fingerprint))
+            .map(|(key, workload)| (key.clone(), workload.fingerprint()))
             .take(MAX_EVENTS)
             .collect();
         for (key, fingerprint) in new {
@@ -613,15 +612,14 @@ impl Converge {
         {
             info!(workload = key, "a rollout is in progress");
             self.converger.resume(key);
-            if let Some(restarted_at) = restarted_at {
-                self.converger.restarted(key, restarted_at.to_owned());
-            }
+            self.converger
+                .restarted(key, restarted_at.map(str::to_owned));
             return Ok(true);
         }
         let version = workload.pointer("/metadata/resourceVersion");
         let version = version.and_then(Value::as_str).unwrap_or_default();
         let restarted_at = cluster::restart(&self.client, namespace, plural, name, version).await?;
-        self.converger.restarted(key, restarted_at);
+        self.converger.restarted(key, Some(restarted_at));
         Ok(true)
     }
 
@@ -648,21 +646,16 @@ impl Converge {
     async fn evict_kept(&mut self) {
         let converger = &self.converger;
         self.kept.retain(|key, _| converger.is_running(key));
-        let is_due = |(_, (tried, _)): &(&String, &mut (Instant, Vec<WatchedPod>))| {
-            tried.elapsed() >= RETRY_INTERVAL
-        };
-        let due: Vec<(String, Vec<WatchedPod>)> = self
-            .kept
-            .iter_mut()
-            .filter(is_due)
-            .map(|(key, (_, pods))| (key.clone(), std::mem::take(pods)))
-            .collect();
-        for (key, pods) in due {
+        let kept = self.kept.iter();
+        let due = kept.filter(|(_, (tried, _))| tried.elapsed() >= RETRY_INTERVAL);
+        let due: Vec<String> = due.map(|(key, _)| key.clone()).collect();
+        for key in due {
             if !self.standing.borrow().is_active() {
                 return;
             }
-            self.kept.remove(&key);
-            self.evict(&key, pods).await;
+            if let Some((_, pods)) = self.kept.remove(&key) {
+                self.evict(&key, pods).await;
+            }
         }
     }
 }

@@ -101,7 +101,7 @@ pub struct PodState {
     pub is_ready: bool,
     /// When its template was last restarted, as of its creation.
     pub restarted_at: Option<String>,
-    /// The state of the row with which it was compared.
+    /// Distinguishes the states of the row with which it was compared.
     pub fingerprint: u64,
 }
 
@@ -110,8 +110,6 @@ pub struct PodState {
 pub struct Workload {
     /// The workspace of its pods.
     pub workspace: String,
-    /// Distinguishes the states of the workspace's row.
-    pub fingerprint: u64,
     /// Its pods by uid.
     pub pods: BTreeMap<String, PodState>,
     /// Why it is not recreated.
@@ -123,6 +121,13 @@ impl Workload {
     #[must_use]
     pub fn is_drifted(&self) -> bool {
         self.pods.values().any(|pod| pod.is_drifted)
+    }
+
+    /// Returns the state of the workspace's row: that with which its last pod was compared.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        let last = self.pods.last_key_value();
+        last.map_or(0, |(_, pod)| pod.fingerprint)
     }
 }
 
@@ -260,7 +265,7 @@ impl Converger {
             self.recent.push_back(now);
             let attempt = Attempt {
                 workspace: workload.workspace.clone(),
-                fingerprint: workload.fingerprint,
+                fingerprint: workload.fingerprint(),
                 before: workload.pods.clone(),
                 begun: now,
                 restarted_at: None,
@@ -297,9 +302,9 @@ impl Converger {
     }
 
     /// Records the time that a rollout restart has set in the workload's template.
-    pub fn restarted(&mut self, key: &str, restarted_at: String) {
+    pub fn restarted(&mut self, key: &str, restarted_at: Option<String>) {
         if let Some(attempt) = self.attempts.get_mut(key) {
-            attempt.restarted_at = Some(restarted_at);
+            attempt.restarted_at = restarted_at;
         }
     }
 
@@ -331,7 +336,7 @@ impl Converger {
             .retain(|key, attempt| match workloads.get(key) {
                 Some(workload) => {
                     attempt.absent_since = None;
-                    workload.fingerprint == attempt.fingerprint
+                    workload.fingerprint() == attempt.fingerprint
                         && (attempt.failure.is_none() || workload.is_drifted())
                 }
                 None => {
@@ -411,7 +416,6 @@ mod tests {
         let pods = pods.iter();
         Workload {
             workspace: workspace.to_owned(),
-            fingerprint,
             pods: pods
                 .map(|(uid, is_drifted)| {
                     let pod = PodState {
@@ -566,7 +570,7 @@ mod tests {
     fn pod_of_an_earlier_template_is_replaced_with_the_others() {
         let mut converger = Converger::new(BUDGET);
         assert_eq!(step_of(&mut converger, &[("a1", true)], None).begin, ["a"]);
-        converger.restarted("a", "second".to_owned());
+        converger.restarted("a", Some("second".to_owned()));
         // Created by an earlier restart, and seen late.
         let late = step_of(&mut converger, &[("a1", true), ("a2", true)], Some("first"));
         assert_eq!((late.running, late.failed.len()), (1, 0));
@@ -574,7 +578,7 @@ mod tests {
         assert_eq!(replaced.succeeded, ["a"]);
         // A pod of the attempt's own template is not.
         assert_eq!(step_of(&mut converger, &[("a3", true)], Some("second")).begin, ["a"]);
-        converger.restarted("a", "third".to_owned());
+        converger.restarted("a", Some("third".to_owned()));
         let again = step_of(&mut converger, &[("a4", true)], Some("third"));
         assert_eq!(again.failed, [("a".to_owned(), Failure::OutOfSyncAgain)]);
     }
@@ -582,13 +586,13 @@ mod tests {
     #[test]
     fn new_pod_compared_with_a_later_row_is_no_failure() {
         let mut converger = Converger::new(BUDGET);
-        let drifted = workloads([("a", workload("w", 1, &[("a1", true)]))]);
-        assert_eq!(converger.step(at(0), true, &drifted).begin, ["a"]);
-        let mut switched = workload("w", 1, &[("a2", true)]);
+        let before = workloads([("a", workload("w", 1, &[("a1", true), ("z", false)]))]);
+        assert_eq!(converger.step(at(0), true, &before).begin, ["a"]);
+        let mut switched = workload("w", 1, &[("a2", true), ("z", false)]);
         switched
             .pods
-            .values_mut()
-            .for_each(|pod| pod.fingerprint = 2);
+            .entry("a2".to_owned())
+            .and_modify(|pod| pod.fingerprint = 2);
         let step = converger.step(at(1), true, &workloads([("a", switched)]));
         assert_eq!((step.running, step.failed, step.succeeded), (1, vec![], vec![]));
         // Once all pods are compared with that row, it begins again.
@@ -599,28 +603,19 @@ mod tests {
 
     #[test]
     fn recreation_is_repeated_after_a_write_of_its_row() {
-        for (workspace, is_repeated) in [(Some("w"), true), (Some("v"), false), (None, true)] {
+        let repeated = [(1, 0), (0, 1)];
+        let failed = [(0, 1), (0, 0)];
+        // the workspace whose row is written; how many begin and fail in each step
+        for (workspace, expected) in [(Some("w"), repeated), (Some("v"), failed), (None, repeated)]
+        {
             let mut converger = Converger::new(BUDGET);
-            converger.disturb(workspace);
             assert_eq!(step_of(&mut converger, &[("a1", true)], None).begin, ["a"]);
             converger.disturb(workspace);
-            let step = step_of(&mut converger, &[("a2", true)], None);
-            assert_eq!(
-                (step.begin.len(), step.failed.len()),
-                match is_repeated {
-                    true => (1, 0),
-                    false => (0, 1),
-                }
-            );
-            // Not once more.
-            let step = step_of(&mut converger, &[("a3", true)], None);
-            assert_eq!(
-                (step.begin.len(), step.failed.len()),
-                match is_repeated {
-                    true => (0, 1),
-                    false => (0, 0),
-                }
-            );
+            let steps = ["a2", "a3"].map(|uid| {
+                let step = step_of(&mut converger, &[(uid, true)], None);
+                (step.begin.len(), step.failed.len())
+            });
+            assert_eq!(steps, expected, "{workspace:?}");
         }
     }
 

@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,8 +12,9 @@ use time::OffsetDateTime;
 use crate::creation::workload;
 use crate::world::{BYOK, NAMESPACE, SetOnDrop, World, pod, policy};
 use test_support::chart::{RELEASE, render};
+use test_support::converge::{self, comparisons, wait_for_metric};
 use test_support::postgres::Postgres;
-use test_support::program::{Running, Webhook, health, program, wait_for};
+use test_support::program::{Running, Webhook, health, wait_for};
 use test_support::transcript::{page, sql};
 
 /// The arguments of several replicas.
@@ -77,21 +77,7 @@ impl Platform {
     }
 
     fn start_converge(&self, arguments: &[&str], kubeconfig: &str) -> (Running, SocketAddr) {
-        let mut command = program(&["converge", "--policy", &self.policy]);
-        command
-            .args(["--database-url", &self.postgres.url()])
-            .args(["--health-listen", "127.0.0.1:0"])
-            .args(arguments)
-            .args(match arguments.contains(&"--start-delay") {
-                true => &[][..],
-                false => &["--start-delay", "0s"],
-            })
-            .env("KUBECONFIG", kubeconfig)
-            .stdin(Stdio::null());
-        let mut running = Running::start(&mut command);
-        let listening = running.wait_until_listening();
-        let address = listening["health"].as_str().unwrap().parse().unwrap();
-        (running, address)
+        converge::start(&self.policy, &self.postgres, kubeconfig, arguments)
     }
 
     fn set(&self, mode: &str) {
@@ -180,23 +166,6 @@ fn replica_set() -> Value {
         }
     }
     replica_set
-}
-
-/// Waits until the metrics have this line.
-fn wait_for_metric(address: SocketAddr, line: &str) {
-    wait_for(line, || {
-        let metrics = health(address, "/metrics").1;
-        metrics.lines().any(|own| own == line).then_some(())
-    });
-}
-
-/// Returns the number of comparisons so far.
-fn comparisons(address: SocketAddr) -> u32 {
-    let metrics = health(address, "/metrics").1;
-    let mut lines = metrics.lines();
-    let count =
-        lines.find_map(|line| line.strip_prefix("llm_billing_audits_total{result=\"ok\"} "));
-    count.unwrap().parse().unwrap()
 }
 
 #[test]

@@ -431,6 +431,59 @@ fn notes_warn_about_a_versioned_anthropic_base_url() {
     assert!(!notes("https://x/anthropic").contains(warning));
 }
 
+#[test]
+fn converge_is_scoped_monitored_and_restricted() {
+    let objects = render(&[
+        DATABASE,
+        "converge.enabled=true",
+        "converge.apply=true",
+        "converge.window=22:00-06:00",
+        "namespaceSelector.matchLabels.workspaces=yes",
+        "networkPolicy.enabled=true",
+        "podMonitor.enabled=true",
+        "serviceMonitor.enabled=true",
+        "prometheusRule.enabled=true",
+    ]);
+    let name = format!("{RELEASE}-converge");
+    let of_converge = |kind: &str| {
+        let mut found = objects.iter();
+        found
+            .find(|object| object["kind"] == kind && object["metadata"]["name"] == name.as_str())
+            .unwrap()
+    };
+    let template = &of_converge("Deployment")["spec"]["template"];
+    let selector = "--namespace-selector=kubernetes.io/metadata.name notin (kube-system,llm-billing-webhook),workspaces=yes";
+    let arguments = template["spec"]["containers"][0]["args"]
+        .as_array()
+        .unwrap();
+    assert!(arguments.contains(&selector.into()), "{arguments:?}");
+
+    let selects = |selector: &Value, labels: &Value| {
+        let equal = selector["matchLabels"].as_object().unwrap().iter();
+        let mut one_of = selector["matchExpressions"]
+            .as_array()
+            .into_iter()
+            .flatten();
+        equal.clone().all(|(key, value)| labels[key] == *value)
+            && one_of.all(|rule| {
+                let key = rule["key"].as_str().unwrap();
+                rule["operator"] == "In"
+                    && rule["values"].as_array().unwrap().contains(&labels[key])
+            })
+    };
+    let pod = &template["metadata"]["labels"];
+    let service = &of_converge("Service")["metadata"]["labels"];
+    assert!(selects(&of_kind(&objects, "PodMonitor")["spec"]["selector"], pod));
+    assert!(selects(&of_kind(&objects, "ServiceMonitor")["spec"]["selector"], service));
+    assert!(selects(&of_converge("NetworkPolicy")["spec"]["podSelector"], pod));
+
+    // Until the window has passed, drift is expected.
+    let rules = &of_kind(&objects, "PrometheusRule")["spec"]["groups"][0]["rules"];
+    let mut rules = rules.as_array().unwrap().iter();
+    let drifted = rules.find(|rule| rule["alert"] == "LlmBillingPodsDrifted");
+    assert_eq!(drifted.unwrap()["for"], "1d");
+}
+
 /// Returns the rules with all of the chart's alerts.
 fn alerts() -> Value {
     let objects = render(&[

@@ -5,49 +5,23 @@ use std::collections::VecDeque;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::Stdio;
+use std::path::Path;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::audit::{FLIPPED, NAMESPACE, Platform, pod};
 use crate::metrics::{documented_of_converge, exposed};
 use test_support::PROXY;
+use test_support::api_server::write_kubeconfig;
 use test_support::chart::{RELEASE, of_kind, render};
+use test_support::converge::{comparisons, start, wait_for_metric};
 use test_support::postgres::Postgres;
 use test_support::process::memory_of;
 use test_support::program::{Running, decode_output, health, program, wait_for};
-
-/// Starts `converge`, and returns it with the address of its health endpoint.
-fn start(
-    policy: &str,
-    postgres: &Postgres,
-    kubeconfig: &str,
-    arguments: &[&str],
-) -> (Running, SocketAddr) {
-    let mut command = program(&["converge", "--policy", policy]);
-    command
-        .args(["--database-url", &postgres.url()])
-        .args(["--health-listen", "127.0.0.1:0", "--start-delay", "0s"])
-        .args(arguments)
-        .env("KUBECONFIG", kubeconfig)
-        // With one worker, a task that does not yield blocks all others.
-        .env("TOKIO_WORKER_THREADS", "1")
-        .stdin(Stdio::null());
-    let mut running = Running::start(&mut command);
-    let listening = running.wait_until_listening();
-    let address = listening["health"].as_str().unwrap().parse().unwrap();
-    (running, address)
-}
-
-fn wait_for_metric(address: SocketAddr, line: &str) {
-    wait_for(line, || {
-        let metrics = health(address, "/metrics").1;
-        metrics.lines().any(|own| own == line).then_some(())
-    });
-}
 
 /// Creates the account that the chart gives to `converge`, and returns its kubeconfig and the program's arguments.
 fn install(platform: &Platform, settings: &[&str]) -> (String, Vec<String>) {
@@ -142,6 +116,23 @@ fn namespace_selector_needs_permission_to_list_namespaces() {
 }
 
 #[test]
+fn replica_that_loses_the_lease_reports_no_work() {
+    let platform = Platform::start();
+    platform.create_drift();
+    let arguments = ["--lease", "converge", "--lease-namespace", "default"];
+    let (_converge, address) =
+        start(&platform.policy, &platform.postgres, &platform.kubeconfig, &arguments);
+    wait_for_metric(address, "llm_billing_drifted_workloads{state=\"waiting\"} 3");
+    let path = "/apis/coordination.k8s.io/v1/namespaces/default/leases/converge";
+    platform
+        .api
+        .change(path, |lease| lease["spec"]["holderIdentity"] = "another".into());
+    wait_for_metric(address, "llm_billing_converge_active 0");
+    wait_for_metric(address, "llm_billing_drifted_workloads{state=\"waiting\"} 0");
+    wait_for_metric(address, "llm_billing_audited_pods 4");
+}
+
+#[test]
 fn evicted_pod_is_awaited_until_its_successor_is_ready() {
     let platform = Platform::start();
     platform.register_webhook();
@@ -178,17 +169,17 @@ fn evicted_pod_is_awaited_until_its_successor_is_ready() {
     }
 }
 
-/// Returns a kubeconfig for an API server at the URL.
-fn kubeconfig_for(url: &str, folder: &tempfile::TempDir) -> String {
-    let file = folder.path().join("kubeconfig");
-    let config = json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "test",
-        "clusters": [{"name": "test", "cluster": {"server": url}}],
-        "users": [{"name": "test", "user": {"token": "t"}}],
-        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
-    });
-    fs::write(&file, config.to_string()).unwrap();
-    file.to_str().unwrap().to_owned()
+/// Starts `converge` with an API server at this URL and a table without rows. Both are there as long as what is returned.
+fn start_with(url: &str) -> (Running, SocketAddr, (Postgres, TempDir)) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (kubeconfig, policy) = (path("kubeconfig"), path("policy.yaml"));
+    write_kubeconfig(Path::new(&kubeconfig), &json!({"server": url}), &json!({"token": "t"}));
+    fs::write(&policy, PROXY).unwrap();
+    let postgres =
+        Postgres::with("CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text)");
+    let (converge, address) = start(&policy, &postgres, &kubeconfig, &[]);
+    (converge, address, (postgres, folder))
 }
 
 /// Reads one request from a connection. Returns its first line, or `None` at the end.
@@ -199,16 +190,24 @@ fn read_request(stream: &TcpStream) -> Option<String> {
     Some(first)
 }
 
-/// Serves these answers to lists and watches in their order, leaves further ones unanswered, and disconnects others.
-fn serve_answers(answers: Vec<String>) -> String {
+/// Serves these answers to lists and watches in their order, leaves further ones unanswered, and disconnects others. Returns the
+/// URL, and a receiver of the first line of each list and watch.
+fn serve_answers(answers: Vec<String>) -> (String, mpsc::Receiver<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let answers = Arc::new(Mutex::new(VecDeque::from(answers)));
+    let (send, requests) = mpsc::channel();
     thread::spawn(move || {
         for stream in listener.incoming() {
             let (mut stream, answers) = (stream.unwrap(), Arc::clone(&answers));
+            let send = send.clone();
             thread::spawn(move || {
-                while read_request(&stream).is_some_and(|first| first.starts_with("GET ")) {
+                while let Some(first) = read_request(&stream) {
+                    if !first.starts_with("GET ") {
+                        return;
+                    }
+                    // The test may have ended.
+                    let _ = send.send(first);
                     let Some(answer) = answers.lock().unwrap().pop_front() else {
                         continue;
                     };
@@ -219,7 +218,7 @@ fn serve_answers(answers: Vec<String>) -> String {
             });
         }
     });
-    url
+    (url, requests)
 }
 
 #[test]
@@ -238,15 +237,16 @@ fn pods_are_listed_again_when_the_watch_has_expired() {
         "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "code": 410, "reason": "Expired",
         "message": "too old resource version: 1 (2)",
     }});
-    let folder = tempfile::tempdir().unwrap();
-    let url = serve_answers(vec![page(1), format!("{expired}\n"), page(2)]);
-    let kubeconfig = kubeconfig_for(&url, &folder);
-    let postgres =
-        Postgres::with("CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text)");
-    let policy = folder.path().join("policy.yaml");
-    fs::write(&policy, PROXY).unwrap();
-    let (_converge, address) = start(policy.to_str().unwrap(), &postgres, &kubeconfig, &[]);
+    let (url, requests) = serve_answers(vec![page(1), format!("{expired}\n"), page(2)]);
+    let (_converge, address, _kept) = start_with(&url);
     wait_for_metric(address, "llm_billing_audited_pods 2");
+    let limit = Duration::from_secs(30);
+    for is_watch in [false, true, false, true] {
+        let request = requests.recv_timeout(limit).unwrap();
+        assert_eq!(request.contains("watch=true"), is_watch, "{request}");
+        // An idle watch ends before the client gives up.
+        assert_eq!(request.contains("timeoutSeconds=50"), is_watch, "{request}");
+    }
 }
 
 #[test]
@@ -258,16 +258,9 @@ fn comparison_queries_once_per_batch_in_bounded_memory() {
     let started = Instant::now();
     wait_for_metric(address, &format!("llm_billing_audited_pods {pods}"));
     let elapsed = started.elapsed();
-    let comparisons = || -> usize {
-        let metrics = health(address, "/metrics").1;
-        let mut lines = metrics.lines();
-        let count =
-            lines.find_map(|line| line.strip_prefix("llm_billing_audits_total{result=\"ok\"} "));
-        count.unwrap().parse().unwrap()
-    };
-    let (before, compared) = (platform.transactions(), comparisons());
-    wait_for("three more comparisons", || (comparisons() >= compared + 3).then_some(()));
-    let (after, ended) = (platform.transactions(), comparisons());
+    let (before, compared) = (platform.transactions(), comparisons(address));
+    wait_for("three more comparisons", || (comparisons(address) >= compared + 3).then_some(()));
+    let (after, ended) = (platform.transactions(), comparisons(address));
     let each = (after - before) / (ended - compared);
     let size = |field: &str| memory_of(converge.id(), field);
     println!(
@@ -320,13 +313,7 @@ fn probe_is_answered_while_large_pods_are_compared() {
         r#"{{"kind":"PodList","apiVersion":"v1","metadata":{{"resourceVersion":"1"}},"items":[{items}]}}"#
     );
     let (url, written, resume) = serve_page_in_two_steps(page);
-    let folder = tempfile::tempdir().unwrap();
-    let kubeconfig = kubeconfig_for(&url, &folder);
-    let postgres =
-        Postgres::with("CREATE TABLE workspaces (id uuid PRIMARY KEY, llm_billing_mode text)");
-    let policy = folder.path().join("policy.yaml");
-    fs::write(&policy, PROXY).unwrap();
-    let (_converge, address) = start(policy.to_str().unwrap(), &postgres, &kubeconfig, &[]);
+    let (_converge, address, _kept) = start_with(&url);
     written.recv().unwrap();
     let is_compared = || {
         let metrics = health(address, "/metrics").1;

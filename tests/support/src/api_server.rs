@@ -74,32 +74,24 @@ impl ApiServer {
         }
         let name = user.unwrap_or("administrator").replace(':', "-");
         let file = folder.join(format!("kubeconfig-{name}"));
-        self.write_kubeconfig(&file, &credentials);
+        write_kubeconfig(&file, &self.cluster(), &credentials);
         file
     }
 
     /// Writes a kubeconfig that authenticates with this token. Returns its path.
     pub fn kubeconfig_with_token(&self, folder: &Path, token: &str) -> PathBuf {
         let file = folder.join("kubeconfig-with-token");
-        self.write_kubeconfig(&file, &json!({ "token": token }));
+        write_kubeconfig(&file, &self.cluster(), &json!({ "token": token }));
         file
     }
 
-    fn write_kubeconfig(&self, file: &Path, credentials: &Value) {
+    fn cluster(&self) -> Value {
         let mut cluster = json!({ "server": self.url });
         if let Some(control_plane) = &self.control_plane {
             cluster["certificate-authority-data"] =
                 STANDARD.encode(control_plane.authority()).into();
         }
-        let config = json!({
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "test",
-            "clusters": [{"name": "test", "cluster": cluster}],
-            "users": [{"name": "test", "user": credentials}],
-            "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": "default"}}],
-        });
-        fs::write(file, config.to_string()).unwrap();
+        cluster
     }
 
     /// Sends a request as the administrator, and returns status and body.
@@ -204,4 +196,17 @@ pub fn agent(authorities: Option<&str>) -> Agent {
         .timeout_global(Some(TIMEOUT))
         .build()
         .into()
+}
+
+/// Writes a kubeconfig for a cluster and credentials, as its format has them.
+pub fn write_kubeconfig(file: &Path, cluster: &Value, credentials: &Value) {
+    let config = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "test",
+        "clusters": [{"name": "test", "cluster": cluster}],
+        "users": [{"name": "test", "user": credentials}],
+        "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test", "namespace": "default"}}],
+    });
+    fs::write(file, config.to_string()).unwrap();
 }

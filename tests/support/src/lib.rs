@@ -11,6 +11,7 @@
 pub mod api_server;
 pub mod chart;
 pub mod control_plane;
+pub mod converge;
 pub mod fuzz;
 pub mod haproxy;
 pub mod in_process;
